@@ -1,0 +1,1 @@
+"""What a stream is conditioned on: text, images."""

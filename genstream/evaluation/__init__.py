@@ -1,0 +1,1 @@
+"""Scores that read videos, not models."""

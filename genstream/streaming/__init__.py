@@ -1,0 +1,1 @@
+"""The main path: request, state, controls and the one generation loop."""
