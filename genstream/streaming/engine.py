@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from genstream.cache.kv_cache import TextCache
 from genstream.schedulers.schedule import Schedule
 from genstream.shapes import frames_of, latent_frames_covering
 from genstream.streaming.chunk import Chunk, Timings
@@ -81,7 +82,7 @@ class CacheEngine:
             request=request,
             noise=request.noise,
             prompt_embeds=embeds,
-            text=self.transformer.text_cache(embeds, request.image_embeds),
+            text=self.text_cache(embeds, request),
             kv=self.transformer.kv_cache(layout, request.batch_size, height, width),
             vae=self._vae_state(request),
             history=torch.zeros(request.batch_size, channels, 0, height, width, device=device, dtype=dtype),
@@ -197,6 +198,13 @@ class CacheEngine:
         timestep = state.request.settings.context_timestep
         self._velocity(latents, timestep, range(start, state.frame), state)
 
+    @torch.no_grad()
+    def text_cache(self, prompt_embeds: Tensor, request: StreamRequest) -> TextCache:
+        """Cross-attention keys and values of a prompt and of the request's image."""
+        image = request.image_embeds
+        image = None if image is None else image.to(prompt_embeds)
+        return self.transformer.text_cache(prompt_embeds, image)
+
     def _velocity(self, x: Tensor, timestep: float, positions: range, state: StreamState) -> Tensor:
         timesteps = torch.full((x.shape[0],), timestep, dtype=torch.float64, device=x.device)
         velocity: Tensor = self.transformer(
@@ -248,7 +256,7 @@ class CacheEngine:
             return
         blend = replace(blend, done=blend.done + 1)
         state.prompt_embeds = blend.embeds
-        state.text = self.transformer.text_cache(state.prompt_embeds, state.request.image_embeds)
+        state.text = self.text_cache(state.prompt_embeds, state.request)
         if blend.recache:
             self.recache(state, keep_sinks=blend.keep_sinks)
         state.blend = None if blend.done == blend.chunks else blend
@@ -270,15 +278,25 @@ class CacheEngine:
     def _temporal_ratio(self) -> int:
         return self.vae.spec.temporal_ratio
 
+    def chunk_count(self, request: StreamRequest) -> int | None:
+        """Chunks of a whole request; None for an endless one."""
+        chunks = self._chunks(request)
+        return None if chunks is None else len(chunks)
+
     def _latent_frames(self, request: StreamRequest) -> int | None:
         """Latent frames of a whole request, in whole chunks."""
+        chunks = self._chunks(request)
+        return None if chunks is None else sum(chunks)
+
+    def _chunks(self, request: StreamRequest) -> list[int] | None:
+        """Latent frames of every chunk of a request."""
         if request.num_frames is None:
             return None
         needed = latent_frames_covering(request.num_frames, self._temporal_ratio)
-        frame = 0
-        while frame < needed:
-            frame += request.settings.chunk_at(frame)
-        return frame
+        chunks: list[int] = []
+        while (done := sum(chunks)) < needed:
+            chunks.append(request.settings.chunk_at(done))
+        return chunks
 
     def _latent_size(self, request: StreamRequest) -> tuple[int, int]:
         ratio = self.vae.spec.spatial_ratio
