@@ -99,8 +99,10 @@ class VideoWriter:
         interrupted = isinstance(error, KeyboardInterrupt) and self.frames_written > 0
         if error is None or interrupted:
             self.finish()
-        else:
-            self.abandon()
+            return
+        partial = self.abandon()
+        if partial is not None and error is not None:
+            error.add_note(f"the frames made so far are in {str(partial)!r}")
 
     def _wait(self) -> None:
         if self._pending is not None:
