@@ -1,0 +1,104 @@
+"""Frames, latent frames and tokens: the only place that converts between them.
+
+A causal video VAE with temporal ratio r turns the first latent frame into one frame and every later
+one into r frames: F = 1 + r (T - 1).
+"""
+
+from dataclasses import dataclass
+
+
+def frames_of(latent_frames: int, temporal_ratio: int) -> int:
+    """Frames that `latent_frames` (>= 1) decode to: F = 1 + r (T - 1)."""
+    _check_positive("latent_frames", latent_frames)
+    return 1 + temporal_ratio * (latent_frames - 1)
+
+
+def latent_frames_of(frames: int, temporal_ratio: int) -> int:
+    """Latent frames of a clip of exactly `frames` frames, which must be 1 + r k with k >= 0."""
+    remainder = (frames - 1) % temporal_ratio
+    if frames < 1 or remainder:
+        below = frames - remainder
+        nearest = "the nearest is 1" if below < 1 else f"the nearest are {below} and {below + temporal_ratio}"
+        raise ValueError(f"num_frames must be 1 + {temporal_ratio}k, got {frames}; {nearest}")
+    return latent_frames_covering(frames, temporal_ratio)
+
+
+def latent_frames_covering(frames: int, temporal_ratio: int) -> int:
+    """Fewest latent frames that decode to at least `frames` (>= 1) frames."""
+    _check_positive("frames", frames)
+    return 1 + -(-(frames - 1) // temporal_ratio)
+
+
+def frames_for_seconds(seconds: float, fps: float) -> int:
+    """Exactly round(seconds * fps) frames; a duration that rounds to no frame is an error."""
+    if not 0 < fps < float("inf"):
+        raise ValueError(f"fps must be a positive number, got {fps}")
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"seconds must be a positive number, got {seconds}")
+    frames = round(seconds * fps)
+    if frames < 1:
+        raise ValueError(f"seconds must be long enough for one frame at {fps} fps, got {seconds}")
+    return frames
+
+
+def check_divides(name: str, value: int, divisor: int) -> None:
+    """Raise ValueError unless `value` is a positive multiple of `divisor`."""
+    if value >= 1 and value % divisor == 0:
+        return
+    below = value - value % divisor
+    nearest = f"the nearest is {divisor}" if below < 1 else f"the nearest are {below} and {below + divisor}"
+    raise ValueError(f"{name} must be a positive multiple of {divisor}, got {value}; {nearest}")
+
+
+def tokens_per_frame(height: int, width: int, spatial_ratio: int, patch: int) -> int:
+    """Tokens of one latent frame: (h / patch) (w / patch), with height and width in pixels."""
+    pixels_per_token = spatial_ratio * patch
+    check_divides("height", height, pixels_per_token)
+    check_divides("width", width, pixels_per_token)
+    return (height // pixels_per_token) * (width // pixels_per_token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoShape:
+    """Size of a clip in pixels, and the VAE and patch ratios that make it latent frames and tokens.
+
+    `frames` must be 1 + temporal_ratio k; `height` and `width` must divide by spatial_ratio x patch.
+    """
+
+    frames: int
+    height: int
+    width: int
+    temporal_ratio: int
+    spatial_ratio: int
+    patch: int
+
+    def __post_init__(self) -> None:
+        for name in ("temporal_ratio", "spatial_ratio", "patch"):
+            _check_positive(name, getattr(self, name))
+        latent_frames_of(self.frames, self.temporal_ratio)
+        tokens_per_frame(self.height, self.width, self.spatial_ratio, self.patch)
+
+    @property
+    def latent_frames(self) -> int:
+        """T."""
+        return latent_frames_of(self.frames, self.temporal_ratio)
+
+    @property
+    def latent_height(self) -> int:
+        """Latent pixels, h."""
+        return self.height // self.spatial_ratio
+
+    @property
+    def latent_width(self) -> int:
+        """Latent pixels, w."""
+        return self.width // self.spatial_ratio
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of one latent frame."""
+        return tokens_per_frame(self.height, self.width, self.spatial_ratio, self.patch)
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,146 @@
+"""The streaming codec protocol: what every video VAE offers to a stream, and the state it carries."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+Direction = Literal["encode", "decode"]
+
+STATE_FORMAT = 1
+_METADATA_KEY = "genstream_vae_state"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAESpec:
+    """What a stream has to know about a VAE.
+
+    Attributes:
+        temporal_ratio: frames per latent frame, after the first latent frame, which is one frame.
+        spatial_ratio: pixels per latent pixel, along each of height and width.
+        latent_channels: channels of a latent.
+        memory_latents: how many latent frames back a decoded frame depends on; None if without bound.
+    """
+
+    temporal_ratio: int
+    spatial_ratio: int
+    latent_channels: int
+    memory_latents: int | None
+
+
+@dataclass(kw_only=True)
+class VAEState:
+    """Everything that changes while one stream is encoded or decoded; advanced in place by the VAE.
+
+    Attributes:
+        direction: what the state is for.
+        vae: description of the VAE that made it; another architecture refuses the state.
+        batch_size: streams side by side.
+        height: pixels.
+        width: pixels.
+        steps: latent frames produced (encode) or consumed (decode) so far.
+        slots: remembered tensors by name.
+    """
+
+    direction: Direction
+    vae: str
+    batch_size: int
+    height: int
+    width: int
+    steps: int = 0
+    slots: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the remembered tensors in bytes."""
+        return sum(slot.nbytes for slot in self.slots.values())
+
+    def advance(self, steps: int, slots: dict[str, Tensor]) -> None:
+        """Take over the outcome of a finished step. Called last, so that a failed step changes nothing."""
+        self.steps += steps
+        self.slots = slots
+
+    def clone(self) -> "VAEState":
+        """An independent copy, to fork or rewind a stream."""
+        slots = {name: slot.clone() for name, slot in self.slots.items()}
+        return VAEState.restore(slots, self.meta())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The remembered tensors by name, to store beside `meta`."""
+        return dict(self.slots)
+
+    def meta(self) -> dict[str, Any]:
+        """Everything but the tensors, as json values."""
+        return {
+            "format": STATE_FORMAT,
+            "direction": self.direction,
+            "vae": self.vae,
+            "batch_size": self.batch_size,
+            "height": self.height,
+            "width": self.width,
+            "steps": self.steps,
+        }
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> "VAEState":
+        """The state that `tensors` and `meta` were taken from."""
+        if meta.get("format") != STATE_FORMAT:
+            raise ValueError(f"VAE state format must be {STATE_FORMAT}, got {meta.get('format')!r}")
+        values = {name: value for name, value in meta.items() if name != "format"}
+        return cls(**values, slots=dict(tensors))
+
+    def save(self, path: str | Path) -> None:
+        """Write the state to a safetensors file."""
+        tensors = {name: slot.contiguous() for name, slot in self.slots.items()}
+        save_file(tensors, str(path), metadata={_METADATA_KEY: json.dumps(self.meta())})
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "VAEState":
+        """Read a state that `save` wrote."""
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if _METADATA_KEY not in metadata:
+                raise ValueError(f"path must be a file written by VAEState.save, got {str(path)!r}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return cls.restore(tensors, json.loads(metadata[_METADATA_KEY]))
+
+
+class StreamingVAE(Protocol):
+    """A video VAE that works chunk by chunk; any chunking gives the same result as the whole clip.
+
+    Frames are [B, 3, F, H, W] in [-1, 1], latents [B, C, T, h, w] in the diffusion model's normalised space.
+    """
+
+    @property
+    def spec(self) -> VAESpec:
+        """Ratios and channels."""
+        ...
+
+    def init_state(self, direction: Direction, batch_size: int, height: int, width: int) -> VAEState:
+        """State of a stream that has not started; size in pixels, dtype and device of the module."""
+        ...
+
+    def encode_chunk(self, frames: Tensor, state: VAEState) -> Tensor:
+        """Latents that become complete with `frames` (any number, also 0); leftovers wait in `state`."""
+        ...
+
+    def decode_chunk(self, latents: Tensor, state: VAEState) -> Tensor:
+        """Frames of `latents` (any number, also 0): one for the stream's first latent frame, then r each."""
+        ...
+
+    def flush(self, state: VAEState) -> Tensor:
+        """What still waits in `state`: a last latent frame (encode) or frames (decode), else length 0."""
+        ...
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Latents of a whole clip."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames of a whole clip: F = 1 + r (T - 1)."""
+        ...
