@@ -25,7 +25,7 @@ def parse_settings(prog: str, kind: type[S], texts: list[str]) -> tuple[S, Path]
     output: Path = given.pop("output")
     config = given.pop("config")
     values = _read_config(config, kind) if config is not None else {}
-    values |= {name: value for name, value in given.items() if value is not None}
+    values |= given
     missing = [
         f"--{_option(field)}" for field in _fields(kind) if _required(field) and field.name not in values
     ]
@@ -46,6 +46,7 @@ def _parser(prog: str, kind: type[object]) -> argparse.ArgumentParser:
             f"--{_option(field)}",
             dest=field.name,
             type=_converter(hints[field.name]),
+            default=argparse.SUPPRESS,
             metavar=field.name.upper(),
             help="(required)" if _required(field) else f"({_default(field)})",
         )
