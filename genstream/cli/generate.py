@@ -67,8 +67,11 @@ def run(arguments: argparse.Namespace) -> int:
     check_path(arguments.output, overwrite=arguments.overwrite)
     image = None if arguments.image is None else read_image(arguments.image, plan.height, plan.width)
     from genstream.cli.generation import Generation
+    from genstream.cli.pipeline import load_pipeline
 
-    generation = Generation.load(folder, plan, image, device=arguments.device, dtype=arguments.dtype)
+    pipe = load_pipeline(folder, device=arguments.device, dtype=arguments.dtype)
+    generation = Generation(pipe=pipe, plan=plan, image=image)
+    generation.warn_of_unknown_words()
     load_s = time.perf_counter() - began_s
     writer = open_writer(
         arguments.output,

@@ -2,15 +2,13 @@
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from genstream.cli.figures import RunClock
+from genstream.cli.pipeline import to_uint8
 from genstream.cli.plan import GeneratePlan, Switch, check_frame_count
 from genstream.cli.progress import Progress, progress_for
 from genstream.io.writer import VideoWriter
@@ -27,28 +25,9 @@ class Generation:
     image: NDArray[np.uint8] | None
     clock: RunClock = field(default_factory=RunClock)
 
-    @classmethod
-    def load(
-        cls,
-        folder: Path,
-        plan: GeneratePlan,
-        image: NDArray[np.uint8] | None,
-        *,
-        device: str | None,
-        dtype: str | None,
-    ) -> Self:
-        """Load the model in `folder`; where `device` or `dtype` is None, the machine decides."""
-        target = _device(device)
-        default_dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
-        pipe = CausalVideoPipeline.from_pretrained(
-            folder, dtype=getattr(torch, dtype) if dtype else default_dtype
-        )
-        pipe.to(target)
-        if plan.num_frames is not None:
-            check_frame_count(plan.num_frames, pipe.vae.spec.temporal_ratio)
-        generation = cls(pipe=pipe, plan=plan, image=image)
-        generation._warn_of_unknown_words()
-        return generation
+    def __post_init__(self) -> None:
+        if self.plan.num_frames is not None:
+            check_frame_count(self.plan.num_frames, self.pipe.vae.spec.temporal_ratio)
 
     def run(self, writer: VideoWriter) -> None:
         """Generate into `writer`; Ctrl-C ends the video early and is noted on the clock."""
@@ -81,7 +60,8 @@ class Generation:
             progress.show(self.clock)
         _warn_of_unused(waiting)
 
-    def _warn_of_unknown_words(self) -> None:
+    def warn_of_unknown_words(self) -> None:
+        """Name on stderr what the model cannot know, and what it knows."""
         prompts = [self.plan.prompt, *(switch.prompt for switch in self.plan.switches)]
         unknown = dict.fromkeys(word for prompt in prompts for word in self.pipe.unknown_words(prompt))
         if unknown:
@@ -89,22 +69,6 @@ class Generation:
                 f"the model never saw {', '.join(map(repr, unknown))} and will ignore or misread it;"
                 f" it knows: {', '.join(self.pipe.known_words())}"
             )
-
-
-def to_uint8(frames: torch.Tensor) -> NDArray[np.uint8]:
-    """Frames [1, 3, F, H, W] in [-1, 1] as uint8 [F, H, W, 3] on the host."""
-    levels = ((frames[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return np.ascontiguousarray(levels.permute(1, 2, 3, 0).cpu().numpy())  # [3, F, H, W] -> [F, H, W, 3]
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    available += ["mps"] if torch.backends.mps.is_available() else []
-    if name not in available and not (name == "cuda" and torch.cuda.is_available()):
-        raise ValueError(f"device (--device) must be one of {', '.join(available)} here, got {name!r}")
-    return torch.device(name)
 
 
 def _warn_of_unused(waiting: list[Switch]) -> None:
