@@ -1,0 +1,51 @@
+"""Prompts to embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+
+@torch.no_grad()
+def encode_prompts(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, tokens: int
+) -> Tensor:
+    """Embeddings `[B, tokens, text_dim]`, zero behind each prompt's end, as Wan and Self Forcing feed them.
+
+    Args:
+        prompts: one for each element of the batch, none empty.
+        tokenizer: the encoder's tokenizer.
+        encoder: the text encoder.
+        tokens: length that the transformer was trained with.
+
+    Raises:
+        ValueError: a prompt is empty or longer than `tokens`.
+    """
+    check_prompts(prompts, tokenizer, tokens)
+    batch = tokenizer(list(prompts), padding="max_length", max_length=tokens, return_tensors="pt")
+    return embed_tokens(batch.input_ids.to(encoder.device), batch.attention_mask.to(encoder.device), encoder)
+
+
+def embed_tokens(input_ids: Tensor, attention_mask: Tensor, encoder: UMT5EncoderModel) -> Tensor:
+    """Token ids and mask `[B, tokens]` to embeddings, zero where the mask is 0."""
+    hidden: Tensor = encoder(input_ids, attention_mask=attention_mask).last_hidden_state
+    return hidden * attention_mask.unsqueeze(-1).to(hidden)
+
+
+def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
+    """Raise ValueError for a prompt that is empty or longer than the text encoder takes."""
+    for prompt in prompts:
+        if not prompt.strip():
+            raise ValueError("prompt must not be empty")
+        length = len(tokenizer(prompt).input_ids)
+        if length > tokens:
+            raise ValueError(f"prompt must have at most {tokens} tokens, got {length}: {prompt[:60]!r}")
+
+
+def unknown_words(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Words of the prompt that the tokenizer has no token for, in order and once each."""
+    words = dict.fromkeys(prompt.lower().replace(",", " ").replace(".", " ").split())
+    return [word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids]

@@ -1,0 +1,115 @@
+"""Live changes of a stream. They take effect at chunk boundaries, in the order of their sequence numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Control:
+    """Base of all controls."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptControl(Control):
+    """Continue with another prompt.
+
+    Attributes:
+        prompt: the new prompt, for every element of the batch.
+        recache: rebuild the kept keys and values with the new prompt, so that the past no longer speaks
+            for the old one.
+        keep_sinks: leave the sinks as the old prompt made them; otherwise the window's first frames
+            become the new sinks.
+        blend_chunks: chunks over which the prompt embedding moves from the old to the new; 1 switches
+            at once.
+    """
+
+    prompt: str
+    recache: bool = True
+    keep_sinks: bool = False
+    blend_chunks: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise ValueError("prompt must not be empty")
+        if self.blend_chunks < 1:
+            raise ValueError(f"blend_chunks must be at least 1, got {self.blend_chunks}")
+
+
+@dataclass(frozen=True)
+class PauseControl(Control):
+    """Generate nothing until resumed."""
+
+
+@dataclass(frozen=True)
+class ResumeControl(Control):
+    """Go on after a pause."""
+
+
+@dataclass(frozen=True)
+class StopControl(Control):
+    """End the stream."""
+
+
+@dataclass(frozen=True)
+class ResetControl(Control):
+    """Forget the past and start the request anew.
+
+    Attributes:
+        seed: seed of the new start, in [0, 2^63); None repeats the request's own noise.
+    """
+
+    seed: int | None = None
+
+
+_KINDS: dict[str, type[Control]] = {
+    kind.__name__: kind for kind in (PromptControl, PauseControl, ResumeControl, StopControl, ResetControl)
+}
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A control on its way.
+
+    Attributes:
+        sequence: number given by the stream, counted from 1.
+        control: what is to change.
+        not_before: it waits for the first chunk that starts at or after this frame.
+    """
+
+    sequence: int
+    control: Control
+    not_before: int = 0
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A control that took effect.
+
+    Attributes:
+        sequence: its number.
+        control: what changed.
+        frame: first frame that it could change, counted over the whole stream.
+    """
+
+    sequence: int
+    control: Control
+    frame: int
+
+
+def to_json(control: Control) -> dict[str, Any]:
+    """A control as plain values."""
+    return {"kind": type(control).__name__, **asdict(control)}
+
+
+def from_json(values: dict[str, Any]) -> Control:
+    """The control that `to_json` wrote.
+
+    Raises:
+        ValueError: the kind is unknown.
+    """
+    kind = values.get("kind")
+    if kind not in _KINDS:
+        raise ValueError(f"control kind must be one of {sorted(_KINDS)}, got {kind!r}")
+    return _KINDS[kind](**{name: value for name, value in values.items() if name != "kind"})

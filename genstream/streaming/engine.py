@@ -1,0 +1,315 @@
+"""Generates video chunk by chunk against a KV cache: the one generation loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from genstream.cache.kv_cache import TextCache
+from genstream.schedulers.schedule import Schedule
+from genstream.shapes import frames_of, latent_frames_covering
+from genstream.streaming.chunk import Chunk, Timings
+from genstream.streaming.controls import (
+    Applied,
+    Control,
+    PauseControl,
+    PromptControl,
+    ResetControl,
+    ResumeControl,
+    StopControl,
+)
+from genstream.streaming.noise import SeededNoise
+from genstream.streaming.request import StreamRequest
+from genstream.streaming.state import Blend, StreamState
+from genstream.transformer.causal_dit import CausalDiT
+from genstream.vae.protocol import StreamingVAE, VAEState
+
+Predict = Callable[[Tensor, float], Tensor]
+Draw = Callable[[int], Tensor]
+
+
+class NonFiniteLatentsError(ArithmeticError):
+    """The model produced NaN or infinite latents."""
+
+
+def _wait_a_little() -> None:
+    time.sleep(0.02)
+
+
+@dataclass(frozen=True)
+class CacheEngine:
+    """Holds weights and settings; what changes is in `StreamState`, so one engine serves many streams.
+
+    Attributes:
+        transformer: the student.
+        vae: decodes the latents.
+        encode_prompt: prompts to embeddings `[B, tokens, text_dim]`, for prompt controls.
+        idle: called between steps while a stream is paused.
+    """
+
+    transformer: CausalDiT
+    vae: StreamingVAE
+    encode_prompt: Callable[[list[str]], Tensor]
+    idle: Callable[[], None] = _wait_a_little
+
+    def stream(self, request: StreamRequest, controls: Iterable[Applied] = ()) -> Iterator[Chunk]:
+        """All chunks of a request; an endless request never ends."""
+        yield from self.run(self.start(request, controls))
+
+    def run(self, state: StreamState) -> Iterator[Chunk]:
+        """The chunks that are left; `state` always stands behind the last chunk given out."""
+        while not state.finished:
+            chunk = self.step(state)
+            if chunk.latents is not None:
+                yield chunk
+            elif state.paused:
+                self.idle()
+
+    @torch.no_grad()
+    def start(self, request: StreamRequest, controls: Iterable[Applied] = ()) -> StreamState:
+        """The state in front of the first chunk; `controls`, the log of another run, are replayed."""
+        device, dtype = self.transformer.device, self.transformer.dtype
+        height, width = self._latent_size(request)
+        layout = request.settings.layout(self._latent_frames(request))
+        embeds = request.prompt_embeds.to(device, dtype)
+        channels = self.transformer.out_channels
+        state = StreamState(
+            request=request,
+            noise=request.noise,
+            prompt_embeds=embeds,
+            text=self.text_cache(embeds, request),
+            kv=self.transformer.kv_cache(layout, request.batch_size, height, width),
+            vae=self._vae_state(request),
+            history=torch.zeros(request.batch_size, channels, 0, height, width, device=device, dtype=dtype),
+        )
+        for applied in controls:
+            state.submit(applied.control, not_before=applied.frame)
+        return state
+
+    @torch.no_grad()
+    def step(self, state: StreamState) -> Chunk:
+        """Generate one chunk and advance `state`; a step that raises leaves the stream as it was.
+
+        A stream that is paused or stopped by a control gives a chunk without latents and frames.
+
+        Raises:
+            NonFiniteLatentsError: the chunk's latents are not finite.
+            ValueError: the stream is finished.
+        """
+        if state.finished:
+            raise ValueError("state is finished: its stream has no further chunk")
+        draft = state.draft()
+        due = draft.due()
+        for submitted in due:
+            self._apply(submitted.control, draft)
+            applied = Applied(submitted.sequence, submitted.control, draft.frames_out)
+            draft.log = (*draft.log, applied)
+        controls = draft.log[len(state.log) :]
+        if draft.paused or draft.stopped:
+            state.adopt(draft, due)
+            return Chunk(
+                index=state.chunk_index,
+                first_frame=state.frames_out,
+                frames=None,
+                latents=None,
+                applied=controls,
+                timings=None,
+            )
+        self._advance_blend(draft)
+        begun = time.perf_counter()
+        latents = self.generate(draft)
+        generated = time.perf_counter()
+        self.commit(latents, draft)
+        committed = time.perf_counter()
+        frames = self._decode(latents, draft)
+        timings = Timings(
+            denoise_s=generated - begun, commit_s=committed - generated, decode_s=time.perf_counter() - committed
+        )
+        chunk = Chunk(
+            index=state.chunk_index,
+            first_frame=state.frames_out,
+            frames=frames,
+            latents=latents,
+            applied=controls,
+            timings=timings,
+        )
+        draft.frames_out += self._count_frames(latents.shape[2], draft)
+        draft.frame += latents.shape[2]
+        draft.chunk_index += 1
+        state.adopt(draft, due)
+        return chunk
+
+    def generate(self, state: StreamState) -> Tensor:
+        """Clean latents `[B, C, T, h, w]` of the next chunk: given ones, or denoised in a few steps."""
+        request = state.request
+        frames = request.settings.chunk_at(state.frame)
+        if state.frame < request.given_frames and request.initial_latents is not None:
+            given = request.initial_latents[:, :, state.frame : state.frame + frames]
+            return given.to(state.history)
+        shape = (*state.history.shape[:2], frames, *state.history.shape[3:])
+        noise = state.noise.initial(state.frame, shape).to(state.history)
+
+        def draw(step: int) -> Tensor:
+            return state.noise.fresh(state.frame, step, shape).to(state.history)
+
+        latents = denoise(lambda x, t: self.predict(x, t, state), noise, request.schedule, draw)
+        # One synchronisation per chunk, so that a broken chunk never enters the cache or the video.
+        if not bool(latents.isfinite().all()):
+            raise NonFiniteLatentsError(
+                f"latents of chunk {state.chunk_index} (latent frames {state.frame} to "
+                f"{state.frame + frames - 1}) are not finite; the model or its dtype ({latents.dtype}) is at fault"
+            )
+        return latents
+
+    def predict(self, x: Tensor, timestep: float, state: StreamState) -> Tensor:
+        """Velocity of a noisy chunk in the context of the stream's past."""
+        positions = range(state.frame, state.frame + x.shape[2])
+        return self._velocity(x, timestep, positions, state)
+
+    def commit(self, latents: Tensor, state: StreamState) -> None:
+        """The pass on the clean chunk that makes its keys and values permanent."""
+        self.predict(latents, state.request.settings.context_timestep, state)
+        kept = state.kv.layout.capacity_frames
+        state.history = torch.cat([state.history, latents], dim=2)[:, :, -kept:]
+
+    def recache(self, state: StreamState, *, keep_sinks: bool) -> None:
+        """Rebuild the kept keys and values with the current prompt, in one pass over the kept latents.
+
+        The pass is bidirectional over its frames (LongLive, arXiv 2509.22622). While nothing has been dropped
+        yet, all frames are rebuilt.
+        """
+        if state.frame == 0:
+            return
+        layout, kv = state.kv.layout, state.kv.clone()
+        if state.frame - kv.origin > layout.capacity_frames:
+            if keep_sinks:
+                start = state.frame - layout.ring_frames
+            else:
+                start = kv.origin = state.frame - layout.capacity_frames
+        else:
+            start = kv.origin
+        latents = state.history[:, :, -(state.frame - start) :]
+        state.kv = kv
+        timestep = state.request.settings.context_timestep
+        self._velocity(latents, timestep, range(start, state.frame), state)
+
+    @torch.no_grad()
+    def text_cache(self, prompt_embeds: Tensor, request: StreamRequest) -> TextCache:
+        """Cross-attention keys and values of a prompt and of the request's image."""
+        image = request.image_embeds
+        image = None if image is None else image.to(prompt_embeds)
+        return self.transformer.text_cache(prompt_embeds, image)
+
+    def _velocity(self, x: Tensor, timestep: float, positions: range, state: StreamState) -> Tensor:
+        timesteps = torch.full((x.shape[0],), timestep, dtype=torch.float64, device=x.device)
+        velocity: Tensor = self.transformer(
+            x,
+            timesteps,
+            frame_positions=positions,
+            kv_cache=state.kv,
+            text_cache=state.text,
+            return_dict=False,
+        )[0]
+        return velocity
+
+    def _apply(self, control: Control, state: StreamState) -> None:
+        match control:
+            case PromptControl():
+                target = self.encode_prompt([control.prompt] * state.request.batch_size)
+                state.blend = Blend(
+                    source=state.prompt_embeds,
+                    target=target.to(state.prompt_embeds),
+                    chunks=control.blend_chunks,
+                    done=0,
+                    recache=control.recache,
+                    keep_sinks=control.keep_sinks,
+                )
+            case PauseControl():
+                state.paused = True
+            case ResumeControl():
+                state.paused = False
+            case StopControl():
+                state.stopped = True
+            case ResetControl():
+                self._reset(control, state)
+            case _:
+                raise ValueError(f"control must be one of genstream's, got {control!r}")
+
+    def _reset(self, control: ResetControl, state: StreamState) -> None:
+        request = state.request
+        if control.seed is not None:
+            state.noise = SeededNoise(tuple(control.seed + i for i in range(request.batch_size)))
+        height, width = self._latent_size(request)
+        state.kv = self.transformer.kv_cache(state.kv.layout, request.batch_size, height, width)
+        state.vae = self._vae_state(request)
+        state.history = state.history[:, :, :0]
+        state.frame = 0
+
+    def _advance_blend(self, state: StreamState) -> None:
+        blend = state.blend
+        if blend is None:
+            return
+        blend = replace(blend, done=blend.done + 1)
+        state.prompt_embeds = blend.embeds
+        state.text = self.text_cache(state.prompt_embeds, state.request)
+        if blend.recache:
+            self.recache(state, keep_sinks=blend.keep_sinks)
+        state.blend = None if blend.done == blend.chunks else blend
+
+    def _decode(self, latents: Tensor, state: StreamState) -> Tensor | None:
+        if state.vae is None:
+            return None
+        frames = self.vae.decode_chunk(latents, state.vae)
+        return frames[:, :, : self._count_frames(latents.shape[2], state)]
+
+    def _count_frames(self, latent_frames: int, state: StreamState) -> int:
+        """Frames of the next latent frames that belong to the stream; the last chunk may be cut."""
+        ratio = self._temporal_ratio
+        frames = frames_of(latent_frames, ratio) if state.frame == 0 else ratio * latent_frames
+        total = state.request.num_frames
+        return frames if total is None else min(frames, total - state.frames_out)
+
+    @property
+    def _temporal_ratio(self) -> int:
+        return self.vae.spec.temporal_ratio
+
+    def chunk_count(self, request: StreamRequest) -> int | None:
+        """Chunks of a whole request; None for an endless one."""
+        chunks = self._chunks(request)
+        return None if chunks is None else len(chunks)
+
+    def _latent_frames(self, request: StreamRequest) -> int | None:
+        """Latent frames of a whole request, in whole chunks."""
+        chunks = self._chunks(request)
+        return None if chunks is None else sum(chunks)
+
+    def _chunks(self, request: StreamRequest) -> list[int] | None:
+        """Latent frames of every chunk of a request."""
+        if request.num_frames is None:
+            return None
+        needed = latent_frames_covering(request.num_frames, self._temporal_ratio)
+        chunks: list[int] = []
+        while (done := sum(chunks)) < needed:
+            chunks.append(request.settings.chunk_at(done))
+        return chunks
+
+    def _latent_size(self, request: StreamRequest) -> tuple[int, int]:
+        ratio = self.vae.spec.spatial_ratio
+        return request.height // ratio, request.width // ratio
+
+    def _vae_state(self, request: StreamRequest) -> VAEState | None:
+        if not request.decode:
+            return None
+        return self.vae.init_state("decode", request.batch_size, request.height, request.width)
+
+
+def denoise(predict: Predict, x: Tensor, schedule: Schedule, draw: Draw) -> Tensor:
+    """Clean sample from noise `x`: one model evaluation for each noise level of the schedule."""
+    for step, timestep in enumerate(schedule.timesteps):
+        x = schedule.advance(step, x, predict(x, timestep), partial(draw, step))
+    return x

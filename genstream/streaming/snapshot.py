@@ -1,0 +1,162 @@
+"""Streams in files: save, restore, and go on exactly where they were."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from genstream.cache.layout import PositionPolicy
+from genstream.schedulers import schedule as schedules
+from genstream.streaming.controls import Applied, Submitted, from_json, to_json
+from genstream.streaming.engine import CacheEngine
+from genstream.streaming.noise import restore_noise
+from genstream.streaming.request import StreamRequest, StreamSettings
+from genstream.streaming.state import Blend, StreamState
+from genstream.vae.protocol import VAEState
+
+FORMAT = 1
+_KEY = "genstream_stream"
+_COUNTERS = ("frame", "chunk_index", "frames_out", "paused", "stopped", "sequence")
+
+
+def model_fingerprint(*modules: nn.Module) -> str:
+    """Tells models apart by the names, shapes, dtypes and first values of their parameters."""
+    digest = sha256()
+    for module in modules:
+        for name, parameter in module.state_dict().items():
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(repr(parameter.flatten()[:8].float().tolist()).encode())
+    return digest.hexdigest()
+
+
+def save_state(state: StreamState, path: str | Path, fingerprint: str) -> None:
+    """Write a stream to a safetensors file; the file appears whole or not at all."""
+    request = state.request
+    sources = {
+        "prompt_embeds": state.prompt_embeds,
+        "history": state.history,
+        "request.prompt_embeds": request.prompt_embeds,
+        "request.initial_latents": request.initial_latents,
+        "request.image_embeds": request.image_embeds,
+        **{f"kv.{name}": tensor for name, tensor in state.kv.tensors().items()},
+        **{f"noise.{name}": tensor for name, tensor in state.noise.tensors().items()},
+        **{f"request.noise.{name}": tensor for name, tensor in request.noise.tensors().items()},
+        **({} if state.vae is None else {f"vae.{name}": x for name, x in state.vae.tensors().items()}),
+        **({} if state.blend is None else {"blend.source": state.blend.source, "blend.target": state.blend.target}),
+    }
+    # A copy of its own for each name: safetensors refuses tensors that share memory.
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in sources.items() if tensor is not None}
+    partial = Path(f"{path}.partial")
+    save_file(tensors, partial, metadata={_KEY: json.dumps(_meta(state, fingerprint))})
+    os.replace(partial, path)
+
+
+def load_state(path: str | Path, engine: CacheEngine) -> StreamState:
+    """The stream that `save_state` wrote.
+
+    Raises:
+        ValueError: the file is no snapshot, is damaged, or is of another version or model.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            if text is None:
+                raise ValueError(f"path must be a stream snapshot, got {str(path)!r}")
+            meta = json.loads(text)
+            _check(meta, path, model_fingerprint(engine.transformer, engine.vae))  # type: ignore[arg-type]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"path must be a whole stream snapshot, got {str(path)!r}: {error}") from error
+    return _restore(meta, tensors, engine)
+
+
+def _check(meta: dict[str, Any], path: str | Path, fingerprint: str) -> None:
+    if meta["format"] != FORMAT:
+        raise ValueError(f"snapshot {str(path)!r} must have format {FORMAT}, got {meta['format']}")
+    if meta["model"] != fingerprint:
+        raise ValueError(
+            f"snapshot {str(path)!r} belongs to another model or dtype: "
+            f"{meta['model'][:12]} in the file, {fingerprint[:12]} loaded"
+        )
+
+
+def _meta(state: StreamState, fingerprint: str) -> dict[str, Any]:
+    request = state.request
+    return {
+        "format": FORMAT,
+        "model": fingerprint,
+        "request": {
+            "prompt": list(request.prompt),
+            "height": request.height,
+            "width": request.width,
+            "num_frames": request.num_frames,
+            "decode": request.decode,
+            "settings": asdict(request.settings),
+            "schedule": {"kind": type(request.schedule).__name__, "timesteps": list(request.schedule.timesteps)},
+            "noise": request.noise.meta(),
+        },
+        "counters": {name: getattr(state, name) for name in _COUNTERS},
+        "noise": state.noise.meta(),
+        "origin": state.kv.origin,
+        "vae": None if state.vae is None else state.vae.meta(),
+        "blend": None if state.blend is None else _blend_meta(state.blend),
+        "log": [{**asdict(item), "control": to_json(item.control)} for item in state.log],
+        "pending": [{**asdict(item), "control": to_json(item.control)} for item in state.pending],
+    }
+
+
+def _blend_meta(blend: Blend) -> dict[str, Any]:
+    return {name: getattr(blend, name) for name in ("chunks", "done", "recache", "keep_sinks")}
+
+
+def _restore(meta: dict[str, Any], tensors: dict[str, Tensor], engine: CacheEngine) -> StreamState:
+    state = engine.start(_restore_request(meta["request"], _under("request", tensors)))
+    for name, value in meta["counters"].items():
+        setattr(state, name, value)
+    state.noise = restore_noise(meta["noise"], _under("noise", tensors))
+    state.prompt_embeds = tensors["prompt_embeds"].to(state.prompt_embeds)
+    state.text = engine.text_cache(state.prompt_embeds, state.request)
+    state.history = tensors["history"].to(state.history)
+    state.kv.load(_under("kv", tensors), meta["origin"])
+    if meta["vae"] is not None:
+        slots = {name: slot.to(state.history.device) for name, slot in _under("vae", tensors).items()}
+        state.vae = VAEState.restore(slots, meta["vae"])
+    if meta["blend"] is not None:
+        ends = {name: x.to(state.prompt_embeds) for name, x in _under("blend", tensors).items()}
+        state.blend = Blend(**ends, **meta["blend"])
+    state.log = tuple(Applied(**{**item, "control": from_json(item["control"])}) for item in meta["log"])
+    state.pending = deque(Submitted(**{**item, "control": from_json(item["control"])}) for item in meta["pending"])
+    return state
+
+
+def _restore_request(meta: dict[str, Any], tensors: dict[str, Tensor]) -> StreamRequest:
+    settings = {**meta["settings"], "positions": PositionPolicy(meta["settings"]["positions"])}
+    schedule = getattr(schedules, meta["schedule"]["kind"])(tuple(meta["schedule"]["timesteps"]))
+    return StreamRequest(
+        prompt=tuple(meta["prompt"]),
+        prompt_embeds=tensors["prompt_embeds"],
+        height=meta["height"],
+        width=meta["width"],
+        num_frames=meta["num_frames"],
+        noise=restore_noise(meta["noise"], _under("noise", tensors)),
+        schedule=schedule,
+        settings=StreamSettings(**settings),
+        initial_latents=tensors.get("initial_latents"),
+        image_embeds=tensors.get("image_embeds"),
+        decode=meta["decode"],
+    )
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names start with `prefix.`, without it."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}

@@ -1,0 +1,118 @@
+"""All that changes while a stream runs."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from dataclasses import dataclass, field, fields
+
+from torch import Tensor
+
+from genstream.cache.kv_cache import KVCache, TextCache
+from genstream.streaming.controls import Applied, Control, Submitted
+from genstream.streaming.noise import NoiseSource
+from genstream.streaming.request import StreamRequest
+from genstream.vae.protocol import VAEState
+
+
+@dataclass(frozen=True, eq=False)
+class Blend:
+    """A prompt on its way from one embedding to another."""
+
+    source: Tensor
+    target: Tensor
+    chunks: int
+    done: int
+    recache: bool
+    keep_sinks: bool
+
+    @property
+    def embeds(self) -> Tensor:
+        """The embedding after `done` of `chunks` chunks."""
+        share = self.done / self.chunks
+        return self.target if self.done == self.chunks else self.source.lerp(self.target, share)
+
+
+@dataclass(eq=False)
+class StreamState:
+    """A running stream: pass it to `step`, clone it to fork, save it to go on later.
+
+    Device hooks must not move it: it is no container and has no method named `to`.
+
+    Attributes:
+        request: what was asked for.
+        noise: source of the noise, which a reset may have replaced.
+        prompt_embeds: current prompt `[B, tokens, text_dim]`.
+        text: its cross-attention keys and values.
+        kv: keys and values of the past.
+        vae: decoder state; None when the stream is not decoded.
+        history: the latent frames whose keys and values `kv` can hold, for re-caching.
+        frame: latent frames finished since the start or the last reset.
+        chunk_index: chunks finished.
+        frames_out: frames given out.
+        paused: nothing is generated until resumed.
+        stopped: ended by a control.
+        blend: prompt blend in progress.
+        log: the controls that took effect; with the request they replay the stream.
+        pending: the controls that wait.
+        sequence: number of the last submitted control.
+    """
+
+    request: StreamRequest
+    noise: NoiseSource
+    prompt_embeds: Tensor
+    text: TextCache
+    kv: KVCache
+    vae: VAEState | None
+    history: Tensor
+    frame: int = 0
+    chunk_index: int = 0
+    frames_out: int = 0
+    paused: bool = False
+    stopped: bool = False
+    blend: Blend | None = None
+    log: tuple[Applied, ...] = ()
+    pending: deque[Submitted] = field(default_factory=deque)
+    sequence: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stream has given all its frames or was stopped."""
+        total = self.request.num_frames
+        return self.stopped or (total is not None and self.frames_out >= total)
+
+    def submit(self, control: Control, *, not_before: int = 0) -> int:
+        """Ask for a change at the first chunk that starts at or after frame `not_before`.
+
+        May be called from another thread while a step runs.
+
+        Returns:
+            The control's sequence number, reported back by the chunk that it changes.
+        """
+        self.sequence += 1
+        self.pending.append(Submitted(self.sequence, control, not_before))
+        return self.sequence
+
+    def due(self) -> list[Submitted]:
+        """The waiting controls that take effect now, in order."""
+        return [waiting for waiting in self.pending if waiting.not_before <= self.frames_out]
+
+    def draft(self) -> StreamState:
+        """A shallow copy for a step to work on, so that a step that fails leaves this state as it was."""
+        return copy.copy(self)
+
+    def adopt(self, draft: StreamState, applied: list[Submitted]) -> None:
+        """Take over a finished step. Controls that arrived meanwhile keep waiting."""
+        for name in (item.name for item in fields(self)):
+            if name not in ("pending", "sequence"):
+                setattr(self, name, getattr(draft, name))
+        for control in applied:
+            self.pending.remove(control)
+
+    def clone(self) -> StreamState:
+        """An independent stream that goes on from here (fork)."""
+        fork = copy.copy(self)
+        fork.kv = self.kv.clone()
+        fork.vae = None if self.vae is None else self.vae.clone()
+        fork.pending = deque(self.pending)
+        return fork

@@ -1,0 +1,449 @@
+"""Prompt to video with a causal few-step student: the public Python API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from genstream.cache.layout import PositionPolicy
+from genstream.conditioning.text import encode_prompts, unknown_words
+from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
+from genstream.shapes import check_divides, frames_for_seconds, latent_frames_of
+from genstream.streaming.chunk import Chunk
+from genstream.streaming.controls import Applied
+from genstream.streaming.engine import CacheEngine
+from genstream.streaming.noise import NoiseSource, SeededNoise
+from genstream.streaming.request import StreamRequest, StreamSettings
+from genstream.streaming.snapshot import load_state, model_fingerprint, save_state
+from genstream.streaming.state import StreamState
+from genstream.transformer.causal_dit import CausalDiT
+from genstream.vae.tiny import TinyVideoVAE
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+DEFAULT_SECONDS = 4.0
+
+
+@dataclass
+class CausalVideoOutput(BaseOutput):  # type: ignore[misc]
+    """Frames of a video.
+
+    Attributes:
+        frames: by `output_type`: "pil" a list of PIL images for each prompt; "np" `[B, F, H, W, 3]` in
+            [0, 1]; "pt" `[B, F, 3, H, W]` in [0, 1]; "latent" `[B, C, T, h, w]`.
+    """
+
+    frames: list[list[Image.Image]] | np.ndarray | Tensor
+
+
+class CausalVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Streams video from a causal few-step transformer, one chunk of latent frames at a time.
+
+    Args:
+        tokenizer: of the text encoder.
+        text_encoder: UMT5 encoder; None when callers give prompt embeddings.
+        transformer: the student.
+        vae: a VAE that streams.
+        scheduler: the student's denoising steps.
+        chunk_frames: latent frames generated together.
+        sink_frames: first latent frames, kept for ever.
+        window_frames: latent frames kept besides the sinks and the current chunk; None keeps all.
+        positions: "absolute" or "window", temporal positions of the sinks.
+        context_timestep: timestep of the pass that commits a finished chunk, in [0, 1000].
+        independent_first_frame: the first chunk is a single latent frame.
+        text_tokens: prompt length the transformer was trained with.
+        default_height: pixels, when a call names none.
+        default_width: pixels, when a call names none.
+        default_fps: frames per second, when a call names none.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    # Transformer and VAE take turns in every chunk: moving them each time would cost more than it saves.
+    _exclude_from_cpu_offload = ("vae",)
+    _optional_components = ("tokenizer", "text_encoder")
+    _callback_tensor_inputs = ("latents",)
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        text_encoder: UMT5EncoderModel | None,
+        transformer: CausalDiT,
+        vae: TinyVideoVAE,
+        scheduler: FewStepScheduler | FlowEulerScheduler,
+        chunk_frames: int = 3,
+        sink_frames: int = 0,
+        window_frames: int | None = None,
+        positions: str = "absolute",
+        context_timestep: float = 0.0,
+        independent_first_frame: bool = False,
+        text_tokens: int = 512,
+        default_height: int = 480,
+        default_width: int = 832,
+        default_fps: int = 16,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            transformer=transformer,
+            vae=vae,
+            scheduler=scheduler,
+        )
+        self.register_to_config(
+            chunk_frames=chunk_frames,
+            sink_frames=sink_frames,
+            window_frames=window_frames,
+            positions=positions,
+            context_timestep=context_timestep,
+            independent_first_frame=independent_first_frame,
+            text_tokens=text_tokens,
+            default_height=default_height,
+            default_width=default_width,
+            default_fps=default_fps,
+        )
+
+    @property
+    def settings(self) -> StreamSettings:
+        """How the model is run, from the configuration."""
+        return StreamSettings(
+            chunk_frames=self.config.chunk_frames,
+            sink_frames=self.config.sink_frames,
+            window_frames=self.config.window_frames,
+            positions=PositionPolicy(self.config.positions),
+            context_timestep=self.config.context_timestep,
+            independent_first_frame=self.config.independent_first_frame,
+        )
+
+    @property
+    def engine(self) -> CacheEngine:
+        """The streaming core over this pipeline's components."""
+        return CacheEngine(self.transformer, self.vae, self.encode_prompt)
+
+    def encode_prompt(self, prompt: str | list[str]) -> Tensor:
+        """Prompt embeddings `[B, text_tokens, text_dim]`.
+
+        Raises:
+            ValueError: a prompt is empty or longer than `text_tokens`, or there is no text encoder.
+        """
+        if self.tokenizer is None or self.text_encoder is None:
+            raise ValueError("prompt needs a text encoder, which this pipeline was loaded without; give prompt_embeds")
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        return encode_prompts(prompts, self.tokenizer, self.text_encoder, self.config.text_tokens)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of the prompt that the model never saw."""
+        return [] if self.tokenizer is None else unknown_words(prompt, self.tokenizer)
+
+    def known_words(self) -> list[str]:
+        """All words the model was trained with; empty for a model with a sub-word vocabulary."""
+        if self.tokenizer is None or self.tokenizer.unk_token_id is None:
+            return []
+        special = set(self.tokenizer.all_special_tokens)
+        return sorted(word for word in self.tokenizer.get_vocab() if word not in special)
+
+    def request(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        seconds: float | None = None,
+        fps: float | None = None,
+        seed: int | list[int] = 0,
+        image: Image.Image | Tensor | None = None,
+        noise: NoiseSource | None = None,
+        prompt_embeds: Tensor | None = None,
+        initial_latents: Tensor | None = None,
+        num_inference_steps: int | None = None,
+        settings: StreamSettings | None = None,
+        decode: bool = True,
+    ) -> StreamRequest:
+        """Check and complete what a caller asks for.
+
+        Args:
+            prompt: one, or one for each element of the batch.
+            height: pixels, a multiple of the VAE's ratio times the patch; the model's own when None.
+            width: pixels, likewise.
+            num_frames: 1 + r k frames; endless when neither this nor `seconds` is given.
+            seconds: length, instead of `num_frames`: exactly round(seconds x fps) frames.
+            fps: frames per second that `seconds` counts in; the model's own when None.
+            seed: one, or one for each prompt; the prompts of a batch otherwise count up from it.
+            image: first frame, of exactly the asked size; PIL, or `[B, 3, H, W]` in [-1, 1].
+            noise: instead of `seed`.
+            prompt_embeds: `[B, text_tokens, text_dim]`, instead of `prompt`.
+            initial_latents: clean latent frames to go on from, whole chunks; instead of `image`.
+            num_inference_steps: denoising steps, where the scheduler leaves a choice.
+            settings: instead of the model's own.
+            decode: give frames, not only latents.
+
+        Raises:
+            ValueError: an argument is out of range, or two exclude each other.
+        """
+        height = self.config.default_height if height is None else height
+        width = self.config.default_width if width is None else width
+        self._check_size(height, width)
+        if num_frames is not None and seconds is not None:
+            raise ValueError(f"num_frames and seconds exclude each other, got {num_frames} and {seconds}")
+        if num_frames is not None:
+            latent_frames_of(num_frames, self.vae.spec.temporal_ratio)
+        if seconds is not None:
+            num_frames = frames_for_seconds(seconds, self.config.default_fps if fps is None else fps)
+        prompts, embeds = self._prompts(prompt, prompt_embeds)
+        settings = settings or self.settings
+        if image is not None:
+            if initial_latents is not None:
+                raise ValueError("image and initial_latents exclude each other, got both")
+            initial_latents = self.encode_image(image, height, width, batch_size=len(embeds))
+            settings = _start_from_image(settings)
+        return StreamRequest(
+            prompt=tuple(prompts),
+            prompt_embeds=embeds,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            noise=noise or SeededNoise(_seeds(seed, len(embeds))),
+            schedule=self.scheduler.schedule(num_inference_steps),
+            settings=settings,
+            initial_latents=initial_latents,
+            decode=decode,
+        )
+
+    def start(self, request: StreamRequest, controls: Iterable[Applied] = ()) -> StreamState:
+        """State in front of the first chunk; `controls`, the log of another run, are replayed."""
+        return self.engine.start(request, controls)
+
+    def step(self, state: StreamState) -> Chunk:
+        """Generate the next chunk of a running stream."""
+        return self.engine.step(state)
+
+    def stream(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        seconds: float | None = None,
+        fps: float | None = None,
+        seed: int | list[int] = 0,
+        image: Image.Image | Tensor | None = None,
+    ) -> Iterator[Chunk]:
+        """Chunks of frames as they are generated; arguments as for `request`, endless without a length.
+
+        To send controls while it runs, use `state = pipe.start(pipe.request(...))` and `pipe.run(state)`.
+        """
+        return self.run(
+            self.start(
+                self.request(
+                    prompt,
+                    height=height,
+                    width=width,
+                    num_frames=num_frames,
+                    seconds=seconds,
+                    fps=fps,
+                    seed=seed,
+                    image=image,
+                )
+            )
+        )
+
+    def run(self, state: StreamState) -> Iterator[Chunk]:
+        """The chunks that are left of a running stream."""
+        return self.engine.run(state)
+
+    def save_state(self, state: StreamState, path: str | Path) -> None:
+        """Write a running stream to a file, to go on later with `load_state`."""
+        save_state(state, path, model_fingerprint(self.transformer, self.vae))
+
+    def load_state(self, path: str | Path) -> StreamState:
+        """A stream that `save_state` wrote.
+
+        Raises:
+            ValueError: the file is no snapshot, or one of another version or model.
+        """
+        return load_state(path, self.engine)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        seconds: float | None = None,
+        fps: float | None = None,
+        num_inference_steps: int | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        seed: int | list[int] = 0,
+        image: Image.Image | Tensor | None = None,
+        noise: NoiseSource | None = None,
+        prompt_embeds: Tensor | None = None,
+        initial_latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, float, dict[str, Any]], dict[str, Any]]
+        | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> CausalVideoOutput | tuple[Any]:
+        """A whole clip at once, built on the same steps as a stream.
+
+        Args:
+            prompt: one, or a list for a batch.
+            height: pixels; the model's own when None.
+            width: pixels; the model's own when None.
+            num_frames: 1 + r k; 1 gives an image. Four seconds when no length is given.
+            seconds: length, instead of `num_frames`.
+            fps: frames per second that `seconds` counts in.
+            num_inference_steps: denoising steps, where the scheduler leaves a choice.
+            num_videos_per_prompt: videos for each prompt.
+            generator: draws the seeds, one for each video; instead of `seed`.
+            seed: one, or one for each video.
+            image: first frame.
+            noise: source of all noise, instead of `seed`.
+            prompt_embeds: instead of `prompt`.
+            initial_latents: clean latent frames to go on from; part of the result.
+            output_type: "pil", "np", "pt" or "latent".
+            return_dict: return `CausalVideoOutput` instead of a tuple.
+            callback_on_step_end: called as `f(pipe, chunk_index, 0.0, tensors)` after every chunk; setting
+                `pipe._interrupt = True` in it ends the clip there.
+            callback_on_step_end_tensor_inputs: only ["latents"], the chunk's latents.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {list(OUTPUT_TYPES)}, got {output_type!r}")
+        wanted = callback_on_step_end_tensor_inputs or ["latents"]
+        if wanted != ["latents"]:
+            raise ValueError(f"callback_on_step_end_tensor_inputs must be ['latents'], got {wanted}")
+        if num_frames is None and seconds is None:
+            seconds = DEFAULT_SECONDS
+        prompts, embeds = self._prompts(prompt, prompt_embeds, num_videos_per_prompt)
+        request = self.request(
+            prompts,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            seconds=seconds,
+            fps=fps,
+            seed=seed if generator is None else _draw_seeds(generator, len(embeds)),
+            image=image,
+            noise=noise,
+            prompt_embeds=embeds,
+            initial_latents=initial_latents,
+            num_inference_steps=num_inference_steps,
+            decode=output_type != "latent",
+        )
+        chunks: list[Tensor] = []
+        self._interrupt = False
+        with self.progress_bar(total=self.engine.chunk_count(request)) as bar:
+            for chunk in self.run(self.start(request)):
+                chunks.append(_to_host(chunk, output_type))
+                bar.update()
+                if callback_on_step_end is not None:
+                    callback_on_step_end(self, chunk.index, 0.0, {"latents": chunk.latents})
+                if self._interrupt:
+                    break
+        self.maybe_free_model_hooks()
+        frames = _convert(torch.cat(chunks, dim=2), output_type)
+        return CausalVideoOutput(frames=frames) if return_dict else (frames,)
+
+    def encode_image(self, image: Image.Image | Tensor, height: int, width: int, batch_size: int) -> Tensor:
+        """An image as the first latent frame `[B, C, 1, h, w]`.
+
+        Raises:
+            ValueError: the image has another size than the video.
+        """
+        pixels = image if isinstance(image, Tensor) else _pixels(image)
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2:] != (height, width):
+            raise ValueError(
+                f"image must be [B, 3, {height}, {width}], the size of the video, got {list(pixels.shape)}; "
+                "resize it first"
+            )
+        frames = pixels.unsqueeze(2).to(self.vae.device, self.vae.dtype)  # [B, 3, 1, H, W]
+        return self.vae.encode(frames).expand(batch_size, -1, -1, -1, -1)
+
+    def _check_size(self, height: int, width: int) -> None:
+        _, patch_height, patch_width = self.transformer.config.patch_size
+        check_divides("height", height, self.vae.spec.spatial_ratio * patch_height)
+        check_divides("width", width, self.vae.spec.spatial_ratio * patch_width)
+
+    def _prompts(
+        self, prompt: str | list[str] | None, prompt_embeds: Tensor | None, repeats: int = 1
+    ) -> tuple[list[str], Tensor]:
+        """Prompts and their embeddings, each `repeats` times."""
+        if repeats < 1:
+            raise ValueError(f"num_videos_per_prompt must be at least 1, got {repeats}")
+        if prompt is None and prompt_embeds is None:
+            raise ValueError("prompt or prompt_embeds must be given")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        if prompt_embeds is None:
+            if not prompts:
+                raise ValueError("prompt must name at least one prompt, got an empty list")
+            prompt_embeds = self.encode_prompt(prompts)
+        elif prompts and len(prompts) != len(prompt_embeds):
+            raise ValueError(
+                f"prompt_embeds must have one row for each of {len(prompts)} prompts, got {len(prompt_embeds)}"
+            )
+        expected = (self.config.text_tokens, self.transformer.config.text_dim)
+        if prompt_embeds.ndim != 3 or tuple(prompt_embeds.shape[1:]) != expected:
+            raise ValueError(
+                f"prompt_embeds must be [B, {expected[0]}, {expected[1]}], got {list(prompt_embeds.shape)}"
+            )
+        repeated = [text for text in prompts for _ in range(repeats)]
+        return repeated, prompt_embeds.repeat_interleave(repeats, dim=0)
+
+
+def _start_from_image(settings: StreamSettings) -> StreamSettings:
+    return replace(settings, independent_first_frame=True)
+
+
+def _seeds(seed: int | list[int], count: int) -> tuple[int, ...]:
+    if isinstance(seed, int):
+        return tuple(seed + i for i in range(count))
+    if len(seed) != count:
+        raise ValueError(f"seed must be one number or one for each of {count} videos, got {len(seed)}")
+    return tuple(seed)
+
+
+def _draw_seeds(generator: torch.Generator | list[torch.Generator], count: int) -> list[int]:
+    """One seed from each generator, or all from one, as diffusers' pipelines use them."""
+    if isinstance(generator, list) and len(generator) != count:
+        raise ValueError(f"generator must be one or one for each of {count} videos, got {len(generator)}")
+    sources = generator if isinstance(generator, list) else [generator] * count
+    return [int(torch.randint(2**63 - 1, (1,), generator=g, device=g.device)) for g in sources]
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """A PIL image as `[1, 3, H, W]` in [-1, 1]."""
+    values = torch.from_numpy(np.array(image.convert("RGB"))).float() / 127.5 - 1
+    return values.permute(2, 0, 1).unsqueeze(0)
+
+
+def _to_host(chunk: Chunk, output_type: str) -> Tensor:
+    """What is kept of a chunk: tensors stay on the device, pictures leave it at once."""
+    kept = chunk.latents if output_type == "latent" else chunk.frames
+    if kept is None:
+        raise RuntimeError(f"chunk {chunk.index} holds no {output_type}")
+    return kept if output_type in ("pt", "latent") else kept.float().cpu()
+
+
+def _convert(frames: Tensor, output_type: str) -> list[list[Image.Image]] | np.ndarray | Tensor:
+    """`[B, 3, F, H, W]` in [-1, 1] to what the caller wants."""
+    if output_type == "latent":
+        return frames
+    scaled = (frames / 2 + 0.5).clamp(0, 1).transpose(1, 2)  # [B, F, 3, H, W]
+    if output_type == "pt":
+        return scaled
+    array: np.ndarray = scaled.permute(0, 1, 3, 4, 2).numpy()
+    if output_type == "np":
+        return array
+    return [[Image.fromarray(frame) for frame in (video * 255).round().astype("uint8")] for video in array]
