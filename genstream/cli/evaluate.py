@@ -31,8 +31,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Generate a clip per prompt, judge it, print the table."""
     folder = find_model(arguments.model)
     card = read_card(folder)
-    if card is None:
-        raise ValueError(f"model {arguments.model!r} has no model_card.json to say its size and frame rate")
+    if card.height is None or card.width is None or card.fps is None:
+        raise ValueError(
+            f"model {arguments.model!r} does not say its size and frame rate in model_index.json"
+        )
     if arguments.output is not None and not arguments.output.parent.is_dir():
         raise ValueError(f"output: the folder {str(arguments.output.parent)!r} does not exist")
     from genstream.cli.pipeline import load_pipeline

@@ -24,8 +24,8 @@ class RunClock:
     _began_s: float = 0.0
 
     def start(self) -> None:
-        """Generation begins."""
-        self._began_s = self.now()
+        """Generation begins, or goes on after a break that does not count."""
+        self._began_s = self.now() - self.elapsed_s
 
     def chunk_done(self, frames: int) -> None:
         """Note that another `frames` frames are out."""

@@ -71,17 +71,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     pipe = load_pipeline(folder, device=arguments.device, dtype=arguments.dtype)
     generation = Generation(pipe=pipe, plan=plan, image=image)
-    generation.warn_of_unknown_words()
     load_s = time.perf_counter() - began_s
-    writer = open_writer(
-        arguments.output,
-        fps=plan.fps,
-        width=plan.width,
-        height=plan.height,
-        metadata=VideoMetadata(prompt=plan.described_prompt, seed=plan.seed, model=arguments.model),
-        overwrite=arguments.overwrite,
+    generation.run(
+        lambda: open_writer(
+            arguments.output,
+            fps=plan.fps,
+            width=plan.width,
+            height=plan.height,
+            metadata=VideoMetadata(prompt=plan.described_prompt, seed=plan.seed, model=arguments.model),
+            overwrite=arguments.overwrite,
+        )
     )
-    generation.run(writer)
     figures = RunFigures.of(
         plan, generation.clock, output=arguments.output, model=arguments.model, load_s=load_s
     )

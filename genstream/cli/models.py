@@ -51,12 +51,12 @@ def describe(folder: Path) -> str:
     counts = parameter_counts(folder)
     parts = ", ".join(f"{name} {count / _MEGA:.2f} M" for name, count in counts.items())
     lines = [
-        f"{card.name}: {card.description}" if card else f"{folder.name}: no model_card.json",
+        f"{card.name}: {card.description}" if card.description else card.name,
         f"  folder      {folder}",
         f"  on disk     {size_bytes(folder) / _MEGA:.1f} MB",
         f"  parameters  {sum(counts.values()) / _MEGA:.2f} M ({parts})",
     ]
-    if card:
+    if None not in (card.width, card.height, card.fps):
         lines.append(f"  native      {card.width}x{card.height} at {card.fps} fps")
-        lines += [f"  knows       {group}: {', '.join(words)}" for group, words in card.vocabulary.items()]
+    lines += [f"  knows       {group}: {', '.join(words)}" for group, words in card.vocabulary.items()]
     return "\n".join(lines)

@@ -7,15 +7,24 @@ import torch
 from numpy.typing import NDArray
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.streaming.chunk import Chunk
 
 
 def load_pipeline(folder: Path, *, device: str | None, dtype: str | None) -> CausalVideoPipeline:
     """The pipeline in `folder`; where `device` or `dtype` is None, the machine decides."""
     target = _device(device)
     default_dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
-    pipe = CausalVideoPipeline.from_pretrained(folder, dtype=getattr(torch, dtype) if dtype else default_dtype)
+    pipe: CausalVideoPipeline = CausalVideoPipeline.from_pretrained(
+        folder, dtype=getattr(torch, dtype) if dtype else default_dtype
+    )
     pipe.to(target)
     return pipe
+
+
+def frames_of_chunk(chunk: Chunk) -> NDArray[np.uint8]:
+    """Frames of a decoded chunk of one stream, uint8 [F, H, W, 3]."""
+    assert chunk.frames is not None
+    return to_uint8(chunk.frames)
 
 
 def to_uint8(frames: torch.Tensor) -> NDArray[np.uint8]:

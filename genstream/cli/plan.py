@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from genstream.io.model_folder import ModelCard
+from genstream.shapes import frames_for_seconds
 
 DEFAULT_SECONDS = 4.0
 _SWITCH = re.compile(r"(?P<seconds>\d+(?:\.\d+)?)s:\s*(?P<prompt>\S.*)")
@@ -36,12 +37,10 @@ class GeneratePlan:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise ValueError(f"prompt must not be empty, got {self.prompt!r}")
-        if not math.isfinite(self.fps) or self.fps <= 0:
-            raise ValueError(f"fps must be above 0, got {self.fps}")
-        if self.seconds is not None and not (math.isfinite(self.seconds) and self.seconds > 0):
-            raise ValueError(f"seconds must be above 0, got {self.seconds}")
+        if not 0 < self.fps < math.inf:
+            raise ValueError(f"fps must be a positive number, got {self.fps}")
         if self.total_frames < 1:
-            raise ValueError(f"{self._length} at {self.fps} fps gives no frame; allowed: at least 1 frame")
+            raise ValueError(f"num_frames must be at least 1, got {self.num_frames}")
         for switch in self.switches:
             if switch.seconds * self.fps >= self.total_frames:
                 raise ValueError(
@@ -51,10 +50,10 @@ class GeneratePlan:
     @property
     def total_frames(self) -> int:
         """Frames in the file."""
-        if self.num_frames is not None:
-            return self.num_frames
-        assert self.seconds is not None
-        return round(self.seconds * self.fps)
+        if self.seconds is not None:
+            return frames_for_seconds(self.seconds, self.fps)
+        assert self.num_frames is not None
+        return self.num_frames
 
     @property
     def described_prompt(self) -> str:
@@ -77,13 +76,14 @@ def check_single_image(output: str, plan: GeneratePlan) -> None:
         )
 
 
-def make_plan(arguments: argparse.Namespace, card: ModelCard | None) -> GeneratePlan:
+def make_plan(arguments: argparse.Namespace, card: ModelCard) -> GeneratePlan:
     """The plan of the parsed command line; the model's card fills in its native size and frame rate."""
-    if card is None and (arguments.size is None or arguments.fps is None):
+    width, height = (card.width, card.height) if arguments.size is None else arguments.size
+    fps = card.fps if arguments.fps is None else arguments.fps
+    if width is None or height is None or fps is None:
         raise ValueError(
-            "size and fps must be given (--size, --fps): the model has no model_card.json to say them"
+            f"size and fps must be given (--size, --fps): model {card.name!r} does not say its own"
         )
-    width, height = (card.width, card.height) if card and arguments.size is None else arguments.size
     seconds = arguments.seconds
     if seconds is None and arguments.frames is None:
         seconds = DEFAULT_SECONDS
@@ -91,22 +91,11 @@ def make_plan(arguments: argparse.Namespace, card: ModelCard | None) -> Generate
         prompt=arguments.prompt,
         width=width,
         height=height,
-        fps=card.fps if card and arguments.fps is None else arguments.fps,
+        fps=fps,
         seed=arguments.seed,
         num_frames=arguments.frames,
         seconds=seconds,
         switches=tuple(sorted(arguments.switch, key=lambda switch: switch.seconds)),
-    )
-
-
-def check_frame_count(num_frames: int, temporal_ratio: int) -> None:
-    """Raise ValueError with the nearest allowed counts unless `num_frames` is 1 + r k."""
-    if (num_frames - 1) % temporal_ratio == 0:
-        return
-    below = num_frames - (num_frames - 1) % temporal_ratio
-    raise ValueError(
-        f"num_frames (--frames) must be 1 + {temporal_ratio} k, got {num_frames};"
-        f" nearest: {below} and {below + temporal_ratio}; --seconds takes any length"
     )
 
 

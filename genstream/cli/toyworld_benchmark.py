@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from genstream.cli.figures import RunClock
-from genstream.cli.pipeline import to_uint8
+from genstream.cli.pipeline import frames_of_chunk, to_uint8
 from genstream.cli.progress import progress_for
 from genstream.data.prompts import evaluation_prompts
 from genstream.data.toyworld import ToyWorld
@@ -84,7 +84,9 @@ class BenchmarkResult:
     def table(self, model: str) -> str:
         """The figures as a markdown table; adherence in per cent with 95 % intervals."""
         settings, clock = self.settings, self.clock
-        rows = [(f"{name}, first {settings.seconds:g} s", str(getattr(self.start, name))) for name in _METRICS]
+        rows = [
+            (f"{name}, first {settings.seconds:g} s", str(getattr(self.start, name))) for name in _METRICS
+        ]
         if self.end is not None:
             label = f"last {settings.seconds:g} of {settings.end_of_s:g} s"
             rows += [(f"{name}, {label}", str(getattr(self.end, name))) for name in _METRICS]
@@ -92,7 +94,10 @@ class BenchmarkResult:
             (f"VAE PSNR, {_VAE_CLIPS} evaluation clips", f"{self.vae_psnr_db:.2f} dB"),
             ("frame rate", f"{clock.frame_rate:.1f} fps"),
             ("time to first frame, median", f"{np.median(self.first_frame_s):.3f} s"),
-            ("chunk latency p50 / p95", f"{clock.chunk_latency_s(50):.3f} / {clock.chunk_latency_s(95):.3f} s"),
+            (
+                "chunk latency p50 / p95",
+                f"{clock.chunk_latency_s(50):.3f} / {clock.chunk_latency_s(95):.3f} s",
+            ),
         ]
         title = f"{model}: {settings.prompts} prompts, seeds from {settings.seed},"
         title += f" {settings.width}x{settings.height} at {settings.fps} fps"
@@ -110,7 +115,7 @@ def run_benchmark(pipe: CausalVideoPipeline, settings: BenchmarkSettings) -> Ben
         for index, prompt in enumerate(evaluation_prompts(settings.prompts)):
             chunks_before = len(clock.chunk_s)
             clip = StreamEnds(settings.judged_frames)
-            clock.resume()
+            clock.start()
             for frames in _stream(pipe, settings, prompt.caption, settings.seed + index):
                 clock.chunk_done(len(frames))
                 clip.add(frames)
@@ -158,7 +163,9 @@ def vae_psnr_db(pipe: CausalVideoPipeline, settings: BenchmarkSettings) -> float
     values = []
     for seed in range(_VAE_CLIPS):
         clip = world.clip(world.scene(seed, "eval"), _VAE_CLIP_FRAMES).frames
-        pixels = torch.from_numpy(clip).permute(3, 0, 1, 2)[None] / 127.5 - 1  # [F, H, W, 3] -> [1, 3, F, H, W]
+        pixels = (
+            torch.from_numpy(clip).permute(3, 0, 1, 2)[None] / 127.5 - 1
+        )  # [F, H, W, 3] -> [1, 3, F, H, W]
         with torch.inference_mode():
             again = pipe.vae.decode(pipe.vae.encode(pixels.to(pipe.device, pipe.vae.dtype)))
         values.append(psnr(clip, to_uint8(again)))
@@ -177,12 +184,17 @@ def _stream(
         seed=seed,
     )
     for chunk in chunks:
-        yield to_uint8(chunk.frames)
+        yield frames_of_chunk(chunk)
 
 
 def _shares(adherence: Adherence) -> dict[str, dict[str, float]]:
     shares = {name: getattr(adherence, name) for name in _METRICS}
     return {
-        name: {"value": share.value, "low": share.interval[0], "high": share.interval[1], "total": share.total}
+        name: {
+            "value": share.value,
+            "low": share.interval[0],
+            "high": share.interval[1],
+            "total": share.total,
+        }
         for name, share in shares.items()
     }

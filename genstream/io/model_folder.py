@@ -14,29 +14,39 @@ _INDEX_NAME = "model_index.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
-    """What a model was made for: its native size in pixels, frame rate, and the words it knows by group."""
+    """What a model was made for.
+
+    Attributes:
+        name: its name; the folder's where there is no card.
+        description: what it is, in a sentence; may be empty.
+        height: native, in pixels; None where the model does not say.
+        width: native, in pixels; None where the model does not say.
+        fps: native frames per second; None where the model does not say.
+        vocabulary: the words that it knows, by group; empty where it knows language at large.
+    """
 
     name: str
     description: str
-    height: int
-    width: int
-    fps: int
+    height: int | None
+    width: int | None
+    fps: int | None
     vocabulary: Mapping[str, tuple[str, ...]]
 
 
-def read_card(folder: Path) -> ModelCard | None:
-    """The card in `folder`, or None where a model has none."""
+def read_card(folder: Path) -> ModelCard:
+    """What `model_index.json` and, where there is one, `model_card.json` in `folder` say."""
+    index = read_json(folder / _INDEX_NAME)
     path = folder / _CARD_NAME
-    if not path.is_file():
-        return None
-    content = read_json(path)
+    content = (
+        read_json(path) if path.is_file() else {"name": folder.name, "description": "", "vocabulary": {}}
+    )
     try:
         return ModelCard(
             name=content["name"],
             description=content["description"],
-            height=content["height"],
-            width=content["width"],
-            fps=content["fps"],
+            height=index.get("default_height"),
+            width=index.get("default_width"),
+            fps=index.get("default_fps"),
             vocabulary={group: tuple(words) for group, words in content["vocabulary"].items()},
         )
     except KeyError as error:

@@ -135,8 +135,8 @@ def open_writer(
     """
     target = check_path(path, overwrite=overwrite)
     suffix = target.suffix.lower()
-    if not math.isfinite(fps) or fps <= 0:
-        raise ValueError(f"fps must be a number above 0, got {fps}")
+    if not 0 < fps < math.inf:
+        raise ValueError(f"fps must be a positive number, got {fps}")
     if suffix in (".mp4", ".webm") and (width % 2 or height % 2):
         raise ValueError(
             f"width and height must be even for {suffix}, got {width}x{height}; .gif and .png take any size"

@@ -17,13 +17,13 @@ def model_folder(tmp_path: Path) -> Path:
         "transformer": ["genstream", "CausalDiT"],
         "scheduler": ["genstream", "FewStepScheduler"],
         "image_encoder": [None, None],
+        "default_height": 32,
+        "default_width": 64,
+        "default_fps": 16,
     }
     card = {
         "name": "tiny",
         "description": "four weights",
-        "height": 32,
-        "width": 64,
-        "fps": 16,
         "vocabulary": {"colours": ["red", "blue"], "shapes": ["circle"]},
     }
     (folder / "model_index.json").write_text(json.dumps(index))
