@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from genstream.data.scene import SHAPE_EXTENT
 
 Floats = NDArray[np.float32]
-_STAR_INNER = 0.45
+STAR_INNER = 0.45
 
 
 def signed_distance(shape: str, x: Floats, y: Floats, radius: float) -> Floats:
@@ -36,7 +36,7 @@ def _star_distance(x: Floats, y: Floats, reach: np.float32) -> Floats:
         beyond: Floats = 2 * np.maximum(sign * c * x - s * y, np.float32(0))
         x, y = x - sign * c * beyond, y + s * beyond
     x = np.abs(x)
-    inner = (reach * _STAR_INNER * s, reach * _STAR_INNER * c)
+    inner = (reach * STAR_INNER * s, reach * STAR_INNER * c)
     edge_x, edge_y = inner[0], inner[1] - reach
     length = np.sqrt(edge_x * edge_x + edge_y * edge_y)
     distance: Floats = ((y - reach) * edge_x - x * edge_y) / length

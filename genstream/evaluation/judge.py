@@ -1,0 +1,151 @@
+"""The analytic judge: scores how well toy-world clips follow their prompts, reading pixels only."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from genstream.data.scene import ObjectSpec, Scene
+from genstream.data.vocabulary import COLOUR_RGB
+from genstream.evaluation.observation import Observation, ObservedObject, observe
+from genstream.evaluation.proportion import Proportion
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectScore:
+    """What is right about one expected object.
+
+    Args:
+        colour_error: Root mean square distance of its colour from the palette's, of 255; NaN if unseen.
+        brightness_error: Mean of its channels minus the palette's, of 255; NaN if unseen.
+    """
+
+    colour: bool
+    shape: bool
+    direction: bool
+    colour_error: float
+    brightness_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipScore:
+    """What is right about one clip; one entry per expected object."""
+
+    objects: tuple[ObjectScore, ...]
+    count: bool
+    observation: Observation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adherence:
+    """How often clips show what was asked for: per expected object, and for the count per clip."""
+
+    colour: Proportion
+    shape: Proportion
+    direction: Proportion
+    count: Proportion
+
+    @classmethod
+    def of(cls, scores: Iterable[ClipScore]) -> "Adherence":
+        """Adherence over some clips."""
+        clips = list(scores)
+        objects = [item for clip in clips for item in clip.objects]
+        return cls(
+            colour=_share([item.colour for item in objects]),
+            shape=_share([item.shape for item in objects]),
+            direction=_share([item.direction for item in objects]),
+            count=_share([clip.count for clip in clips]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftWindow:
+    """Scores of one stretch of time over all streams; errors as in ObjectScore, averaged."""
+
+    start_s: float
+    adherence: Adherence
+    colour_error: float
+    brightness_error: float
+
+
+def judge_clip(frames: NDArray[np.uint8], expected: Scene, fps: float = 16) -> ClipScore:
+    """Score a clip against the attributes of a scene; places, speeds and background are free.
+
+    Args:
+        frames: [F, H, W, 3]; about four seconds, in which every motion shows what it is.
+        expected: What the prompt asks for.
+        fps: Frames per second.
+    """
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        raise ValueError(f"frames must be uint8 [F, H, W, 3], got {frames.dtype} {list(frames.shape)}")
+    observation = observe(frames, fps)
+    # Only as many as were asked for, the most visible ones: no credit for showing everything at once.
+    seen: list[ObservedObject | None] = list(observation.objects[: len(expected.objects)])
+    seen += [None] * (len(expected.objects) - len(seen))
+    candidates = [
+        tuple(_score(item, found) for item, found in zip(expected.objects, order, strict=True))
+        for order in permutations(seen)
+    ]
+    return ClipScore(
+        objects=max(candidates, key=_closeness),
+        count=observation.count == len(expected.objects),
+        observation=observation,
+    )
+
+
+def drift(
+    streams: Iterable[tuple[NDArray[np.uint8], Scene]], window_frames: int = 64, fps: float = 16
+) -> list[DriftWindow]:
+    """Scores along time, one entry per window; what remains at the end of a stream is left out.
+
+    Args:
+        streams: Long clips, [F, H, W, 3], with what was asked for.
+        window_frames: Frames per window.
+        fps: Frames per second.
+    """
+    if window_frames < 1:
+        raise ValueError(f"window_frames must be at least 1, got {window_frames}")
+    windows: dict[int, list[ClipScore]] = {}
+    for frames, expected in streams:
+        for index in range(len(frames) // window_frames):
+            part = frames[index * window_frames : (index + 1) * window_frames]
+            windows.setdefault(index, []).append(judge_clip(part, expected, fps))
+    return [
+        DriftWindow(
+            start_s=index * window_frames / fps,
+            adherence=Adherence.of(scores),
+            colour_error=_mean([item.colour_error for score in scores for item in score.objects]),
+            brightness_error=_mean([item.brightness_error for score in scores for item in score.objects]),
+        )
+        for index, scores in sorted(windows.items())
+    ]
+
+
+def _score(expected: ObjectSpec, seen: ObservedObject | None) -> ObjectScore:
+    if seen is None:
+        nan = float("nan")
+        return ObjectScore(colour=False, shape=False, direction=False, colour_error=nan, brightness_error=nan)
+    error = seen.rgb - np.array(COLOUR_RGB[expected.colour], dtype=np.float32)
+    return ObjectScore(
+        colour=seen.colour == expected.colour,
+        shape=seen.shape == expected.shape,
+        direction=seen.motion == expected.motion,
+        colour_error=float(np.sqrt(np.mean(error**2))),
+        brightness_error=float(error.mean()),
+    )
+
+
+def _closeness(scores: tuple[ObjectScore, ...]) -> tuple[int, int]:
+    """Objects are told apart by their colours first."""
+    return sum(item.colour for item in scores), sum(item.shape + item.direction for item in scores)
+
+
+def _share(results: list[bool]) -> Proportion:
+    return Proportion(successes=sum(results), total=len(results))
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
