@@ -1,0 +1,67 @@
+"""The `genstream` command: `genstream COMMAND --help` tells more.
+
+Commands import torch only when they run, so that help and wrong usage answer at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import genstream
+from genstream.cli import evaluate, generate, models, train
+from genstream.cli.parser import Parser
+from genstream.cli.process import is_out_of_memory
+
+COMMANDS = (generate, models, train, evaluate)
+EXIT_ERROR = 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all commands."""
+    parser = Parser(prog="genstream", description=genstream.__doc__, allow_abbrev=False)
+    parser.epilog = "Add --debug to any command to see where an error comes from."
+    parser.add_argument("--version", action="version", version=f"genstream {genstream.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+    for command in COMMANDS:
+        command.add_parser(commands)
+    parser.set_defaults(takes_more=False)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in `argv`; returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    given = sys.argv[1:] if argv is None else list(argv)
+    try:
+        arguments = _parse([text for text in given if text != "--debug"])
+        code: int = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("genstream: interrupted", file=sys.stderr)
+        return generate.EXIT_INTERRUPTED
+    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
+        bug = isinstance(error, RuntimeError) and not is_out_of_memory(error)
+        if bug or "--debug" in given:
+            raise
+        print(f"genstream: error: {_one_line(error)}", file=sys.stderr)
+        return EXIT_ERROR
+    return code
+
+
+def _parse(given: list[str]) -> argparse.Namespace:
+    """Arguments of the command; `more` holds the options that a command with `takes_more` parses itself."""
+    parser = build_parser()
+    arguments, more = parser.parse_known_args(given)
+    if more and not arguments.takes_more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    arguments.more = more
+    return arguments
+
+
+def _one_line(error: Exception) -> str:
+    text = "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
+    if is_out_of_memory(error):
+        text = f"out of memory: use a smaller --size, or --dtype bfloat16 ({text})"
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

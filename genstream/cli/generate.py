@@ -1,0 +1,99 @@
+"""`genstream generate`: a prompt becomes a video file, written while it is generated."""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+from genstream.cli.figures import RunFigures
+from genstream.cli.models import find_model
+from genstream.cli.plan import check_single_image, make_plan, parse_size, parse_switch
+from genstream.io.model_folder import read_card
+
+EXIT_INTERRUPTED = 130
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser("generate", help="make a video from a prompt", description=__doc__)
+    parser.add_argument("prompt", help="what to show, such as: a red circle moving right")
+    parser.add_argument(
+        "-o",
+        "--output",
+        default="out.mp4",
+        help=".mp4, .webm, .gif, .png (one frame), or a name without suffix: a folder of png (out.mp4)",
+    )
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, help="length of the video (4)")
+    length.add_argument("--frames", type=int, help="length in frames: 1 + 4 k for the embedded model")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same video (0)")
+    parser.add_argument("--model", default="toyworld", help="installed model or model folder (toyworld)")
+    parser.add_argument("--image", type=Path, help="image to start from, in the size of the video")
+    parser.add_argument("--size", type=parse_size, metavar="WxH", help="size in pixels (the model's own)")
+    parser.add_argument("--fps", type=float, help="frames per second (the model's own)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (cuda if there is one, else cpu)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="(float32 on cpu, else bfloat16)"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="replace the output if it exists",
+    )
+    parser.add_argument(
+        "--switch",
+        type=parse_switch,
+        action="append",
+        default=[],
+        metavar='"4s: PROMPT"',
+        help="change the prompt at a time; may be given several times",
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures of the run as json")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check all that needs no torch, then load, generate and report."""
+    began_s = time.perf_counter()
+    folder = find_model(arguments.model)
+    plan = make_plan(arguments, read_card(folder))
+    check_single_image(arguments.output, plan)
+    from genstream.io.metadata import VideoMetadata
+    from genstream.io.reader import read_image
+    from genstream.io.writer import check_path, open_writer
+
+    check_path(arguments.output, overwrite=arguments.overwrite)
+    image = None if arguments.image is None else read_image(arguments.image, plan.height, plan.width)
+    from genstream.cli.generation import Generation
+    from genstream.cli.pipeline import load_pipeline
+
+    pipe = load_pipeline(folder, device=arguments.device, dtype=arguments.dtype)
+    generation = Generation(pipe=pipe, plan=plan, image=image)
+    load_s = time.perf_counter() - began_s
+    generation.run(
+        lambda: open_writer(
+            arguments.output,
+            fps=plan.fps,
+            width=plan.width,
+            height=plan.height,
+            metadata=VideoMetadata(prompt=plan.described_prompt, seed=plan.seed, model=arguments.model),
+            overwrite=arguments.overwrite,
+        )
+    )
+    figures = RunFigures.of(
+        plan, generation.clock, output=arguments.output, model=arguments.model, load_s=load_s
+    )
+    print(json.dumps(dataclasses.asdict(figures)) if arguments.json else _summary(figures))
+    return EXIT_INTERRUPTED if figures.interrupted else 0
+
+
+def _summary(figures: RunFigures) -> str:
+    if not figures.frames:
+        return "interrupted before the first frame: nothing was written"
+    return (
+        f"{'interrupted: ' if figures.interrupted else ''}{figures.output}: {figures.frames} frames,"
+        f" {figures.width}x{figures.height}, {figures.seconds:.2f} s; {figures.frame_rate:.1f} fps,"
+        f" {figures.real_time_factor:.2f}x real time"
+    )

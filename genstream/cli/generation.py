@@ -1,0 +1,85 @@
+"""Runs a plan through the pipeline into a file."""
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from genstream.cli.figures import RunClock
+from genstream.cli.pipeline import frames_of_chunk
+from genstream.cli.plan import GeneratePlan
+from genstream.cli.progress import Progress, progress_for
+from genstream.io.writer import VideoWriter
+from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.streaming.controls import PromptControl
+from genstream.streaming.state import StreamState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A loaded pipeline and what it is to make; `image` is uint8 [H, W, 3] or None."""
+
+    pipe: CausalVideoPipeline
+    plan: GeneratePlan
+    image: NDArray[np.uint8] | None
+    clock: RunClock = field(default_factory=RunClock)
+
+    def run(self, open_output: Callable[[], VideoWriter]) -> None:
+        """Generate into what `open_output` opens; Ctrl-C ends the video early and is noted on the clock.
+
+        The output is opened when the request is known to be good, so that a bad one touches no file.
+        """
+        self._warn_of_unknown_words()
+        self.clock.start()
+        try:
+            state = self._start()
+            with open_output() as writer, progress_for(self.plan.total_frames, self.plan.fps) as progress:
+                self._write_chunks(state, writer, progress)
+        except KeyboardInterrupt:
+            self.clock.interrupted = True
+        for waiting in state.pending if not self.clock.interrupted else ():
+            _warn(f"a switch had no effect: no chunk starts as late as frame {waiting.not_before}")
+
+    def _start(self) -> StreamState:
+        plan = self.plan
+        request = self.pipe.request(
+            plan.prompt,
+            height=plan.height,
+            width=plan.width,
+            num_frames=plan.num_frames,
+            seconds=plan.seconds,
+            fps=plan.fps,
+            seed=plan.seed,
+            image=None if self.image is None else Image.fromarray(self.image),
+        )
+        state = self.pipe.start(request)
+        for switch in plan.switches:
+            self.pipe.encode_prompt(
+                switch.prompt
+            )  # a prompt that is too long must fail now, not in the middle
+            state.submit(PromptControl(prompt=switch.prompt), not_before=math.ceil(switch.seconds * plan.fps))
+        return state
+
+    def _write_chunks(self, state: StreamState, writer: VideoWriter, progress: Progress) -> None:
+        for chunk in self.pipe.run(state):
+            frames = frames_of_chunk(chunk)
+            writer.write(frames)
+            self.clock.chunk_done(len(frames))
+            progress.show(self.clock)
+
+    def _warn_of_unknown_words(self) -> None:
+        prompts = [self.plan.prompt, *(switch.prompt for switch in self.plan.switches)]
+        unknown = dict.fromkeys(word for prompt in prompts for word in self.pipe.unknown_words(prompt))
+        if unknown:
+            _warn(
+                f"the model never saw {', '.join(map(repr, unknown))} and will ignore or misread it;"
+                f" it knows: {', '.join(self.pipe.known_words())}"
+            )
+
+
+def _warn(text: str) -> None:
+    print(f"genstream: warning: {text}", file=sys.stderr)

@@ -1,0 +1,62 @@
+"""`genstream models`: what is installed, and what each model can do."""
+
+import argparse
+from pathlib import Path
+
+import genstream
+from genstream.io.model_folder import check_model_folder, parameter_counts, read_card, size_bytes
+
+_ASSETS = Path(genstream.__file__).resolve().parent / "assets"
+_MEGA = 1e6
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser("models", help="describe the installed models", description=__doc__)
+    parser.add_argument(
+        "folders", nargs="*", type=Path, metavar="FOLDER", help="other model folders to describe"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print one paragraph per model."""
+    names = installed_models()
+    print("\n\n".join(describe(find_model(str(model))) for model in [*names, *arguments.folders]))
+    return 0
+
+
+def installed_models() -> list[str]:
+    """Names of the models inside the package."""
+    return sorted(path.parent.name for path in _ASSETS.glob("*/model_index.json"))
+
+
+def find_model(name_or_folder: str) -> Path:
+    """Folder of an installed model or the folder itself, with all its files whole."""
+    folder = Path(name_or_folder)
+    if name_or_folder in installed_models():
+        folder = _ASSETS / name_or_folder
+    elif not folder.is_dir():
+        raise ValueError(
+            f"model must be one of {', '.join(installed_models()) or '(none installed)'}"
+            f" or a folder in diffusers layout, got {name_or_folder!r}"
+        )
+    check_model_folder(folder)
+    return folder
+
+
+def describe(folder: Path) -> str:
+    """A paragraph on the model in `folder`."""
+    card = read_card(folder)
+    counts = parameter_counts(folder)
+    parts = ", ".join(f"{name} {count / _MEGA:.2f} M" for name, count in counts.items())
+    lines = [
+        f"{card.name}: {card.description}" if card.description else card.name,
+        f"  folder      {folder}",
+        f"  on disk     {size_bytes(folder) / _MEGA:.1f} MB",
+        f"  parameters  {sum(counts.values()) / _MEGA:.2f} M ({parts})",
+    ]
+    if None not in (card.width, card.height, card.fps):
+        lines.append(f"  native      {card.width}x{card.height} at {card.fps} fps")
+    lines += [f"  knows       {group}: {', '.join(words)}" for group, words in card.vocabulary.items()]
+    return "\n".join(lines)

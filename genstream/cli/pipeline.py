@@ -1,0 +1,43 @@
+"""Loading the pipeline, and its frames as bytes."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.streaming.chunk import Chunk
+
+
+def load_pipeline(folder: Path, *, device: str | None, dtype: str | None) -> CausalVideoPipeline:
+    """The pipeline in `folder`; where `device` or `dtype` is None, the machine decides."""
+    target = _device(device)
+    default_dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
+    pipe: CausalVideoPipeline = CausalVideoPipeline.from_pretrained(
+        folder, dtype=getattr(torch, dtype) if dtype else default_dtype
+    )
+    pipe.to(target)
+    return pipe
+
+
+def frames_of_chunk(chunk: Chunk) -> NDArray[np.uint8]:
+    """Frames of a decoded chunk of one stream, uint8 [F, H, W, 3]."""
+    assert chunk.frames is not None
+    return to_uint8(chunk.frames)
+
+
+def to_uint8(frames: torch.Tensor) -> NDArray[np.uint8]:
+    """Frames [1, 3, F, H, W] in [-1, 1] as uint8 [F, H, W, 3] on the host."""
+    levels = ((frames[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return np.ascontiguousarray(levels.permute(1, 2, 3, 0).cpu().numpy())  # [3, F, H, W] -> [F, H, W, 3]
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    available += ["mps"] if torch.backends.mps.is_available() else []
+    if name not in available and not (name == "cuda" and torch.cuda.is_available()):
+        raise ValueError(f"device (--device) must be one of {', '.join(available)} here, got {name!r}")
+    return torch.device(name)

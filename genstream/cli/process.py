@@ -1,0 +1,36 @@
+"""What the operating system says about this process."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+_IMPORTED_AT_S = time.perf_counter()
+_START_TIME_FIELD = 19  # field 22 of /proc/self/stat, counted after the command name, which may hold spaces
+_KIB = 1024
+
+
+def seconds_since_process_start() -> float:
+    """Age of this process; where the system does not say, time since this module was imported."""
+    if sys.platform != "linux":
+        return time.perf_counter() - _IMPORTED_AT_S
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    started_s = int(fields[_START_TIME_FIELD]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
+
+
+def peak_memory_bytes() -> int | None:
+    """Most resident memory this process ever had; None where the system does not say."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * _KIB
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for Python's and torch's ways of saying so, on CPU and GPU."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error).lower() for words in ("out of memory", "can't allocate memory")
+    )

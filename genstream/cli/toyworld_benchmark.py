@@ -1,0 +1,200 @@
+"""The toy-world benchmark: prompt adherence, drift, VAE quality and speed of one model."""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from genstream.cli.figures import RunClock
+from genstream.cli.pipeline import frames_of_chunk, to_uint8
+from genstream.cli.progress import progress_for
+from genstream.data.prompts import evaluation_prompts
+from genstream.data.toyworld import ToyWorld
+from genstream.evaluation.judge import Adherence, ClipScore, judge_clip
+from genstream.evaluation.quality import psnr
+from genstream.pipelines.causal_video import CausalVideoPipeline
+
+_VAE_CLIPS = 16
+_VAE_CLIP_FRAMES = 65
+_METRICS = ("colour", "shape", "direction", "count")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings:
+    """What is generated and judged; `end_of_s` None leaves drift out. Sizes in pixels."""
+
+    prompts: int
+    seconds: float
+    end_of_s: float | None
+    seed: int
+    height: int
+    width: int
+    fps: int
+
+    def __post_init__(self) -> None:
+        if self.prompts < 1:
+            raise ValueError(f"prompts must be at least 1, got {self.prompts}")
+        if not (math.isfinite(self.seconds) and self.judged_frames >= 1):
+            raise ValueError(f"seconds must give at least 1 frame at {self.fps} fps, got {self.seconds}")
+        if self.end_of_s is not None and not self.seconds <= self.end_of_s < math.inf:
+            raise ValueError(f"end_of must be at least seconds ({self.seconds}), got {self.end_of_s}")
+
+    @property
+    def judged_frames(self) -> int:
+        """Frames of a judged stretch."""
+        return round(self.seconds * self.fps)
+
+    @property
+    def stream_s(self) -> float:
+        """Seconds that are generated per prompt."""
+        return self.seconds if self.end_of_s is None else self.end_of_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkResult:
+    """Scores of the first and, if asked for, the last stretch of every stream, and what the run took."""
+
+    settings: BenchmarkSettings
+    start: Adherence
+    end: Adherence | None
+    vae_psnr_db: float
+    clock: RunClock
+    first_frame_s: tuple[float, ...]
+
+    def as_json(self) -> dict[str, object]:
+        """All figures as plain values."""
+        return {
+            "prompts": self.settings.prompts,
+            "seconds": self.settings.seconds,
+            "seed": self.settings.seed,
+            "start": _shares(self.start),
+            "end_of_s": self.settings.end_of_s,
+            "end": None if self.end is None else _shares(self.end),
+            "vae_psnr_db": self.vae_psnr_db,
+            "frame_rate": self.clock.frame_rate,
+            "time_to_first_frame_s": float(np.median(self.first_frame_s)),
+            "chunk_latency_p50_s": self.clock.chunk_latency_s(50),
+            "chunk_latency_p95_s": self.clock.chunk_latency_s(95),
+        }
+
+    def table(self, model: str) -> str:
+        """The figures as a markdown table; adherence in per cent with 95 % intervals."""
+        settings, clock = self.settings, self.clock
+        rows = [
+            (f"{name}, first {settings.seconds:g} s", str(getattr(self.start, name))) for name in _METRICS
+        ]
+        if self.end is not None:
+            label = f"last {settings.seconds:g} of {settings.end_of_s:g} s"
+            rows += [(f"{name}, {label}", str(getattr(self.end, name))) for name in _METRICS]
+        rows += [
+            (f"VAE PSNR, {_VAE_CLIPS} evaluation clips", f"{self.vae_psnr_db:.2f} dB"),
+            ("frame rate", f"{clock.frame_rate:.1f} fps"),
+            ("time to first frame, median", f"{np.median(self.first_frame_s):.3f} s"),
+            (
+                "chunk latency p50 / p95",
+                f"{clock.chunk_latency_s(50):.3f} / {clock.chunk_latency_s(95):.3f} s",
+            ),
+        ]
+        title = f"{model}: {settings.prompts} prompts, seeds from {settings.seed},"
+        title += f" {settings.width}x{settings.height} at {settings.fps} fps"
+        return "\n".join([title, "", "| figure | value |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])
+
+
+def run_benchmark(pipe: CausalVideoPipeline, settings: BenchmarkSettings) -> BenchmarkResult:
+    """Generate, judge and time; progress on stderr."""
+    starts: list[ClipScore] = []
+    ends: list[ClipScore] = []
+    first_frame_s: list[float] = []
+    clock = RunClock()
+    total = settings.prompts * round(settings.stream_s * settings.fps)
+    with progress_for(total, settings.fps) as progress:
+        for index, prompt in enumerate(evaluation_prompts(settings.prompts)):
+            chunks_before = len(clock.chunk_s)
+            clip = StreamEnds(settings.judged_frames)
+            clock.start()
+            for frames in _stream(pipe, settings, prompt.caption, settings.seed + index):
+                clock.chunk_done(len(frames))
+                clip.add(frames)
+                progress.show(clock)
+            first_frame_s.append(clock.chunk_s[chunks_before])
+            starts.append(judge_clip(clip.start, prompt.scene, settings.fps))
+            ends.append(judge_clip(clip.end, prompt.scene, settings.fps))
+    return BenchmarkResult(
+        settings=settings,
+        start=Adherence.of(starts),
+        end=None if settings.end_of_s is None else Adherence.of(ends),
+        vae_psnr_db=vae_psnr_db(pipe, settings),
+        clock=clock,
+        first_frame_s=tuple(first_frame_s),
+    )
+
+
+class StreamEnds:
+    """The first and the last `count` frames of a stream of any length."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._first: list[NDArray[np.uint8]] = []
+        self._last: deque[NDArray[np.uint8]] = deque(maxlen=count)
+
+    def add(self, frames: NDArray[np.uint8]) -> None:
+        """Take the next frames, uint8 [F, H, W, 3]."""
+        self._first.extend(frames[: self._count - len(self._first)])
+        self._last.extend(frames)
+
+    @property
+    def start(self) -> NDArray[np.uint8]:
+        """First frames, [F, H, W, 3]."""
+        return np.stack(self._first)
+
+    @property
+    def end(self) -> NDArray[np.uint8]:
+        """Last frames, [F, H, W, 3]."""
+        return np.stack(self._last)
+
+
+def vae_psnr_db(pipe: CausalVideoPipeline, settings: BenchmarkSettings) -> float:
+    """Mean PSNR in dB of evaluation clips against their reconstructions."""
+    world = ToyWorld(height=settings.height, width=settings.width, fps=settings.fps)
+    values = []
+    for seed in range(_VAE_CLIPS):
+        clip = world.clip(world.scene(seed, "eval"), _VAE_CLIP_FRAMES).frames
+        pixels = (
+            torch.from_numpy(clip).permute(3, 0, 1, 2)[None] / 127.5 - 1
+        )  # [F, H, W, 3] -> [1, 3, F, H, W]
+        with torch.inference_mode():
+            again = pipe.vae.decode(pipe.vae.encode(pixels.to(pipe.device, pipe.vae.dtype)))
+        values.append(psnr(clip, to_uint8(again)))
+    return float(np.mean(values))
+
+
+def _stream(
+    pipe: CausalVideoPipeline, settings: BenchmarkSettings, prompt: str, seed: int
+) -> Iterator[NDArray[np.uint8]]:
+    chunks = pipe.stream(
+        prompt=prompt,
+        height=settings.height,
+        width=settings.width,
+        seconds=settings.stream_s,
+        fps=settings.fps,
+        seed=seed,
+    )
+    for chunk in chunks:
+        yield frames_of_chunk(chunk)
+
+
+def _shares(adherence: Adherence) -> dict[str, dict[str, float]]:
+    shares = {name: getattr(adherence, name) for name in _METRICS}
+    return {
+        name: {
+            "value": share.value,
+            "low": share.interval[0],
+            "high": share.interval[1],
+            "total": share.total,
+        }
+        for name, share in shares.items()
+    }

@@ -1,0 +1,129 @@
+"""What a model folder holds, read from its json files and safetensors headers alone."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_HEADER_LENGTH_BYTES = 8
+_CARD_NAME = "model_card.json"
+_INDEX_NAME = "model_index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What a model was made for.
+
+    Attributes:
+        name: its name; the folder's where there is no card.
+        description: what it is, in a sentence; may be empty.
+        height: native, in pixels; None where the model does not say.
+        width: native, in pixels; None where the model does not say.
+        fps: native frames per second; None where the model does not say.
+        vocabulary: the words that it knows, by group; empty where it knows language at large.
+    """
+
+    name: str
+    description: str
+    height: int | None
+    width: int | None
+    fps: int | None
+    vocabulary: Mapping[str, tuple[str, ...]]
+
+
+def read_card(folder: Path) -> ModelCard:
+    """What `model_index.json` and, where there is one, `model_card.json` in `folder` say."""
+    index = read_json(folder / _INDEX_NAME)
+    path = folder / _CARD_NAME
+    content = (
+        read_json(path) if path.is_file() else {"name": folder.name, "description": "", "vocabulary": {}}
+    )
+    try:
+        return ModelCard(
+            name=content["name"],
+            description=content["description"],
+            height=index.get("default_height"),
+            width=index.get("default_width"),
+            fps=index.get("default_fps"),
+            vocabulary={group: tuple(words) for group, words in content["vocabulary"].items()},
+        )
+    except KeyError as error:
+        raise ValueError(f"model file {str(path)!r} lacks {error}") from error
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise ValueError that names the first file that is missing or cut off."""
+    if not (folder / _INDEX_NAME).is_file():
+        raise ValueError(f"model folder {str(folder)!r} has no {_INDEX_NAME}")
+    for name in _component_names(folder):
+        component = folder / name
+        if not component.is_dir():
+            raise ValueError(f"model folder {str(folder)!r} lacks the folder {name!r} named in {_INDEX_NAME}")
+        for path in sorted(component.glob("*.json")):
+            read_json(path)
+        weights = _weight_files(component)
+        if (component / "config.json").is_file() and not weights:
+            raise ValueError(f"model folder {str(component)!r} has no .safetensors file")
+        for path in weights:
+            _check_weights(path)
+
+
+def parameter_counts(folder: Path) -> dict[str, int]:
+    """Number of weights of each component that has any."""
+    counts: dict[str, int] = {}
+    for name in _component_names(folder):
+        headers = [_read_header(path)[0] for path in _weight_files(folder / name)]
+        entries = [entry for header in headers for key, entry in header.items() if key != "__metadata__"]
+        if entries:
+            counts[name] = sum(math.prod(entry["shape"]) for entry in entries)
+    return counts
+
+
+def size_bytes(folder: Path) -> int:
+    """Bytes of all files in `folder`."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _component_names(folder: Path) -> list[str]:
+    """Names in the index whose value is [library, class], both given."""
+    index = read_json(folder / _INDEX_NAME)
+    pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    return [name for name, (library, kind) in pairs.items() if library and kind]
+
+
+def _weight_files(component: Path) -> list[Path]:
+    """Weight files of a component: those that its shard index names, or those that are there."""
+    indices = sorted(component.glob("*.safetensors.index.json"))
+    named = {component / name for index in indices for name in read_json(index)["weight_map"].values()}
+    return sorted(named | set(component.glob("*.safetensors")))
+
+
+def _check_weights(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"model file {str(path)!r} is missing")
+    header, data_start = _read_header(path)
+    ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+    expected, found = data_start + max(ends, default=0), path.stat().st_size
+    if found != expected:
+        raise ValueError(f"model file {str(path)!r} is cut off: {found} bytes, its header says {expected}")
+
+
+def _read_header(path: Path) -> tuple[dict[str, dict[str, list[int]]], int]:
+    """Header of a safetensors file, and where its data starts in bytes."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
+        text = file.read(min(length, path.stat().st_size))
+    try:
+        return json.loads(text), _HEADER_LENGTH_BYTES + length
+    except ValueError as error:
+        raise ValueError(f"model file {str(path)!r} is cut off or no safetensors file") from error
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401 - json
+    """Content of a json file; ValueError names the file if it is cut off."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"model file {str(path)!r} is not valid json: {error}") from error

@@ -1,0 +1,210 @@
+"""Video files, written frame by frame while they are generated.
+
+A file grows under a partial name (`out.partial.mp4`) and takes its final name only when it is whole.
+"""
+
+import math
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from genstream.io.encoder import VIDEO_SUFFIXES, Encoder
+from genstream.io.errors import OutputError
+from genstream.io.metadata import VideoMetadata
+from genstream.io.png import FRAME_PATTERN, PngFolder, PngImage
+
+ALLOWED_PATHS = ".mp4, .webm, .gif, .png (one frame), or no suffix for a folder of png files"
+
+
+class FrameSink(Protocol):
+    """Where frames go: an encoder or png files."""
+
+    def write(self, frames: NDArray[np.uint8]) -> None:
+        """Append frames uint8 [F, H, W, 3]."""
+
+    def close(self) -> None:
+        """Complete the output; raises OutputError if that fails."""
+
+    def release(self) -> None:
+        """Let go of processes and files, whatever state the output is in."""
+
+
+class VideoWriter:
+    """Takes frames until `finish` gives the file its final name, or `abandon` leaves it partial.
+
+    As a context manager it finishes at the end and on Ctrl-C, and abandons on any other exception.
+    Encoding runs on a thread, at most one `write` behind.
+    """
+
+    def __init__(self, path: Path, sink: FrameSink, *, width: int, height: int, overwrite: bool) -> None:
+        self.path = path
+        self.partial = partial_path(path)
+        self.frames_written = 0
+        self._frame_shape = (height, width, 3)
+        self._overwrite = overwrite
+        self._sink = sink
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="video-writer")
+        self._pending: Future[None] | None = None
+        self._open = True
+
+    def write(self, frames: NDArray[np.uint8]) -> None:
+        """Append `frames` uint8 [F, H, W, 3]; an error may belong to the call before."""
+        if frames.dtype != np.uint8 or frames.shape[1:] != self._frame_shape:
+            raise ValueError(
+                f"frames must be uint8 [F, {', '.join(map(str, self._frame_shape))}],"
+                f" got {frames.dtype} {list(frames.shape)}"
+            )
+        self._wait()
+        self._pending = self._thread.submit(self._sink.write, frames)
+        self.frames_written += len(frames)
+
+    def finish(self) -> Path:
+        """Complete the file and give it its final name."""
+        try:
+            self._wait()
+            self._sink.close()
+        finally:
+            self._shut_down()
+        if not self.frames_written:
+            self._remove_partial()
+            raise OutputError(f"output path {str(self.path)!r} was not written: no frame was generated")
+        check_replaceable(self.path, overwrite=self._overwrite)
+        if self.path.is_dir():
+            shutil.rmtree(self.path)
+        os.replace(self.partial, self.path)
+        return self.path
+
+    def abandon(self) -> Path | None:
+        """Stop without the final name; returns the partial file, or None if it held nothing."""
+        self._shut_down()
+        if self.frames_written:
+            return self.partial
+        self._remove_partial()
+        return None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._open:
+            return
+        interrupted = isinstance(error, KeyboardInterrupt) and self.frames_written > 0
+        if error is None or interrupted:
+            self.finish()
+            return
+        partial = self.abandon()
+        if partial is not None and error is not None:
+            error.add_note(f"the frames made so far are in {str(partial)!r}")
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+
+    def _shut_down(self) -> None:
+        self._open = False
+        self._thread.shutdown()
+        self._sink.release()
+
+    def _remove_partial(self) -> None:
+        if self.partial.is_dir():
+            shutil.rmtree(self.partial)
+        else:
+            self.partial.unlink(missing_ok=True)
+
+
+def open_writer(
+    path: str | os.PathLike[str],
+    *,
+    fps: float,
+    width: int,
+    height: int,
+    metadata: VideoMetadata,
+    overwrite: bool,
+) -> VideoWriter:
+    """A writer for the format that the suffix of `path` names; everything that can be wrong is found here.
+
+    Sizes in pixels, `fps` in frames per second. Without a suffix, or ending in "/", `path` is a folder.
+    """
+    target = check_path(path, overwrite=overwrite)
+    suffix = target.suffix.lower()
+    if not 0 < fps < math.inf:
+        raise ValueError(f"fps must be a positive number, got {fps}")
+    if suffix in (".mp4", ".webm") and (width % 2 or height % 2):
+        raise ValueError(
+            f"width and height must be even for {suffix}, got {width}x{height}; .gif and .png take any size"
+        )
+    partial = partial_path(target)
+    _start_partial(partial, folder=not suffix)
+    sink: FrameSink
+    if suffix in VIDEO_SUFFIXES:
+        sink = Encoder(partial, fps=fps, width=width, height=height, metadata=metadata)
+    else:
+        sink = PngImage(partial, metadata) if suffix else PngFolder(partial, metadata)
+    return VideoWriter(target, sink, width=width, height=height, overwrite=overwrite)
+
+
+def check_path(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """`path` as a Path, if its format is known, its folder exists and nothing stands in the way."""
+    target = Path(path)
+    suffix = "" if os.fspath(path).endswith(("/", os.sep)) else target.suffix.lower()
+    if target.name in ("", ".."):
+        raise ValueError(f"output path must name a file, got {os.fspath(path)!r}; allowed: {ALLOWED_PATHS}")
+    if target.suffix and not suffix:
+        raise ValueError(f"a folder as output path must have no suffix, got {os.fspath(path)!r}")
+    if suffix not in ("", ".png", *VIDEO_SUFFIXES):
+        raise ValueError(f"output path must end in {ALLOWED_PATHS}; got {os.fspath(path)!r}")
+    if not target.parent.is_dir():
+        raise OutputError(f"output path {str(target)!r}: the folder {str(target.parent)!r} does not exist")
+    check_replaceable(target, overwrite=overwrite)
+    return target
+
+
+def partial_path(path: Path) -> Path:
+    """Name of the unfinished file: `out.mp4` -> `out.partial.mp4`."""
+    return path.with_name(f"{path.stem}.partial{path.suffix}")
+
+
+def check_replaceable(path: Path, *, overwrite: bool) -> None:
+    """Raise OutputError unless `path` is free or may be replaced."""
+    if not os.path.lexists(path):
+        return
+    if not overwrite:
+        raise OutputError(f"output path {str(path)!r} exists and overwriting is off; choose another name")
+    if path.is_dir():
+        if path.suffix:
+            raise OutputError(f"output path {str(path)!r} is a folder; give the name of a file")
+        _check_only_frames(path)
+
+
+def _check_only_frames(folder: Path) -> None:
+    """Replacing a folder deletes what is in it: only our own frames may be."""
+    frames = set(folder.glob(FRAME_PATTERN))
+    if any(entry not in frames for entry in folder.iterdir()):
+        raise OutputError(
+            f"output path {str(folder)!r} is a folder that holds other things than {FRAME_PATTERN};"
+            " choose an empty or a new one"
+        )
+
+
+def _start_partial(partial: Path, *, folder: bool) -> None:
+    """Make the partial file or folder, so that a path that cannot be written is known at once."""
+    try:
+        if folder:
+            if partial.is_dir():
+                _check_only_frames(partial)
+                shutil.rmtree(partial)
+            partial.mkdir()
+        else:
+            partial.open("wb").close()
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write output path {str(partial)!r}: {error.strerror}") from error

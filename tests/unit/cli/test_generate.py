@@ -1,0 +1,230 @@
+"""`generate` and `evaluate` end to end, on a pipeline of tiny random weights."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from genstream.cli.__main__ import main
+from genstream.cli.pipeline import to_uint8
+from genstream.io.reader import read_video
+from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.schedulers.few_step import FewStepScheduler
+from genstream.transformer.causal_dit import CausalDiT
+from genstream.vae.tiny import TinyVideoVAE
+
+ROOT = Path(__file__).resolve().parents[3]
+WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "blue", "circle", "moving", "right", "left")
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A saved pipeline for 32x32 clips; its scores mean nothing, its files and numbers of frames do."""
+    torch.manual_seed(0)
+    encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
+    transformer = CausalDiT(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+    )
+    vae = TinyVideoVAE(latent_channels=4, encoder_width=8, decoder_widths=(8, 8, 8, 8), first_frame_copies=3)
+    pipe = CausalVideoPipeline(
+        tokenizer=tiny_tokenizer(),
+        text_encoder=encoder,
+        transformer=transformer,
+        vae=vae,
+        scheduler=FewStepScheduler(steps=(1000.0, 500.0)),
+        sink_frames=3,
+        window_frames=3,
+        text_tokens=12,
+        default_height=32,
+        default_width=32,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+
+def generate(model: str, *texts: str) -> int:
+    return main(["generate", "a red circle moving right", "--model", model, "--device", "cpu", *texts])
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("genstream: error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("texts", "frames"),
+    [([], 64), (["--frames", "21"], 21), (["--seconds", "1"], 16), (["--seconds", "1", "--fps", "7"], 7)],
+)
+def test_lengths(model: str, tmp_path: Path, texts: list[str], frames: int):
+    assert generate(model, "-o", str(tmp_path / "out.mp4"), *texts) == 0
+    assert sum(1 for _ in read_video(tmp_path / "out.mp4")) == frames
+    assert os.listdir(tmp_path) == ["out.mp4"]
+
+
+def test_frames_are_those_of_the_pipeline(model: str, tmp_path: Path):
+    assert generate(model, "-o", str(tmp_path / "frames"), "--frames", "21", "--seed", "5") == 0
+    pipe = CausalVideoPipeline.from_pretrained(model)
+    chunks = pipe.stream("a red circle moving right", num_frames=21, seed=5)
+    expected = np.concatenate([to_uint8(chunk.frames) for chunk in chunks])
+    np.testing.assert_array_equal(np.stack(list(read_video(tmp_path / "frames"))), expected)
+
+
+def test_json(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert generate(model, "-o", str(tmp_path / "out.webm"), "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["frames"], figures["seconds"], figures["fps"], figures["seed"]) == (64, 4, 16, 0)
+    assert 0 < figures["time_to_first_frame_s"] < figures["start_to_first_frame_s"]
+    assert figures["chunk_latency_p50_s"] <= figures["chunk_latency_p95_s"]
+    assert figures["real_time_factor"] == pytest.approx(figures["frame_rate"] / 16)
+
+
+def test_switch_changes_what_follows(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name, texts in (("a", []), ("b", ["--switch", "1s: a blue circle moving left"])):
+        assert generate(model, "-o", str(tmp_path / name), "--seconds", "3", *texts) == 0
+    first, second = (np.stack(list(read_video(tmp_path / name))) for name in "ab")
+    differing = np.flatnonzero((first != second).any(axis=(1, 2, 3)))
+    assert differing[0] == 21  # chunks of 3 latent frames: 9 frames, then 12 each
+    assert "had no effect" not in capsys.readouterr().err
+
+
+def test_switch_after_the_last_chunk_began(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert (
+        generate(model, "-o", str(tmp_path / "a"), "--seconds", "2", "--switch", "1.9s: a blue circle") == 0
+    )
+    assert "no effect" in capsys.readouterr().err
+
+
+def test_unknown_words(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    output = ["-o", str(tmp_path / "a.png"), "--frames", "1", "--model", model]
+    assert main(["generate", "a red elephant", *output]) == 0
+    captured = capsys.readouterr()
+    assert "warning: the model never saw 'elephant'" in captured.err
+    assert "circle" in captured.err
+    assert main(["generate", "a red circle", *output]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_image(model: str, tmp_path: Path):
+    Image.new("RGB", (32, 32), (200, 0, 0)).save(tmp_path / "start.png")
+    assert (
+        generate(model, "-o", str(tmp_path / "a"), "--image", str(tmp_path / "start.png"), "--frames", "5")
+        == 0
+    )
+    assert sum(1 for _ in read_video(tmp_path / "a")) == 5
+
+
+@pytest.mark.parametrize(
+    ("texts", "parts"),
+    [
+        (["--frames", "64"], ["num_frames must be 1 + 4k, got 64", "61 and 65"]),
+        (["--size", "40x32"], ["width must be a positive multiple of 16, got 40"]),
+        (["--device", "cuda:99"], ["device", "'cuda:99'", "cpu"]),
+        (["--switch", f"1s: {'red ' * 30}"], ["at most 12 tokens"]),
+        (["--seed", "-1"], ["seed"]),
+    ],
+)
+def test_bad_request(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], texts: list[str], parts: list[str]
+):
+    assert generate(model, "-o", str(tmp_path / "out.mp4"), *texts) == 2
+    error = error_of(capsys)
+    for part in parts:
+        assert part in error
+    assert os.listdir(tmp_path) == []
+
+
+def test_long_prompt(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "red " * 30, "--model", model, "-o", str(tmp_path / "out.mp4")]) == 2
+    assert "prompt must have at most 12 tokens, got 31" in error_of(capsys)
+
+
+def running(model: str, output: Path) -> subprocess.Popen[str]:
+    """A long `generate` in a process of its own that has already written some frames."""
+    command = [sys.executable, "-m", "genstream.cli", "generate", "a red circle", "--seconds", "3600"]
+    process = subprocess.Popen(
+        [*command, "--model", model, "-o", str(output), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "frames, " in line:
+            return process
+    raise AssertionError("ended before the first chunk")
+
+
+def test_ctrl_c(model: str, tmp_path: Path):
+    process = running(model, tmp_path / "out.mp4")
+    os.killpg(process.pid, signal.SIGINT)
+    out, _ = process.communicate()
+    assert process.returncode == 130
+    figures = json.loads(out)
+    assert figures["interrupted"]
+    assert os.listdir(tmp_path) == ["out.mp4"]
+    # The signal may fall between the writing and the counting of a chunk.
+    assert sum(1 for _ in read_video(tmp_path / "out.mp4")) - figures["frames"] in (0, 12)
+
+
+def test_kill(model: str, tmp_path: Path):
+    process = running(model, tmp_path / "out.mp4")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert os.listdir(tmp_path) == ["out.partial.mp4"]
+    assert sum(1 for _ in read_video(tmp_path / "out.partial.mp4")) >= 1
+
+
+def test_evaluate(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = [
+        "evaluate",
+        "toyworld",
+        "--model",
+        model,
+        "--prompts",
+        "2",
+        "--seconds",
+        "1",
+        "--end-of",
+        "3",
+    ]
+    assert main([*arguments, "--json", "--output", str(tmp_path / "report.md")]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["start"]["count"]["total"] == 2
+    assert set(result["end"]) == {"colour", "shape", "direction", "count"}
+    assert result["frame_rate"] > 0
+    assert "| VAE PSNR" in (tmp_path / "report.md").read_text()

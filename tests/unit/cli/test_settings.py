@@ -1,0 +1,80 @@
+"""Options are the fields of a settings class."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from genstream.cli.__main__ import main
+from genstream.cli.settings import parse_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleSettings:
+    """Settings of an example."""
+
+    steps: int
+    learning_rate: float = 1e-3
+    device: str | None = None
+    data: Path | None = None
+    shuffle: bool = True
+    loss: Literal["l1", "l2"] = "l1"
+    sizes: tuple[int, ...] = (64, 128)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+
+def parse(*texts: str) -> tuple[ExampleSettings, Path]:
+    return parse_settings("genstream train example", ExampleSettings, ["--output", "runs", *texts])
+
+
+def test_options():
+    settings, output = parse(
+        *("--steps", "7", "--learning-rate", "0.5", "--device", "cpu", "--data", "x"),
+        *("--shuffle", "false", "--loss", "l2", "--sizes", "[32]"),
+    )
+    assert output == Path("runs")
+    assert settings == ExampleSettings(
+        steps=7, learning_rate=0.5, device="cpu", data=Path("x"), shuffle=False, loss="l2", sizes=(32,)
+    )
+
+
+def test_config_gives_way_to_options(tmp_path: Path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"steps": 3, "data": "folder", "sizes": [1, 2], "device": "cuda"}))
+    settings, _ = parse("--config", str(config), "--steps", "9", "--device", "none")
+    assert settings == ExampleSettings(steps=9, data=Path("folder"), sizes=(1, 2), device=None)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([], "needs --steps"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--steps", "many"], "--steps: invalid int value: 'many'"),
+        (["--step", "3"], "unrecognized arguments: --step 3"),
+    ],
+)
+def test_wrong_options(texts: list[str], message: str):
+    with pytest.raises(ValueError, match=message):
+        parse(*texts)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"stepz": 3}', "no setting 'stepz'; allowed: steps"), ("[1]", "object"), ("{", "valid")],
+)
+def test_wrong_config(tmp_path: Path, content: str, message: str):
+    config = tmp_path / "config.json"
+    config.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        parse("--config", str(config))
+
+
+def test_part_must_exist(capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "teacher"]) == 2
+    assert "student" in capsys.readouterr().err
