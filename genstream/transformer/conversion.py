@@ -1,4 +1,4 @@
-"""Weights under the names of the original Wan 2.1 code, as Wan, Self Forcing and their relatives publish them."""
+"""Weights under the names of the original Wan 2.1 code, as Self Forcing and its relatives publish them."""
 
 from __future__ import annotations
 

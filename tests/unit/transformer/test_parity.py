@@ -1,4 +1,7 @@
-"""The transformer and its rollouts, against numbers that the published code produced. Sets are found, not listed."""
+"""The transformer and its rollouts, against numbers that the published code produced.
+
+Sets are found, not listed.
+"""
 
 import json
 import os
@@ -225,7 +228,7 @@ def test_every_tensor_is_accounted_for(wan_case):
     without = {other: tensor for other, tensor in weights.items() if other != name}
     with pytest.raises(ValueError, match=f"lacks '{name}'"):
         from_wan(without, config)
-    with pytest.raises(ValueError, match="holds 'blocks.2.bias'"):
+    with pytest.raises(ValueError, match=r"holds 'blocks\.2\.bias'"):
         from_wan({**weights, "blocks.2.bias": weights[name]}, config)
     with pytest.raises(ValueError, match=f"'{name}' must have the shape"):
         from_wan({**weights, name: weights[name][:1]}, config)
