@@ -135,7 +135,9 @@ class CausalVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
             ValueError: a prompt is empty or longer than `text_tokens`, or there is no text encoder.
         """
         if self.tokenizer is None or self.text_encoder is None:
-            raise ValueError("prompt needs a text encoder, which this pipeline was loaded without; give prompt_embeds")
+            raise ValueError(
+                "prompt needs a text encoder, which this pipeline was loaded without; give prompt_embeds"
+            )
         prompts = [prompt] if isinstance(prompt, str) else prompt
         return encode_prompts(prompts, self.tokenizer, self.text_encoder, self.config.text_tokens)
 

@@ -101,7 +101,9 @@ class KVCache:
             self.values[layer][:, slots] = values[:, tokens]
         if self.current_sink_tokens:
             place = self.current[0][0].start
-            self.sinks[layer][:, place : place + self.current_sink_tokens] = keys[:, : self.current_sink_tokens]
+            self.sinks[layer][:, place : place + self.current_sink_tokens] = keys[
+                :, : self.current_sink_tokens
+            ]
         return self.keys[layer][:, : self.visible_tokens], self.values[layer][:, : self.visible_tokens]
 
     def clone(self) -> KVCache:
@@ -156,5 +158,3 @@ class TextCache:
 
     text: list[tuple[Tensor, Tensor]]
     image: list[tuple[Tensor, Tensor]] | None = None
-
-

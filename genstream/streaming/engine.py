@@ -128,7 +128,9 @@ class CacheEngine:
         committed = time.perf_counter()
         frames = self._decode(latents, draft)
         timings = Timings(
-            denoise_s=generated - begun, commit_s=committed - generated, decode_s=time.perf_counter() - committed
+            denoise_s=generated - begun,
+            commit_s=committed - generated,
+            decode_s=time.perf_counter() - committed,
         )
         chunk = Chunk(
             index=state.chunk_index,

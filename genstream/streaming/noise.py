@@ -91,7 +91,9 @@ class GivenNoise:
     def fresh(self, start: int, step: int, shape: Sequence[int]) -> Tensor:
         """The slice of `renoise[step]` for the chunk."""
         if step >= len(self.renoise):
-            raise ValueError(f"renoise: denoising step {step} needs a tensor, only {len(self.renoise)} were given")
+            raise ValueError(
+                f"renoise: denoising step {step} needs a tensor, only {len(self.renoise)} were given"
+            )
         return self._cut(f"renoise[{step}]", self.renoise[step], start, shape)
 
     def meta(self) -> dict[str, object]:

@@ -51,10 +51,18 @@ def save_state(state: StreamState, path: str | Path, fingerprint: str) -> None:
         **{f"noise.{name}": tensor for name, tensor in state.noise.tensors().items()},
         **{f"request.noise.{name}": tensor for name, tensor in request.noise.tensors().items()},
         **({} if state.vae is None else {f"vae.{name}": x for name, x in state.vae.tensors().items()}),
-        **({} if state.blend is None else {"blend.source": state.blend.source, "blend.target": state.blend.target}),
+        **(
+            {}
+            if state.blend is None
+            else {"blend.source": state.blend.source, "blend.target": state.blend.target}
+        ),
     }
     # A copy of its own for each name: safetensors refuses tensors that share memory.
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in sources.items() if tensor is not None}
+    tensors = {
+        name: tensor.detach().cpu().clone().contiguous()
+        for name, tensor in sources.items()
+        if tensor is not None
+    }
     partial = Path(f"{path}.partial")
     save_file(tensors, partial, metadata={_KEY: json.dumps(_meta(state, fingerprint))})
     os.replace(partial, path)
@@ -101,7 +109,10 @@ def _meta(state: StreamState, fingerprint: str) -> dict[str, Any]:
             "num_frames": request.num_frames,
             "decode": request.decode,
             "settings": asdict(request.settings),
-            "schedule": {"kind": type(request.schedule).__name__, "timesteps": list(request.schedule.timesteps)},
+            "schedule": {
+                "kind": type(request.schedule).__name__,
+                "timesteps": list(request.schedule.timesteps),
+            },
             "noise": request.noise.meta(),
         },
         "counters": {name: getattr(state, name) for name in _COUNTERS},
@@ -134,7 +145,9 @@ def _restore(meta: dict[str, Any], tensors: dict[str, Tensor], engine: CacheEngi
         ends = {name: x.to(state.prompt_embeds) for name, x in _under("blend", tensors).items()}
         state.blend = Blend(**ends, **meta["blend"])
     state.log = tuple(Applied(**{**item, "control": from_json(item["control"])}) for item in meta["log"])
-    state.pending = deque(Submitted(**{**item, "control": from_json(item["control"])}) for item in meta["pending"])
+    state.pending = deque(
+        Submitted(**{**item, "control": from_json(item["control"])}) for item in meta["pending"]
+    )
     return state
 
 

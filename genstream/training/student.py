@@ -154,7 +154,9 @@ class StudentTrainee:
         sequence = self._sequence(rng)
         device = self.module.transformer.device
         clean = self.latents[indices].to(device, torch.float32)
-        captions = [self.world.caption(self.world.scene(int(index)), int(rng.integers(8))) for index in indices]
+        captions = [
+            self.world.caption(self.world.scene(int(index)), int(rng.integers(8))) for index in indices
+        ]
         context = clean[:, :, sequence.clean_frames]
         disturbance = torch.rand(len(clean), 1, 1, 1, 1, device=device) * self.settings.context_noise
         context = context + disturbance * torch.randn_like(context)
@@ -210,7 +212,9 @@ class StudentTrainee:
             captions, padding="max_length", max_length=self.settings.text_tokens, return_tensors="pt"
         )
         device = self.module.text_encoder.device
-        return embed_tokens(tokens.input_ids.to(device), tokens.attention_mask.to(device), self.module.text_encoder)
+        return embed_tokens(
+            tokens.input_ids.to(device), tokens.attention_mask.to(device), self.module.text_encoder
+        )
 
 
 def train_student(settings: StudentTrainingSettings, output: Path) -> None:

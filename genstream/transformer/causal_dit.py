@@ -76,7 +76,9 @@ class CausalBlock(nn.Module):
         return out
 
 
-class CausalDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin):  # type: ignore[misc]
+class CausalDiT(
+    ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin
+):  # type: ignore[misc]
     """Wan 2.1 transformer with one timestep per latent frame and an explicit KV cache.
 
     Parameter names and configuration are those of diffusers' `WanTransformer3DModel`, so its checkpoints
@@ -175,7 +177,9 @@ class CausalDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, FromO
         image = None
         if image_embeds is not None:
             if embedder.image_embedder is None:
-                raise ValueError("encoder_hidden_states_image was given, but this model takes no image tokens")
+                raise ValueError(
+                    "encoder_hidden_states_image was given, but this model takes no image tokens"
+                )
             embedded = embedder.image_embedder(image_embeds)
             image = [block.attn2.image(embedded) for block in self.blocks]
         return TextCache([block.attn2.text(text) for block in self.blocks], image)
@@ -234,7 +238,9 @@ class CausalDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, FromO
 
         time = timestep if timestep.ndim == 2 else timestep.unsqueeze(1)
         embedded, modulation = self.condition_embedder.time(time)
-        hidden = self.patch_embedding(hidden_states).flatten(3).permute(0, 2, 3, 1)  # [B, C, T, L] -> [B, T, L, C]
+        hidden = (
+            self.patch_embedding(hidden_states).flatten(3).permute(0, 2, 3, 1)
+        )  # [B, C, T, L] -> [B, T, L, C]
         for layer, block in enumerate(self.blocks):
             image = text_cache.image[layer] if text_cache.image else None
             arguments = (hidden, modulation, at, text_cache.text[layer], image, kv_cache, mask)
