@@ -371,7 +371,8 @@ class CausalVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
                 "resize it first"
             )
         frames = pixels.unsqueeze(2).to(self.vae.device, self.vae.dtype)  # [B, 3, 1, H, W]
-        return self.vae.encode(frames).expand(batch_size, -1, -1, -1, -1)
+        latent: Tensor = self.vae.encode(frames)
+        return latent.expand(batch_size, -1, -1, -1, -1)
 
     def _check_size(self, height: int, width: int) -> None:
         _, patch_height, patch_width = self.transformer.config.patch_size
@@ -393,7 +394,7 @@ class CausalVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
             prompt_embeds = self.encode_prompt(prompts)
         elif prompts and len(prompts) != len(prompt_embeds):
             raise ValueError(
-                f"prompt_embeds must have one row for each of {len(prompts)} prompts, got {len(prompt_embeds)}"
+                f"prompt_embeds must have one row for each prompt: {len(prompts)}, got {len(prompt_embeds)}"
             )
         expected = (self.config.text_tokens, self.transformer.config.text_dim)
         if prompt_embeds.ndim != 3 or tuple(prompt_embeds.shape[1:]) != expected:

@@ -163,8 +163,8 @@ class CacheEngine:
         # One synchronisation per chunk, so that a broken chunk never enters the cache or the video.
         if not bool(latents.isfinite().all()):
             raise NonFiniteLatentsError(
-                f"latents of chunk {state.chunk_index} (latent frames {state.frame} to "
-                f"{state.frame + frames - 1}) are not finite; the model or its dtype ({latents.dtype}) is at fault"
+                f"latents of chunk {state.chunk_index} (from latent frame {state.frame}) are not finite; "
+                f"the model or its dtype ({latents.dtype}) is at fault"
             )
         return latents
 

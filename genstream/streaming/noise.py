@@ -109,7 +109,7 @@ class GivenNoise:
         cut = tensor[:, :, first : first + shape[2]]
         if first < 0 or cut.shape != torch.Size(shape):
             raise ValueError(
-                f"{name} must cover latent frames {start} to {start + shape[2] - 1} with shape {list(shape)}, "
+                f"{name} must hold {list(shape)} from latent frame {start}, "
                 f"got {list(tensor.shape)} from frame {self.first_frame}"
             )
         return cut.float()

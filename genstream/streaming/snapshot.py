@@ -142,8 +142,8 @@ def _restore(meta: dict[str, Any], tensors: dict[str, Tensor], engine: CacheEngi
         slots = {name: slot.to(state.history.device) for name, slot in _under("vae", tensors).items()}
         state.vae = VAEState.restore(slots, meta["vae"])
     if meta["blend"] is not None:
-        ends = {name: x.to(state.prompt_embeds) for name, x in _under("blend", tensors).items()}
-        state.blend = Blend(**ends, **meta["blend"])
+        source, target = (tensors[f"blend.{name}"].to(state.prompt_embeds) for name in ("source", "target"))
+        state.blend = Blend(source=source, target=target, **meta["blend"])
     state.log = tuple(Applied(**{**item, "control": from_json(item["control"])}) for item in meta["log"])
     state.pending = deque(
         Submitted(**{**item, "control": from_json(item["control"])}) for item in meta["pending"]

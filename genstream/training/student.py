@@ -1,7 +1,7 @@
 """Trains the embedded causal student on the latents of the toy world.
 
-The student learns the velocity of noisy chunks in clean, slightly disturbed context (teacher forcing), mostly at
-the noise levels of its few sampling steps.
+The student learns the velocity of noisy chunks in clean, slightly disturbed context (teacher forcing),
+mostly at the noise levels of its few sampling steps.
 """
 
 from __future__ import annotations
@@ -99,10 +99,9 @@ class StudentTrainingSettings:
     def __post_init__(self) -> None:
         if self.width % 48:
             raise ValueError(f"width must be a multiple of 48, got {self.width}")
-        if self.clip_chunks < self.window_chunks + 3:
-            raise ValueError(
-                f"clip_chunks must be at least window_chunks + 3 = {self.window_chunks + 3}, got {self.clip_chunks}"
-            )
+        least = self.window_chunks + 3
+        if self.clip_chunks < least:
+            raise ValueError(f"clip_chunks must be at least {least}, got {self.clip_chunks}")
         for name in ("image_start", "middle"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
