@@ -75,10 +75,11 @@ class MemBlock(nn.Module):
         """
         # Channels last all along, so that both concatenations copy whole contiguous rows.
         now = x.permute(0, 2, 3, 1).unflatten(0, (past.shape[0], -1))  # [B, F, h, w, C]
-        before = torch.cat([past.permute(0, 2, 3, 1).unsqueeze(1), now[:, :-1]], dim=1)
+        first = past.to(x.dtype).permute(0, 2, 3, 1).unsqueeze(1)  # [B, 1, h, w, C]
+        before = torch.cat([first, now[:, :-1]], dim=1)
         both = torch.cat([now, before], dim=-1).flatten(0, 1).permute(0, 3, 1, 2)  # [B*F, 2C, h, w]
         # Detached: the memory of an endless stream must not hold an endless graph.
-        remembered = now[:, -1].detach().clone().permute(0, 3, 1, 2)
+        remembered = now[:, -1].detach().to(past.dtype, copy=True).permute(0, 3, 1, 2)
         return F.relu(self.conv(both) + x), remembered
 
 

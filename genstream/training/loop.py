@@ -1,0 +1,259 @@
+"""The training loop all trainers share: resumable, with EMA weights, a CSV log and a progress line.
+
+The data of a step follow from the seed and the step's number alone, so a run that was killed and continued
+takes the same steps as one that was not.
+"""
+
+import copy
+import csv
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINTS_KEPT = 2
+_PROGRESS_INTERVAL_S = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """How long and how to optimise.
+
+    Attributes:
+        total_steps: optimiser steps of the whole run.
+        learning_rate: peak, reached after `warmup_steps`; falls to zero along a half cosine.
+        warmup_steps: linear warm-up.
+        weight_decay: of AdamW.
+        gradient_clip: largest norm of the gradient.
+        ema_decay: of the averaged weights; builds up over the first steps.
+        checkpoint_steps: steps between checkpoints.
+        evaluate_steps: steps between evaluations of the averaged weights.
+        log_steps: steps averaged into one row of log.csv.
+        seed: of everything random.
+        precision: "bf16" runs convolutions and matrix products in bfloat16.
+    """
+
+    total_steps: int
+    learning_rate: float
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.999
+    checkpoint_steps: int = 500
+    evaluate_steps: int = 500
+    log_steps: int = 20
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "checkpoint_steps", "evaluate_steps", "log_steps"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
+
+
+class Trainee(Protocol):
+    """What is trained, and on what."""
+
+    @property
+    def module(self) -> nn.Module:
+        """Holds the weights; those that require no gradient stay as they are."""
+        ...
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Scalar loss of a step, and its parts for the log. Data follow from the step's number."""
+        ...
+
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        """Figures of the averaged weights, for evaluation.csv."""
+        ...
+
+
+def run(settings: LoopSettings, trainee: Trainee, output: Path) -> nn.Module:
+    """Train to the end, from the newest checkpoint in `output` if there is one.
+
+    Returns:
+        A copy of the module with the averaged weights.
+
+    Raises:
+        FloatingPointError: the loss is not finite; names the last good checkpoint.
+    """
+    training = _Training(settings, trainee, output)
+    training.resume()
+    while training.step < settings.total_steps:
+        training.advance()
+    return training.average
+
+
+def learning_rate_at(step: int, settings: LoopSettings) -> float:
+    """Linear warm-up, then a half cosine to zero at `total_steps`."""
+    warmup = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+    return settings.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / settings.total_steps))
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """Folder of the newest whole checkpoint of a run."""
+    return max((output / "checkpoints").glob("step_*"), default=None)
+
+
+def load_average(module: nn.Module, output: Path) -> None:
+    """Load the averaged weights of a run's newest checkpoint."""
+    checkpoint = newest_checkpoint(output)
+    if checkpoint is None:
+        raise ValueError(f"output must be a run with a checkpoint, got {str(output)!r}")
+    module.load_state_dict(load_file(checkpoint / "average.safetensors"))
+
+
+class _Training:
+    """One run in progress."""
+
+    def __init__(self, settings: LoopSettings, trainee: Trainee, output: Path) -> None:
+        self.settings = settings
+        self.trainee = trainee
+        self.output = output
+        self.accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
+        trainee.module.to(self.accelerator.device)
+        self.average = copy.deepcopy(trainee.module).requires_grad_(requires_grad=False)
+        trained = [weight for weight in trainee.module.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
+        )
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self.step = 0
+        self.seconds = 0.0
+        self.window: list[dict[str, float]] = []
+        self.last_report = (time.monotonic(), 0)
+
+    def advance(self) -> None:
+        """Take one step, and log, evaluate and save when they are due."""
+        settings, started = self.settings, time.monotonic()
+        self.window.append(self._optimise())
+        self._update_average()
+        self.step += 1
+        self.seconds += time.monotonic() - started
+        if self._due(settings.log_steps):
+            self._log()
+        if self._due(settings.evaluate_steps):
+            figures = self.trainee.evaluate(self.average)
+            _append_row(self.output / "evaluation.csv", {"step": self.step, **figures})
+            logger.info("step %d: %s", self.step, _text(figures))
+        if self._due(settings.checkpoint_steps):
+            self._save()
+
+    def resume(self) -> None:
+        """Continue after the newest checkpoint; rows logged after it are dropped."""
+        folder = self.output / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in folder.glob("partial_*"):
+            shutil.rmtree(unfinished)
+        checkpoint = newest_checkpoint(self.output)
+        if checkpoint is not None:
+            self.trainee.module.load_state_dict(load_file(checkpoint / "module.safetensors"))
+            self.average.load_state_dict(load_file(checkpoint / "average.safetensors"))
+            self.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+            progress = json.loads((checkpoint / "progress.json").read_text())
+            self.step, self.seconds = progress["step"], progress["seconds"]
+            logger.info("continuing after step %d from %s", self.step, checkpoint)
+        for name in ("log.csv", "evaluation.csv"):
+            _drop_rows_after(self.output / name, self.step)
+        self.last_report = (time.monotonic(), self.step)
+
+    def _optimise(self) -> dict[str, float]:
+        settings, module = self.settings, self.trainee.module
+        learning_rate = learning_rate_at(self.step, settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        torch.manual_seed((settings.seed << 32) + self.step)
+        with self.accelerator.autocast():
+            loss, parts = self.trainee.loss(self.step)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"loss is {value} at step {self.step}; last good checkpoint: {newest_checkpoint(self.output)}"
+            )
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(module.parameters(), settings.gradient_clip)
+        self.optimizer.step()
+        return {"loss": value, **parts, "learning_rate": learning_rate}
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
+        averages = [*self.average.parameters(), *self.average.buffers()]
+        values = [*self.trainee.module.parameters(), *self.trainee.module.buffers()]
+        torch._foreach_lerp_(averages, values, 1 - decay)
+
+    def _due(self, interval: int) -> bool:
+        return self.step % interval == 0 or self.step == self.settings.total_steps
+
+    def _log(self) -> None:
+        means = {name: sum(row[name] for row in self.window) / len(self.window) for name in self.window[0]}
+        self.window = []
+        _append_row(self.output / "log.csv", {"step": self.step, **means, "seconds": round(self.seconds, 1)})
+        now = time.monotonic()
+        reported_at, reported_step = self.last_report
+        if now - reported_at < _PROGRESS_INTERVAL_S and self.step < self.settings.total_steps:
+            return
+        rate = (self.step - reported_step) / (now - reported_at)
+        remaining_s = (self.settings.total_steps - self.step) / rate
+        total = self.settings.total_steps
+        message = "step %d/%d  %s  %.2f steps/s  ETA %d:%02d"
+        logger.info(message, self.step, total, _text(means), rate, *divmod(int(remaining_s), 60))
+        self.last_report = (now, self.step)
+
+    def _save(self) -> None:
+        """Write a checkpoint under another name and rename it, so that a kill never leaves half of one."""
+        folder = self.output / "checkpoints"
+        partial, final = folder / f"partial_{self.step:07d}", folder / f"step_{self.step:07d}"
+        partial.mkdir()
+        _save_weights(self.trainee.module, partial / "module.safetensors")
+        _save_weights(self.average, partial / "average.safetensors")
+        torch.save(self.optimizer.state_dict(), partial / "optimizer.pt")
+        (partial / "progress.json").write_text(json.dumps({"step": self.step, "seconds": self.seconds}))
+        partial.rename(final)
+        for old in sorted(folder.glob("step_*"))[:-_CHECKPOINTS_KEPT]:
+            shutil.rmtree(old)
+
+
+def _save_weights(module: nn.Module, path: Path) -> None:
+    save_file({name: value.contiguous() for name, value in module.state_dict().items()}, path)
+
+
+def _append_row(path: Path, row: dict[str, float]) -> None:
+    is_new = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if is_new:
+            writer.writeheader()
+        writer.writerow({name: f"{value:.6g}" for name, value in row.items()})
+
+
+def _drop_rows_after(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    header, *rows = path.read_text().splitlines()
+    kept = [row for row in rows if int(float(row.split(",")[0])) <= step]
+    path.write_text("\n".join([header, *kept]) + "\n")
+
+
+def _text(figures: dict[str, float]) -> str:
+    pairs: Iterable[str] = (f"{name} {value:.4g}" for name, value in figures.items())
+    return "  ".join(pairs)

@@ -1,0 +1,244 @@
+"""Trains the embedded video VAE on the toy world.
+
+First encoder and decoder together; then the encoder is frozen with its latents normalised, so that a
+diffusion model can be trained on them, while the decoder goes on alone.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from genstream.data.toyworld import ToyWorld
+from genstream.data.vocabulary import BACKGROUND_RGB
+from genstream.training.loop import LoopSettings, load_average, run
+from genstream.vae.tiny import TinyVideoVAE
+
+logger = logging.getLogger(__name__)
+
+FROZEN_ENCODER_FOLDER = "frozen_encoder"
+_JOINT_FOLDER = "joint"
+_DECODER_FOLDER = "decoder"
+
+# Side of the crop in parts of the frame, and frames. Crops around objects are where the detail is; whole
+# frames teach their borders, long clips the memory of a running stream. All cost about the same per step,
+# since the number of clips makes up for the size.
+_CLIP_SHAPES = ((2, 9), (2, 9), (1, 9), (2, 17), (2, 9), (2, 9), (1, 9), (2, 33))
+_LATEST_START_FRAME = 400
+_EDGE_PX = 2
+_EVALUATION_CLIPS = 16
+_EVALUATION_FRAMES = 33
+_STATISTICS_CLIPS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAETrainingSettings:
+    """What the embedded VAE looks like and how it is trained.
+
+    Attributes:
+        joint_steps: steps of encoder and decoder together.
+        decoder_steps: steps of the decoder after the encoder was frozen.
+        joint_learning_rate: peak of the first phase.
+        decoder_learning_rate: peak of the second phase.
+        clips: clips of 9 frames and half the frame's side per step; other shapes keep the pixel count.
+        size_px: side of the toy world's frames.
+        object_weight: extra weight of pixels on and around objects.
+        latents_noise: largest noise added to latents before decoding, in standard deviations, so that
+            imperfect latents still decode well.
+        moments_weight: weight of the pull of latents to mean 0 and standard deviation 1 per channel.
+        checkpoint_steps: steps between checkpoints.
+        evaluate_steps: steps between evaluations.
+        seed: of weights, scenes and noise.
+        precision: "bf16" is twice as fast where the processor has it.
+    """
+
+    joint_steps: int = 4000
+    decoder_steps: int = 6000
+    joint_learning_rate: float = 2e-3
+    decoder_learning_rate: float = 1e-3
+    clips: int = 8
+    size_px: int = 128
+    latent_channels: int = 16
+    patch_size: int = 2
+    encoder_width: int = 40
+    decoder_widths: tuple[int, int, int, int] = (80, 64, 48, 32)
+    object_weight: float = 8.0
+    latents_noise: float = 0.15
+    moments_weight: float = 0.01
+    checkpoint_steps: int = 500
+    evaluate_steps: int = 500
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+    def __post_init__(self) -> None:
+        if self.clips < 4:
+            raise ValueError(f"clips must be at least 4, got {self.clips}")
+        if self.size_px % (16 * self.patch_size):
+            raise ValueError(f"size_px must divide by 16 * patch_size, got {self.size_px}")
+        if not 0 <= self.latents_noise < 1:
+            raise ValueError(f"latents_noise must be in [0, 1), got {self.latents_noise}")
+
+    def loop(self, phase: Literal["joint", "decoder"]) -> LoopSettings:
+        """Loop settings of one phase."""
+        joint = phase == "joint"
+        return LoopSettings(
+            total_steps=self.joint_steps if joint else self.decoder_steps,
+            learning_rate=self.joint_learning_rate if joint else self.decoder_learning_rate,
+            checkpoint_steps=self.checkpoint_steps,
+            evaluate_steps=self.evaluate_steps,
+            seed=2 * self.seed + (0 if joint else 1),
+            precision=self.precision,
+        )
+
+
+def train_vae(settings: VAETrainingSettings, output: Path) -> None:
+    """Train both phases, continuing what `output` already holds; `export` takes the result from there."""
+    torch.manual_seed(settings.seed)
+    frozen_folder = output / FROZEN_ENCODER_FOLDER
+    if not frozen_folder.is_dir():
+        joint = VAETrainee(settings, _new_vae(settings))
+        average = run(settings.loop("joint"), joint, output / _JOINT_FOLDER)
+        assert isinstance(average, TinyVideoVAE)
+        save_component(normalise_latents(average, settings), frozen_folder)
+        logger.info("encoder frozen in %s", frozen_folder)
+    vae: TinyVideoVAE = TinyVideoVAE.from_pretrained(frozen_folder)
+    vae.encoder.requires_grad_(requires_grad=False)
+    run(settings.loop("decoder"), VAETrainee(settings, vae), output / _DECODER_FOLDER)
+
+
+def export(run_folder: Path, folder: Path) -> None:
+    """Write the VAE of a run's newest decoder checkpoint as a diffusers component, in half precision."""
+    vae: TinyVideoVAE = TinyVideoVAE.from_pretrained(run_folder / FROZEN_ENCODER_FOLDER)
+    load_average(vae, run_folder / _DECODER_FOLDER)
+    save_component(vae.half(), folder)
+
+
+def save_component(vae: TinyVideoVAE, folder: Path) -> None:
+    """Save under another name and rename, so that `folder` is whole as soon as it exists."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    vae.save_pretrained(partial)
+    partial.rename(folder)
+
+
+class VAETrainee:
+    """A VAE with its reconstruction objective; a frozen encoder stays frozen."""
+
+    def __init__(self, settings: VAETrainingSettings, vae: TinyVideoVAE) -> None:
+        self.settings = settings
+        self.module = vae
+        self.world = ToyWorld(height=settings.size_px, width=settings.size_px)
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Weighted Charbonnier distance of the reconstruction, and the pull on the latents' moments."""
+        vae, settings = self.module, self.settings
+        frames, weights = self._batch(step)
+        with torch.set_grad_enabled(vae.encoder[0].weight.requires_grad):
+            latents = vae.encode(frames).float()
+        std = latents.detach().std(dim=(0, 2, 3, 4), keepdim=True)
+        sigma = torch.rand((len(latents), 1, 1, 1, 1), device=latents.device) * settings.latents_noise
+        decoded = vae.decode_unclamped(latents + sigma * std * torch.randn_like(latents)).float()
+        error = decoded - frames
+        distance = (weights * (error.square() + 1e-4).sqrt()).sum() / (3 * weights.sum())
+        moments = _moments_penalty(latents)
+        parts = {"distance": distance.item(), "moments": moments.item(), "psnr_db": _psnr_db(error)}
+        return distance + settings.moments_weight * moments, parts
+
+    @torch.no_grad()
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        """PSNR in dB on whole clips that were never trained on: all pixels, and those of objects."""
+        assert isinstance(module, TinyVideoVAE)
+        total, objects = [], []
+        for index in range(_EVALUATION_CLIPS):
+            scene = self.world.scene(index, "eval")
+            clip = self.world.frames(scene, _EVALUATION_FRAMES)
+            frames = _to_tensor(clip[None]).to(module.device)
+            error = module(frames) - frames
+            mask = _object_mask(clip, scene.background).to(module.device)
+            total.append(_psnr_db(error))
+            objects.append(_psnr_db(error[0].transpose(0, 1).masked_select(mask)))
+        return {"psnr_db": float(np.mean(total)), "object_psnr_db": float(np.mean(objects))}
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Frames [B, 3, F, H, W] and pixel weights [B, 1, F, H, W] of a step."""
+        settings = self.settings
+        parts, num_frames = _CLIP_SHAPES[step % len(_CLIP_SHAPES)]
+        side = settings.size_px // parts
+        batch_size = max(1, settings.clips * 4 * 9 // (num_frames * (4 // parts**2) * 4))
+        rng = np.random.default_rng((settings.seed, self.module.encoder[0].weight.requires_grad, step))
+        clips, weights = [], []
+        for _ in range(batch_size):
+            scene = self.world.scene(int(rng.integers(2**31)), "train")
+            start = int(rng.integers(_LATEST_START_FRAME))
+            clip = self.world.frames(scene, num_frames, start)
+            mask = _object_mask(clip, scene.background)
+            weight = F.max_pool2d(mask.float(), 2 * _EDGE_PX + 1, stride=1, padding=_EDGE_PX)
+            top, left = _crop_corner(mask.numpy(), side, rng)
+            area = np.s_[..., top : top + side, left : left + side]
+            clips.append(_to_tensor(clip[None])[area])
+            weights.append(1 + settings.object_weight * weight.transpose(0, 1)[None][area])
+        device = self.module.device
+        return torch.cat(clips).to(device), torch.cat(weights).to(device)
+
+
+def normalise_latents(vae: TinyVideoVAE, settings: VAETrainingSettings) -> TinyVideoVAE:
+    """The same VAE with the statistics of its latents on training clips in its configuration."""
+    world = ToyWorld(height=settings.size_px, width=settings.size_px)
+    latents = []
+    with torch.no_grad():
+        for index in range(_STATISTICS_CLIPS):
+            clip = world.frames(world.scene(index, "train"), _EVALUATION_FRAMES)
+            latents.append(vae.encode(_to_tensor(clip[None]).to(vae.device)))
+    values = torch.cat(latents).transpose(0, 1).flatten(1)  # [C, B*T*h*w]
+    statistics = {"latents_mean": values.mean(dim=1).tolist(), "latents_std": values.std(dim=1).tolist()}
+    normalised: TinyVideoVAE = TinyVideoVAE.from_config({**vae.config, **statistics})
+    normalised.load_state_dict(vae.state_dict())
+    return normalised
+
+
+def _new_vae(settings: VAETrainingSettings) -> TinyVideoVAE:
+    return TinyVideoVAE(
+        latent_channels=settings.latent_channels,
+        patch_size=settings.patch_size,
+        encoder_width=settings.encoder_width,
+        decoder_widths=list(settings.decoder_widths),
+        first_frame_copies=3,
+    )
+
+
+def _to_tensor(clips: NDArray[np.uint8]) -> Tensor:
+    """[B, F, H, W, 3] bytes to [B, 3, F, H, W] in [-1, 1]."""
+    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def _object_mask(clip: NDArray[np.uint8], background: str) -> Tensor:
+    """Where frames [F, H, W, 3] differ from the background, [F, 1, H, W]."""
+    colour = np.array(BACKGROUND_RGB[background], dtype=np.uint8)
+    return torch.from_numpy((clip != colour).any(axis=-1))[:, None]
+
+
+def _crop_corner(mask: NDArray[np.bool_], side: int, rng: np.random.Generator) -> tuple[int, int]:
+    """Top and left of a crop that holds a random object pixel of the clip [F, 1, H, W]."""
+    pixels = np.argwhere(mask[:, 0])
+    pixel = pixels[rng.integers(len(pixels))] if len(pixels) else np.zeros(3, dtype=int)
+    size = mask.shape[-1]
+    top, left = (int(np.clip(pixel[axis] - rng.integers(side), 0, size - side)) for axis in (1, 2))
+    return top, left
+
+
+def _moments_penalty(latents: Tensor) -> Tensor:
+    """Squared mean and squared log standard deviation per channel, averaged over channels."""
+    values = latents.transpose(0, 1).flatten(1)  # [C, B*T*h*w]
+    log_std = 0.5 * torch.log(values.var(dim=1) + 1e-6)
+    return (values.mean(dim=1).square() + log_std.square()).mean()
+
+
+def _psnr_db(error: Tensor) -> float:
+    """Peak signal-to-noise ratio of errors between frames in [-1, 1], whose peak is 2."""
+    return 10 * math.log10(4 / max(error.detach().square().mean().item(), 1e-12))
