@@ -135,7 +135,9 @@ class CausalVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
             ValueError: a prompt is empty or longer than `text_tokens`, or there is no text encoder.
         """
         if self.tokenizer is None or self.text_encoder is None:
-            raise ValueError("prompt needs a text encoder, which this pipeline was loaded without; give prompt_embeds")
+            raise ValueError(
+                "prompt needs a text encoder, which this pipeline was loaded without; give prompt_embeds"
+            )
         prompts = [prompt] if isinstance(prompt, str) else prompt
         return encode_prompts(prompts, self.tokenizer, self.text_encoder, self.config.text_tokens)
 
@@ -369,7 +371,8 @@ class CausalVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
                 "resize it first"
             )
         frames = pixels.unsqueeze(2).to(self.vae.device, self.vae.dtype)  # [B, 3, 1, H, W]
-        return self.vae.encode(frames).expand(batch_size, -1, -1, -1, -1)
+        latent: Tensor = self.vae.encode(frames)
+        return latent.expand(batch_size, -1, -1, -1, -1)
 
     def _check_size(self, height: int, width: int) -> None:
         _, patch_height, patch_width = self.transformer.config.patch_size
@@ -391,7 +394,7 @@ class CausalVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
             prompt_embeds = self.encode_prompt(prompts)
         elif prompts and len(prompts) != len(prompt_embeds):
             raise ValueError(
-                f"prompt_embeds must have one row for each of {len(prompts)} prompts, got {len(prompt_embeds)}"
+                f"prompt_embeds must have one row for each prompt: {len(prompts)}, got {len(prompt_embeds)}"
             )
         expected = (self.config.text_tokens, self.transformer.config.text_dim)
         if prompt_embeds.ndim != 3 or tuple(prompt_embeds.shape[1:]) != expected:

@@ -99,15 +99,22 @@ class KVCache:
         for slots, tokens in self.current:
             self.keys[layer][:, slots] = rotated_keys[:, tokens]
             self.values[layer][:, slots] = values[:, tokens]
-        if self.current_sink_tokens:
+        if count := self.current_sink_tokens:
             place = self.current[0][0].start
-            self.sinks[layer][:, place : place + self.current_sink_tokens] = keys[:, : self.current_sink_tokens]
+            self.sinks[layer][:, place : place + count] = keys[:, :count]
         return self.keys[layer][:, : self.visible_tokens], self.values[layer][:, : self.visible_tokens]
 
     def clone(self) -> KVCache:
         """An independent copy."""
-        copies = {name: [t.clone() for t in getattr(self, name)] for name in ("keys", "values", "sinks")}
-        return KVCache(self.layout, self.shape, **copies, origin=self.origin, placed=self.placed)
+        copy = KVCache(
+            self.layout,
+            self.shape,
+            keys=[tensor.clone() for tensor in self.keys],
+            values=[tensor.clone() for tensor in self.values],
+            sinks=[tensor.clone() for tensor in self.sinks],
+        )
+        copy.origin, copy.placed = self.origin, self.placed
+        return copy
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, for a snapshot."""
@@ -156,5 +163,3 @@ class TextCache:
 
     text: list[tuple[Tensor, Tensor]]
     image: list[tuple[Tensor, Tensor]] | None = None
-
-

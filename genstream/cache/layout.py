@@ -86,7 +86,9 @@ class CacheLayout:
         """
         end = start + frames
         fits_front = end <= self.capacity_frames
-        if frames > self.capacity_frames or not (fits_front or self.chunk_frames <= frames <= self.ring_frames):
+        if frames > self.capacity_frames or not (
+            fits_front or self.chunk_frames <= frames <= self.ring_frames
+        ):
             raise ValueError(
                 f"a pass over {frames} frames from frame {start} does not fit the cache: after frame "
                 f"{self.capacity_frames} a pass has {self.chunk_frames} to {self.ring_frames} frames"

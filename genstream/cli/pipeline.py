@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
+from transformers.utils import logging as transformers_logging
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.streaming.chunk import Chunk
@@ -13,6 +15,9 @@ from genstream.streaming.chunk import Chunk
 def load_pipeline(folder: Path, *, device: str | None, dtype: str | None) -> CausalVideoPipeline:
     """The pipeline in `folder`; where `device` or `dtype` is None, the machine decides."""
     target = _device(device)
+    # Their bars for reading a few files would stand in front of ours.
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     default_dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
     pipe: CausalVideoPipeline = CausalVideoPipeline.from_pretrained(
         folder, dtype=getattr(torch, dtype) if dtype else default_dtype

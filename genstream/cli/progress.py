@@ -27,14 +27,13 @@ class LiveBar:
 
     def __init__(self, total: int, fps: float) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, Progress, TextColumn
 
         self._fps = fps
         self._progress = Progress(
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             TextColumn("{task.completed:.0f}/{task.total:.0f} frames"),
             TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
             console=Console(stderr=True),
         )
         self._task = self._progress.add_task("", total=total, figures="")

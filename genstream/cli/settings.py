@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import inspect
 import json
 import types
 import typing
@@ -35,7 +36,8 @@ def parse_settings(prog: str, kind: type[S], texts: list[str]) -> tuple[S, Path]
 
 
 def _parser(prog: str, kind: type[object]) -> argparse.ArgumentParser:
-    parser = Parser(prog=prog, description=kind.__doc__, allow_abbrev=False)
+    parser = Parser(prog=prog, description=inspect.getdoc(kind), allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for the result and its checkpoints"
     )

@@ -48,4 +48,8 @@ def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, to
 def unknown_words(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Words of the prompt that the tokenizer has no token for, in order and once each."""
     words = dict.fromkeys(prompt.lower().replace(",", " ").replace(".", " ").split())
-    return [word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids]
+    return [
+        word
+        for word in words
+        if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids
+    ]

@@ -37,9 +37,9 @@ def read_card(folder: Path) -> ModelCard:
     """What `model_index.json` and, where there is one, `model_card.json` in `folder` say."""
     index = read_json(folder / _INDEX_NAME)
     path = folder / _CARD_NAME
-    content = (
-        read_json(path) if path.is_file() else {"name": folder.name, "description": "", "vocabulary": {}}
-    )
+    content: dict[str, Any] = {"name": folder.name, "description": "", "vocabulary": {}}
+    if path.is_file():
+        content = read_json(path)
     try:
         return ModelCard(
             name=content["name"],

@@ -69,6 +69,9 @@ class VideoWriter:
         try:
             self._wait()
             self._sink.close()
+        except OutputError as error:
+            self._name_partial(error)
+            raise
         finally:
             self._shut_down()
         if not self.frames_written:
@@ -100,9 +103,11 @@ class VideoWriter:
         if error is None or interrupted:
             self.finish()
             return
-        partial = self.abandon()
-        if partial is not None and error is not None:
-            error.add_note(f"the frames made so far are in {str(partial)!r}")
+        if self.abandon() is not None and error is not None:
+            self._name_partial(error)
+
+    def _name_partial(self, error: BaseException) -> None:
+        error.add_note(f"the frames made so far are in {str(self.partial)!r}")
 
     def _wait(self) -> None:
         if self._pending is not None:

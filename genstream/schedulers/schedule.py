@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -26,11 +27,9 @@ class Schedule:
     timesteps: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        falling = all(a > b for a, b in zip(self.timesteps, self.timesteps[1:], strict=False))
-        if not self.timesteps or not falling or self.timesteps[0] > TRAIN_TIMESTEPS or self.timesteps[-1] <= 0:
-            raise ValueError(
-                f"timesteps must fall from at most {TRAIN_TIMESTEPS} and stay above 0, got {list(self.timesteps)}"
-            )
+        bounds = (TRAIN_TIMESTEPS + 1e-3, *self.timesteps, 0)
+        if not self.timesteps or any(a <= b for a, b in pairwise(bounds)):
+            raise ValueError(f"timesteps must fall from at most 1000 to above 0, got {list(self.timesteps)}")
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -75,7 +74,7 @@ class EulerSchedule(Schedule):
     """Euler steps along the velocity, from each level to the next and from the last to 0."""
 
     def advance(self, step: int, x: Tensor, velocity: Tensor, draw: Callable[[], Tensor]) -> Tensor:
-        """x' = x + (sigma' - sigma) v."""
+        """X' = x + (sigma' - sigma) v."""
         following = (*self.sigmas[1:], 0.0)[step]
         return (x.float() + (following - self.sigmas[step]) * velocity.float()).to(x.dtype)
 

@@ -128,7 +128,9 @@ class CacheEngine:
         committed = time.perf_counter()
         frames = self._decode(latents, draft)
         timings = Timings(
-            denoise_s=generated - begun, commit_s=committed - generated, decode_s=time.perf_counter() - committed
+            denoise_s=generated - begun,
+            commit_s=committed - generated,
+            decode_s=time.perf_counter() - committed,
         )
         chunk = Chunk(
             index=state.chunk_index,
@@ -161,8 +163,8 @@ class CacheEngine:
         # One synchronisation per chunk, so that a broken chunk never enters the cache or the video.
         if not bool(latents.isfinite().all()):
             raise NonFiniteLatentsError(
-                f"latents of chunk {state.chunk_index} (latent frames {state.frame} to "
-                f"{state.frame + frames - 1}) are not finite; the model or its dtype ({latents.dtype}) is at fault"
+                f"latents of chunk {state.chunk_index} (from latent frame {state.frame}) are not finite; "
+                f"the model or its dtype ({latents.dtype}) is at fault"
             )
         return latents
 

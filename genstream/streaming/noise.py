@@ -91,7 +91,9 @@ class GivenNoise:
     def fresh(self, start: int, step: int, shape: Sequence[int]) -> Tensor:
         """The slice of `renoise[step]` for the chunk."""
         if step >= len(self.renoise):
-            raise ValueError(f"renoise: denoising step {step} needs a tensor, only {len(self.renoise)} were given")
+            raise ValueError(
+                f"renoise: denoising step {step} needs a tensor, only {len(self.renoise)} were given"
+            )
         return self._cut(f"renoise[{step}]", self.renoise[step], start, shape)
 
     def meta(self) -> dict[str, object]:
@@ -107,7 +109,7 @@ class GivenNoise:
         cut = tensor[:, :, first : first + shape[2]]
         if first < 0 or cut.shape != torch.Size(shape):
             raise ValueError(
-                f"{name} must cover latent frames {start} to {start + shape[2] - 1} with shape {list(shape)}, "
+                f"{name} must hold {list(shape)} from latent frame {start}, "
                 f"got {list(tensor.shape)} from frame {self.first_frame}"
             )
         return cut.float()

@@ -51,10 +51,18 @@ def save_state(state: StreamState, path: str | Path, fingerprint: str) -> None:
         **{f"noise.{name}": tensor for name, tensor in state.noise.tensors().items()},
         **{f"request.noise.{name}": tensor for name, tensor in request.noise.tensors().items()},
         **({} if state.vae is None else {f"vae.{name}": x for name, x in state.vae.tensors().items()}),
-        **({} if state.blend is None else {"blend.source": state.blend.source, "blend.target": state.blend.target}),
+        **(
+            {}
+            if state.blend is None
+            else {"blend.source": state.blend.source, "blend.target": state.blend.target}
+        ),
     }
     # A copy of its own for each name: safetensors refuses tensors that share memory.
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in sources.items() if tensor is not None}
+    tensors = {
+        name: tensor.detach().cpu().clone().contiguous()
+        for name, tensor in sources.items()
+        if tensor is not None
+    }
     partial = Path(f"{path}.partial")
     save_file(tensors, partial, metadata={_KEY: json.dumps(_meta(state, fingerprint))})
     os.replace(partial, path)
@@ -104,7 +112,10 @@ def _meta(state: StreamState, fingerprint: str) -> dict[str, Any]:
             "num_frames": request.num_frames,
             "decode": request.decode,
             "settings": asdict(request.settings),
-            "schedule": {"kind": type(request.schedule).__name__, "timesteps": list(request.schedule.timesteps)},
+            "schedule": {
+                "kind": type(request.schedule).__name__,
+                "timesteps": list(request.schedule.timesteps),
+            },
             "noise": request.noise.meta(),
         },
         "counters": {name: getattr(state, name) for name in _COUNTERS},
@@ -134,10 +145,12 @@ def _restore(meta: dict[str, Any], tensors: dict[str, Tensor], engine: CacheEngi
         slots = {name: slot.to(state.history.device) for name, slot in _under("vae", tensors).items()}
         state.vae = VAEState.restore(slots, meta["vae"])
     if meta["blend"] is not None:
-        ends = {name: x.to(state.prompt_embeds) for name, x in _under("blend", tensors).items()}
-        state.blend = Blend(**ends, **meta["blend"])
+        source, target = (tensors[f"blend.{name}"].to(state.prompt_embeds) for name in ("source", "target"))
+        state.blend = Blend(source=source, target=target, **meta["blend"])
     state.log = tuple(Applied(**{**item, "control": from_json(item["control"])}) for item in meta["log"])
-    state.pending = deque(Submitted(**{**item, "control": from_json(item["control"])}) for item in meta["pending"])
+    state.pending = deque(
+        Submitted(**{**item, "control": from_json(item["control"])}) for item in meta["pending"]
+    )
     return state
 
 

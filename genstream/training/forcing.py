@@ -88,7 +88,9 @@ def from_middle(first: int, chunk_frames: int, window_chunks: int, copies: int) 
         for place, chunk in enumerate(chunks)
     )
     target = Piece(
-        _span(first + window_chunks, chunk_frames), _span(len(chunks), chunk_frames), tuple(range(len(chunks)))
+        _span(first + window_chunks, chunk_frames),
+        _span(len(chunks), chunk_frames),
+        tuple(range(len(chunks))),
     )
     return ForcedSequence(clean, (target,) * copies)
 

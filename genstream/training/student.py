@@ -1,7 +1,7 @@
 """Trains the embedded causal student on the latents of the toy world.
 
-The student learns the velocity of noisy chunks in clean, slightly disturbed context (teacher forcing), mostly at
-the noise levels of its few sampling steps.
+The student learns the velocity of noisy chunks in clean, slightly disturbed context (teacher forcing),
+mostly at the noise levels of its few sampling steps.
 """
 
 from __future__ import annotations
@@ -99,10 +99,9 @@ class StudentTrainingSettings:
     def __post_init__(self) -> None:
         if self.width % 48:
             raise ValueError(f"width must be a multiple of 48, got {self.width}")
-        if self.clip_chunks < self.window_chunks + 3:
-            raise ValueError(
-                f"clip_chunks must be at least window_chunks + 3 = {self.window_chunks + 3}, got {self.clip_chunks}"
-            )
+        least = self.window_chunks + 3
+        if self.clip_chunks < least:
+            raise ValueError(f"clip_chunks must be at least {least}, got {self.clip_chunks}")
         for name in ("image_start", "middle"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -154,7 +153,9 @@ class StudentTrainee:
         sequence = self._sequence(rng)
         device = self.module.transformer.device
         clean = self.latents[indices].to(device, torch.float32)
-        captions = [self.world.caption(self.world.scene(int(index)), int(rng.integers(8))) for index in indices]
+        captions = [
+            self.world.caption(self.world.scene(int(index)), int(rng.integers(8))) for index in indices
+        ]
         context = clean[:, :, sequence.clean_frames]
         disturbance = torch.rand(len(clean), 1, 1, 1, 1, device=device) * self.settings.context_noise
         context = context + disturbance * torch.randn_like(context)
@@ -210,7 +211,9 @@ class StudentTrainee:
             captions, padding="max_length", max_length=self.settings.text_tokens, return_tensors="pt"
         )
         device = self.module.text_encoder.device
-        return embed_tokens(tokens.input_ids.to(device), tokens.attention_mask.to(device), self.module.text_encoder)
+        return embed_tokens(
+            tokens.input_ids.to(device), tokens.attention_mask.to(device), self.module.text_encoder
+        )
 
 
 def train_student(settings: StudentTrainingSettings, output: Path) -> None:

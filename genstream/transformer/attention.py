@@ -40,6 +40,7 @@ class _Attention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]
     _default_processor_cls = AttentionProcessor
     _available_processors = (AttentionProcessor,)
     _supports_qkv_fusion = False
+    processor: AttentionProcessor
 
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__()
@@ -56,7 +57,8 @@ class _Attention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]
         return self._split(self.norm_q(self.to_q(hidden)))
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))  # [B, L, N, D]
+        by_head: Tensor = x.unflatten(-1, (self.heads, -1))  # [B, L, N, D]
+        return by_head
 
 
 class SelfAttention(_Attention):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +76,9 @@ class CausalBlock(nn.Module):
         return out
 
 
-class CausalDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin):  # type: ignore[misc]
+class CausalDiT(  # type: ignore[misc]
+    ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin
+):
     """Wan 2.1 transformer with one timestep per latent frame and an explicit KV cache.
 
     Parameter names and configuration are those of diffusers' `WanTransformer3DModel`, so its checkpoints
@@ -175,17 +177,19 @@ class CausalDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, FromO
         image = None
         if image_embeds is not None:
             if embedder.image_embedder is None:
-                raise ValueError("encoder_hidden_states_image was given, but this model takes no image tokens")
+                raise ValueError(
+                    "encoder_hidden_states_image was given, but this model takes no image tokens"
+                )
             embedded = embedder.image_embedder(image_embeds)
-            image = [block.attn2.image(embedded) for block in self.blocks]
-        return TextCache([block.attn2.text(text) for block in self.blocks], image)
+            image = [layer.image(embedded) for layer in self._cross_attentions()]
+        return TextCache([layer.text(text) for layer in self._cross_attentions()], image)
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens in a latent frame of `height` x `width` latent pixels."""
         _, patch_height, patch_width = self.patch_size
         if height % patch_height or width % patch_width:
             raise ValueError(
-                f"latent size must be a multiple of the patch {patch_height}x{patch_width}, got {height}x{width}"
+                f"latent size must divide by the patch {patch_height}x{patch_width}, got {height}x{width}"
             )
         return height // patch_height, width // patch_width
 
@@ -234,7 +238,9 @@ class CausalDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, FromO
 
         time = timestep if timestep.ndim == 2 else timestep.unsqueeze(1)
         embedded, modulation = self.condition_embedder.time(time)
-        hidden = self.patch_embedding(hidden_states).flatten(3).permute(0, 2, 3, 1)  # [B, C, T, L] -> [B, T, L, C]
+        hidden = (
+            self.patch_embedding(hidden_states).flatten(3).permute(0, 2, 3, 1)
+        )  # [B, C, T, L] -> [B, T, L, C]
         for layer, block in enumerate(self.blocks):
             image = text_cache.image[layer] if text_cache.image else None
             arguments = (hidden, modulation, at, text_cache.text[layer], image, kv_cache, mask)
@@ -248,8 +254,15 @@ class CausalDiT(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, FromO
         velocity = self._unpatchify(self.proj_out(hidden), rows, columns)
         return CausalDiTOutput(sample=velocity) if return_dict else (velocity,)
 
+    def _cross_attentions(self) -> Iterator[CrossAttention]:
+        for block in self.blocks:
+            assert isinstance(block, CausalBlock)
+            yield block.attn2
+
     def _unpatchify(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
         """`[B, T, rows * columns, patch * C]` to `[B, C, T, h, w]`."""
         _, patch_height, patch_width = self.patch_size
-        x = tokens.unflatten(2, (rows, columns)).unflatten(-1, (patch_height, patch_width, self.out_channels))
-        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        patched: Tensor = tokens.unflatten(2, (rows, columns)).unflatten(
+            -1, (patch_height, patch_width, self.out_channels)
+        )
+        return patched.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)

@@ -30,7 +30,9 @@ class ImageEmbedder(nn.Module):
     def forward(self, image_embeds: Tensor) -> Tensor:
         """Project; first-and-last-frame models add a learned position to the two images' tokens."""
         if self.pos_embed is not None:
-            image_embeds = image_embeds.view(-1, self.pos_embed.shape[1], image_embeds.shape[-1]) + self.pos_embed
+            image_embeds = (
+                image_embeds.view(-1, self.pos_embed.shape[1], image_embeds.shape[-1]) + self.pos_embed
+            )
         hidden: Tensor = self.norm2(self.ff(self.norm1(image_embeds)))
         return hidden
 
