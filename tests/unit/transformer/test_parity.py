@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler
+from genstream.streaming.controls import PromptControl
+from genstream.streaming.engine import CacheEngine
 from genstream.streaming.noise import GivenNoise
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.transformer.conversion import from_wan, wan_names
@@ -34,12 +36,13 @@ def sets(prefix: str) -> dict[str, dict]:
     return {name: values for name, values in found.items() if "set" in values}
 
 
-WAN, SELF_FORCING = sets("wan"), sets("self_forcing")
-if not WAN and not SELF_FORCING:
+WAN, SELF_FORCING, LONGLIVE = sets("wan"), sets("self_forcing"), sets("longlive")
+if not (WAN or SELF_FORCING or LONGLIVE):
     pytest.skip(f"no parity sets in {FOLDER}: set GENSTREAM_PARITY_DIR", allow_module_level=True)
 
 VARIANTS = [(name, variant) for name, values in WAN.items() for variant in values["variants"]]
 ROLLOUTS = [(name, scenario) for name, values in SELF_FORCING.items() for scenario in values["scenarios"]]
+SWITCHES = [(name, scenario) for name, values in LONGLIVE.items() for scenario in values["scenarios"]]
 MASKED = [(name, case) for name, values in SELF_FORCING.items() for case in values["full_sequence"]]
 
 
@@ -50,7 +53,7 @@ def tensors(file: str) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def data():
     """Tensors of all sets, read once."""
-    return {name: tensors(name) for name in (*WAN, *SELF_FORCING)}
+    return {name: tensors(name) for name in (*WAN, *SELF_FORCING, *LONGLIVE)}
 
 
 def transformer(weights: dict[str, torch.Tensor], config: dict) -> CausalDiT:
@@ -83,7 +86,23 @@ def students():
         checkpoint = json.loads((FOLDER / f"{name}.checkpoint.json").read_text())
         file = checkpoint["files"][checkpoint["use_for_reference"].split()[0]]["file"]
         models[name] = transformer(load_file(FOLDER / file), config_of(values["model_config"]))
+    for name, values in LONGLIVE.items():
+        models[name] = transformer(with_lora(name), config_of(values["model_config"]))
     return models
+
+
+def with_lora(name: str) -> dict[str, torch.Tensor]:
+    """The weights of a set with its LoRA merged into them."""
+    checkpoint = json.loads((FOLDER / f"{name}.checkpoint.json").read_text())
+    files, prefixes = checkpoint["files"], checkpoint["strip_prefix"]
+    weights = load_file(FOLDER / files["generator"]["file"])
+    lora = load_file(FOLDER / files["generator_lora"]["file"])
+    scale = checkpoint["lora_alpha"] / checkpoint["lora_rank"]
+    for key, down in lora.items():
+        if ".lora_A" in key:
+            target = key.replace(".lora_A", "").removeprefix(prefixes["generator_lora"])
+            weights[prefixes["generator"] + target] += scale * lora[key.replace("lora_A", "lora_B")] @ down
+    return weights
 
 
 def padded(context: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -182,6 +201,48 @@ def test_rollout(name, prefix, data, students):
     check_cache(state, io, prefix)
 
 
+@pytest.mark.parametrize(("name", "prefix"), SWITCHES)
+def test_prompt_switch(name, prefix, data, students):
+    values, io = LONGLIVE[name], data[name]
+    scenario = values["scenarios"][prefix]
+    chunk = values["frames_per_block"]
+    pipe = CausalVideoPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        transformer=students[name],
+        vae=TinyVideoVAE(encoder_width=4, decoder_widths=(4, 4, 4, 4)).eval(),
+        scheduler=FewStepScheduler(values["denoising_step_list"], values["timestep_shift"]),
+        chunk_frames=chunk,
+        sink_frames=scenario["sink"],
+        window_frames=scenario["local"] - scenario["sink"] - chunk,
+        positions="window" if scenario.get("infinity") else "absolute",
+        text_tokens=values["model_config"]["text_len"],
+    )
+    embeds = io[f"{prefix}.prompt_embeds"]
+    noise = given_noise(
+        {"num_blocks_generated": scenario["blocks"], "steps": values["denoising_step_list"], "init": 0},
+        io,
+        prefix,
+    )
+    height, width = (8 * side for side in values["latent_shape_CHW"][1:])
+    request = pipe.request(
+        prompt_embeds=embeds[:1],
+        num_frames=1 + 4 * (scenario["blocks"] * chunk - 1),
+        height=height,
+        width=width,
+        noise=noise,
+        decode=False,
+    )
+    # The prompts of this set are embeddings only; a control names one by its number.
+    engine = CacheEngine(pipe.transformer, pipe.vae, lambda prompts: embeds[int(prompts[0])][None])
+    state = engine.start(request)
+    for segment, frame in enumerate(scenario.get("switch", ()), start=1):
+        control = PromptControl(prompt=str(segment), keep_sinks=scenario["global_sink"])
+        state.submit(control, not_before=1 + 4 * (frame - 1))
+    latents = torch.cat([chunk.latents for chunk in engine.run(state)], dim=2)
+    torch.testing.assert_close(latents.transpose(1, 2), io[f"{prefix}.output"], rtol=0, atol=ATOL)
+
+
 def check_cache(state, io, prefix):
     """The kept keys and values at the end: sinks, then the window in order of time."""
     layout, per_frame = state.kv.layout, state.kv.shape.tokens_per_frame
@@ -207,30 +268,3 @@ def test_scheduler_tables(name, data):
             steps = [1000 - index for index in range(1000)]
             ours = FewStepScheduler(steps, float(shift)).timesteps
             torch.testing.assert_close(ours, table, rtol=0, atol=1e-3)
-
-
-@pytest.fixture
-def wan_case():
-    name, variant = VARIANTS[0]
-    return tensors(f"{name}.{variant}_weights"), WAN[name]["variants"][variant]["diffusers_config"]
-
-
-@pytest.mark.parametrize("prefix", ["model.", "module.model.", "model._fsdp_wrapped_module.", "_orig_mod."])
-def test_prefixes(wan_case, prefix):
-    weights, config = wan_case
-    converted = from_wan({prefix + name: tensor for name, tensor in weights.items()}, config)
-    assert converted.keys() == from_wan(weights, config).keys()
-
-
-def test_every_tensor_is_accounted_for(wan_case):
-    weights, config = wan_case
-    name = "blocks.1.self_attn.q.weight"
-    without = {other: tensor for other, tensor in weights.items() if other != name}
-    with pytest.raises(ValueError, match=f"lacks '{name}'"):
-        from_wan(without, config)
-    with pytest.raises(ValueError, match=r"holds 'blocks\.2\.bias'"):
-        from_wan({**weights, "blocks.2.bias": weights[name]}, config)
-    with pytest.raises(ValueError, match=f"'{name}' must have the shape"):
-        from_wan({**weights, name: weights[name][:1]}, config)
-    with pytest.raises(ValueError, match="twice"):
-        from_wan({**weights, f"model.{name}": weights[name]}, config)
