@@ -54,13 +54,17 @@ class StopControl(Control):
 
 @dataclass(frozen=True)
 class ResetControl(Control):
-    """Forget the past and start the request anew.
+    """Forget the past and start anew with the current prompt.
 
     Attributes:
         seed: seed of the new start, in [0, 2^63); None repeats the request's own noise.
     """
 
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
 
 
 _KINDS: dict[str, type[Control]] = {

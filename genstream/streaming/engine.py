@@ -244,7 +244,9 @@ class CacheEngine:
 
     def _reset(self, control: ResetControl, state: StreamState) -> None:
         request = state.request
-        if control.seed is not None:
+        if control.seed is None:
+            state.noise = request.noise
+        else:
             state.noise = SeededNoise(tuple(control.seed + i for i in range(request.batch_size)))
         height, width = self._latent_size(request)
         state.kv = self.transformer.kv_cache(state.kv.layout, request.batch_size, height, width)

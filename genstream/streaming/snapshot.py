@@ -84,7 +84,10 @@ def load_state(path: str | Path, engine: CacheEngine) -> StreamState:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"path must be a whole stream snapshot, got {str(path)!r}: {error}") from error
-    return _restore(meta, tensors, engine)
+    try:
+        return _restore(meta, tensors, engine)
+    except KeyError as error:
+        raise ValueError(f"path must be a whole stream snapshot, got {str(path)!r}: it lacks {error}") from error
 
 
 def _check(meta: dict[str, Any], path: str | Path, fingerprint: str) -> None:
@@ -121,7 +124,7 @@ def _meta(state: StreamState, fingerprint: str) -> dict[str, Any]:
         "vae": None if state.vae is None else state.vae.meta(),
         "blend": None if state.blend is None else _blend_meta(state.blend),
         "log": [{**asdict(item), "control": to_json(item.control)} for item in state.log],
-        "pending": [{**asdict(item), "control": to_json(item.control)} for item in state.pending],
+        "pending": [{**asdict(item), "control": to_json(item.control)} for item in tuple(state.pending)],
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from dataclasses import dataclass, field, fields
+from threading import Lock
 
 from torch import Tensor
 
@@ -56,6 +57,7 @@ class StreamState:
         log: the controls that took effect; with the request they replay the stream.
         pending: the controls that wait.
         sequence: number of the last submitted control.
+        lock: guards `pending` and `sequence`, which other threads may change.
     """
 
     request: StreamRequest
@@ -74,6 +76,7 @@ class StreamState:
     log: tuple[Applied, ...] = ()
     pending: deque[Submitted] = field(default_factory=deque)
     sequence: int = 0
+    lock: Lock = field(default_factory=Lock, repr=False)
 
     @property
     def finished(self) -> bool:
@@ -89,13 +92,15 @@ class StreamState:
         Returns:
             The control's sequence number, reported back by the chunk that it changes.
         """
-        self.sequence += 1
-        self.pending.append(Submitted(self.sequence, control, not_before))
-        return self.sequence
+        with self.lock:
+            self.sequence += 1
+            self.pending.append(Submitted(self.sequence, control, not_before))
+            return self.sequence
 
     def due(self) -> list[Submitted]:
         """The waiting controls that take effect now, in order."""
-        return [waiting for waiting in self.pending if waiting.not_before <= self.frames_out]
+        with self.lock:
+            return [waiting for waiting in self.pending if waiting.not_before <= self.frames_out]
 
     def draft(self) -> StreamState:
         """A shallow copy for a step to work on, so that a step that fails leaves this state as it was."""
@@ -106,8 +111,9 @@ class StreamState:
         for name in (item.name for item in fields(self)):
             if name not in ("pending", "sequence"):
                 setattr(self, name, getattr(draft, name))
-        for control in applied:
-            self.pending.remove(control)
+        with self.lock:
+            for control in applied:
+                self.pending.remove(control)
 
     def clone(self) -> StreamState:
         """An independent stream that goes on from here (fork)."""
@@ -115,4 +121,5 @@ class StreamState:
         fork.kv = self.kv.clone()
         fork.vae = None if self.vae is None else self.vae.clone()
         fork.pending = deque(self.pending)
+        fork.lock = Lock()
         return fork

@@ -1,0 +1,59 @@
+"""Components small enough to be built for every test; their pictures mean nothing."""
+
+import pytest
+import torch
+
+from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.schedulers.few_step import FewStepScheduler
+from genstream.training.text import tiny_text_encoder, word_tokenizer
+from genstream.transformer.causal_dit import CausalDiT
+from genstream.vae.tiny import TinyVideoVAE
+
+WORDS = ("a", "red", "blue", "circle", "square", "moving", "right", "left")
+
+
+def _build(
+    *, layers=2, scheduler=None, first_frame_copies=3, weights_seed=0, batch_free_text=False, **settings
+) -> CausalVideoPipeline:
+    torch.manual_seed(weights_seed)
+    tokenizer = None if batch_free_text else word_tokenizer(WORDS)
+    encoder = None if batch_free_text else tiny_text_encoder(len(tokenizer), width=16, layers=1).eval()
+    transformer = CausalDiT(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=layers,
+    )
+    vae = TinyVideoVAE(
+        latent_channels=4, encoder_width=8, decoder_widths=(8, 8, 8, 8), first_frame_copies=first_frame_copies
+    )
+    settings = {"sink_frames": 3, "window_frames": 3, **settings}
+    pipe = CausalVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        transformer=transformer.eval(),
+        vae=vae.eval(),
+        scheduler=scheduler or FewStepScheduler(steps=(1000.0, 500.0)),
+        text_tokens=12,
+        default_height=32,
+        default_width=32,
+        **settings,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def build_pipeline():
+    """`build_pipeline(chunk_frames=..., ...)`: a pipeline of fresh random weights for 32x32 clips."""
+    return _build
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """A pipeline with one sink chunk and a window of one chunk, shared by the tests of a file."""
+    return _build()

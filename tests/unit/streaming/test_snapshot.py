@@ -1,0 +1,76 @@
+"""Files of streams that do not fit are refused by name."""
+
+import json
+
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+RED = "a red circle moving right"
+
+
+@pytest.fixture
+def saved(pipe, ask, tmp_path):
+    state = pipe.start(ask())
+    pipe.step(state)
+    path = tmp_path / "stream.safetensors"
+    pipe.save_state(state, path)
+    return path
+
+
+def with_meta(path, **changes):
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata()
+    meta = {**json.loads(metadata["genstream_stream"]), **changes}
+    save_file(load_file(path), path, metadata={"genstream_stream": json.dumps(meta)})
+
+
+def test_saving_leaves_one_file(saved):
+    assert [path.name for path in saved.parent.iterdir()] == ["stream.safetensors"]
+
+
+def test_other_model(saved, build_pipeline):
+    with pytest.raises(ValueError, match=r"stream\.safetensors.*another model"):
+        build_pipeline(weights_seed=1).load_state(saved)
+
+
+def test_other_dtype(saved, build_pipeline):
+    import torch
+
+    with pytest.raises(ValueError, match=r"stream\.safetensors.*model or dtype"):
+        build_pipeline().to(torch.bfloat16).load_state(saved)
+
+
+def test_other_format(saved, pipe):
+    with_meta(saved, format=99)
+    with pytest.raises(ValueError, match=r"stream\.safetensors.*format 1, got 99"):
+        pipe.load_state(saved)
+
+
+def test_truncated(saved, pipe):
+    whole = saved.read_bytes()
+    for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        saved.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"stream\.safetensors"):
+            pipe.load_state(saved)
+
+
+def test_other_file(pipe, tmp_path):
+    save_file({}, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"snapshot, got .*weights\.safetensors"):
+        pipe.load_state(tmp_path / "weights.safetensors")
+
+
+def test_missing_file(pipe, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        pipe.load_state(tmp_path / "nowhere")
+
+
+def test_missing_tensor(saved, pipe):
+    with safe_open(str(saved), framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(saved)
+    del tensors["history"]
+    save_file(tensors, saved, metadata=metadata)
+    with pytest.raises(ValueError, match="history"):
+        pipe.load_state(saved)
