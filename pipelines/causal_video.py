@@ -34,7 +34,7 @@ DEFAULT_SECONDS = 4.0
 
 
 @dataclass
-class CausalVideoOutput(BaseOutput):  # type: ignore[misc]
+class CausalVideoOutput(BaseOutput):
     """Frames of a video.
 
     Attributes:
@@ -45,7 +45,7 @@ class CausalVideoOutput(BaseOutput):  # type: ignore[misc]
     frames: list[list[Image.Image]] | np.ndarray | Tensor
 
 
-class CausalVideoPipeline(DiffusionPipeline):  # type: ignore[misc]
+class CausalVideoPipeline(DiffusionPipeline):
     """Streams video from a causal few-step transformer, one chunk of latent frames at a time.
 
     Args:

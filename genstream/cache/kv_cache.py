@@ -78,7 +78,7 @@ class KVCache:
         return cls(layout, shape, keys=empty(tokens), values=empty(tokens), sinks=empty(sink_tokens))
 
     def begin(self, start: int, frames: int) -> None:
-        """Prepare a pass over `frames` frames from absolute frame `start`: place the sinks, choose the slots."""
+        """Prepare a pass over `frames` frames from absolute frame `start`: place sinks, choose slots."""
         first = start - self.origin
         self.layout.check_pass(first, frames)
         per_frame = self.shape.tokens_per_frame

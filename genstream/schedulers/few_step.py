@@ -22,13 +22,13 @@ from genstream.schedulers.schedule import (
 
 
 @dataclass
-class FlowSchedulerOutput(BaseOutput):  # type: ignore[misc]
+class FlowSchedulerOutput(BaseOutput):
     """The sample at the next noise level, or the clean one after the last step."""
 
     prev_sample: Tensor
 
 
-class _FlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+class _FlowScheduler(SchedulerMixin, ConfigMixin):
     """The stateful shell that diffusers expects around an immutable schedule."""
 
     order = 1

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from genstream.data.toyworld import ToyWorld
 from genstream.data.vocabulary import BACKGROUND_RGB
 from genstream.training.loop import LoopSettings, load_average, run
-from genstream.vae.tiny import TinyVideoVAE
+from genstream.vae.tiny import MemBlock, TemporalGrow, TemporalPool, TinyVideoVAE
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +27,19 @@ FROZEN_ENCODER_FOLDER = "frozen_encoder"
 _JOINT_FOLDER = "joint"
 _DECODER_FOLDER = "decoder"
 
-# Side of the crop in parts of the frame, and frames. Crops around objects are where the detail is; whole
-# frames teach their borders, long clips the memory of a running stream. All cost about the same per step,
-# since the number of clips makes up for the size.
-_CLIP_SHAPES = ((2, 9), (2, 9), (1, 9), (2, 17), (2, 9), (2, 9), (1, 9), (2, 33))
+# Side of the crop in parts of the frame, and frames. Small crops around objects come most often: many scenes in
+# a step are what teaches colour. Whole frames teach borders, long clips the memory of a running stream. All
+# cost about the same per step, since the number of clips makes up for the size.
+_CLIP_SHAPES = ((4, 9), (4, 5), (4, 9), (2, 9), (4, 9), (4, 5), (2, 17), (1, 9))
 _LATEST_START_FRAME = 400
 _EDGE_PX = 2
 _EVALUATION_CLIPS = 16
 _EVALUATION_FRAMES = 33
 _STATISTICS_CLIPS = 64
+# The toy world is dark: pixels in [0, 1] have a root mean square of about a quarter.
+_INPUT_GAIN = 4.0
+_OUTPUT_GAIN = 0.3
+_OUTPUT_MEAN = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +174,7 @@ class VAETrainee:
         settings = self.settings
         parts, num_frames = _CLIP_SHAPES[step % len(_CLIP_SHAPES)]
         side = settings.size_px // parts
-        batch_size = max(1, settings.clips * 4 * 9 // (num_frames * (4 // parts**2) * 4))
+        batch_size = max(1, settings.clips * 9 * parts**2 // (num_frames * 4))
         rng = np.random.default_rng((settings.seed, self.module.encoder[0].weight.requires_grad, step))
         clips, weights = [], []
         for _ in range(batch_size):
@@ -178,11 +182,11 @@ class VAETrainee:
             start = int(rng.integers(_LATEST_START_FRAME))
             clip = self.world.frames(scene, num_frames, start)
             mask = _object_mask(clip, scene.background)
-            weight = F.max_pool2d(mask.float(), 2 * _EDGE_PX + 1, stride=1, padding=_EDGE_PX)
             top, left = _crop_corner(mask.numpy(), side, rng)
             area = np.s_[..., top : top + side, left : left + side]
+            near = F.max_pool2d(mask[area].float(), 2 * _EDGE_PX + 1, stride=1, padding=_EDGE_PX)
             clips.append(_to_tensor(clip[None])[area])
-            weights.append(1 + settings.object_weight * weight.transpose(0, 1)[None][area])
+            weights.append(1 + settings.object_weight * near.transpose(0, 1)[None])
         device = self.module.device
         return torch.cat(clips).to(device), torch.cat(weights).to(device)
 
@@ -197,19 +201,54 @@ def normalise_latents(vae: TinyVideoVAE, settings: VAETrainingSettings) -> TinyV
             latents.append(vae.encode(_to_tensor(clip[None]).to(vae.device)))
     values = torch.cat(latents).transpose(0, 1).flatten(1)  # [C, B*T*h*w]
     statistics = {"latents_mean": values.mean(dim=1).tolist(), "latents_std": values.std(dim=1).tolist()}
-    normalised: TinyVideoVAE = TinyVideoVAE.from_config({**vae.config, **statistics})
+    # Private entries record which values were defaults, and would discard the statistics.
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    normalised: TinyVideoVAE = TinyVideoVAE.from_config({**config, **statistics})
     normalised.load_state_dict(vae.state_dict())
     return normalised
 
 
 def _new_vae(settings: VAETrainingSettings) -> TinyVideoVAE:
-    return TinyVideoVAE(
+    vae = TinyVideoVAE(
         latent_channels=settings.latent_channels,
         patch_size=settings.patch_size,
         encoder_width=settings.encoder_width,
         decoder_widths=list(settings.decoder_widths),
         first_frame_copies=3,
     )
+    initialise(vae)
+    return vae
+
+
+def initialise(vae: TinyVideoVAE) -> None:
+    """Weights that keep the signal's size from the first step on: residual blocks start as identities.
+
+    PyTorch's own initialisation shrinks the signal at each of a dozen layers outside the residual blocks, and
+    takes three times the steps to learn colours.
+    """
+    for layer in vae.modules():
+        if isinstance(layer, nn.Conv2d):
+            _scaled_normal(layer, 1.0)
+    # A gain of sqrt(2) after each rectifier makes up for the half that it cuts off.
+    for layer in vae.modules():
+        if isinstance(layer, TemporalPool | TemporalGrow):
+            _scaled_normal(layer.conv, math.sqrt(2))
+        elif isinstance(layer, MemBlock):
+            _scaled_normal(layer.conv[0], math.sqrt(2))
+            _scaled_normal(layer.conv[2], math.sqrt(2))
+            _scaled_normal(layer.conv[4], 0.0)
+    _scaled_normal(vae.encoder[0], _INPUT_GAIN)
+    _scaled_normal(vae.encoder[-1], math.sqrt(2))
+    _scaled_normal(vae.decoder[1], math.sqrt(2))
+    _scaled_normal(vae.decoder[-1], _OUTPUT_GAIN)
+    nn.init.constant_(vae.decoder[-1].bias, _OUTPUT_MEAN)
+
+
+def _scaled_normal(layer: nn.Module, gain: float) -> None:
+    assert isinstance(layer, nn.Conv2d)
+    nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.weight[0].numel()))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 def _to_tensor(clips: NDArray[np.uint8]) -> Tensor:

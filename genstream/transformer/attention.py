@@ -34,7 +34,7 @@ class AttentionProcessor:
         return out.flatten(2)
 
 
-class _Attention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]
+class _Attention(nn.Module, AttentionModuleMixin):
     """Projections and across-head RMS norms shared by both kinds of attention."""
 
     _default_processor_cls = AttentionProcessor
@@ -51,7 +51,7 @@ class _Attention(nn.Module, AttentionModuleMixin):  # type: ignore[misc]
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q = nn.RMSNorm(dim, eps=eps)
         self.norm_k = nn.RMSNorm(dim, eps=eps)
-        self.set_processor(AttentionProcessor())
+        self.processor = AttentionProcessor()
 
     def _query(self, hidden: Tensor) -> Tensor:
         return self._split(self.norm_q(self.to_q(hidden)))

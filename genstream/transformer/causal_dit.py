@@ -23,7 +23,7 @@ from genstream.transformer.embeddings import ConditionEmbedder
 
 
 @dataclass
-class CausalDiTOutput(BaseOutput):  # type: ignore[misc]
+class CausalDiTOutput(BaseOutput):
     """Velocity `[B, C, T, h, w]`: noise minus clean latent."""
 
     sample: Tensor
@@ -76,7 +76,7 @@ class CausalBlock(nn.Module):
         return out
 
 
-class CausalDiT(  # type: ignore[misc]
+class CausalDiT(
     ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin
 ):
     """Wan 2.1 transformer with one timestep per latent frame and an explicit KV cache.

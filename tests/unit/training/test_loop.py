@@ -1,0 +1,115 @@
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from genstream.training.loop import LoopSettings, learning_rate_at, load_average, newest_checkpoint, run
+
+SETTINGS = {
+    "total_steps": 12,
+    "learning_rate": 0.05,
+    "warmup_steps": 3,
+    "checkpoint_steps": 4,
+    "evaluate_steps": 6,
+    "log_steps": 2,
+}
+
+
+class Line:
+    """Fits a line; the data of a step follow from its number."""
+
+    def __init__(self, fails_at: int = -1, value: float = float("nan")) -> None:
+        torch.manual_seed(0)
+        self.module = nn.Linear(2, 1)
+        self.fails_at = fails_at
+        self.value = value
+
+    def loss(self, step: int):
+        x = torch.randn((8, 2), generator=torch.Generator().manual_seed(step))
+        noisy = self.module(x + 0.1 * torch.randn_like(x))
+        loss = (noisy[:, 0] - x.sum(dim=1)).square().mean()
+        if step == self.fails_at:
+            loss = loss * self.value
+        return loss, {"error": loss.item()}
+
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        return {"weight": module.weight.mean().item()}
+
+
+class Killed(Exception):
+    pass
+
+
+class KilledLine(Line):
+    def loss(self, step: int):
+        if step == self.fails_at:
+            raise Killed
+        return super().loss(step)
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("killed_at", [2, 5, 11])
+def test_killed_run_continues_as_if_unbroken(tmp_path, killed_at):
+    unbroken = run(LoopSettings(**SETTINGS), Line(), tmp_path / "unbroken")
+    with pytest.raises(Killed):
+        run(LoopSettings(**SETTINGS), KilledLine(fails_at=killed_at), tmp_path / "killed")
+    continued = run(LoopSettings(**SETTINGS), Line(), tmp_path / "killed")
+    assert torch.equal(continued.weight, unbroken.weight)
+    for name in ("log.csv", "evaluation.csv"):
+        assert rows(tmp_path / "killed" / name) == rows(tmp_path / "unbroken" / name)
+
+
+def test_half_written_checkpoint_is_ignored(tmp_path):
+    run(LoopSettings(**SETTINGS), Line(), tmp_path)
+    partial = tmp_path / "checkpoints" / "partial_0000099"
+    partial.mkdir()
+    assert newest_checkpoint(tmp_path).name == "step_0000012"
+    run(LoopSettings(**SETTINGS), Line(), tmp_path)
+    assert not partial.exists()
+
+
+def test_finished_run_returns_its_weights_again(tmp_path):
+    first = run(LoopSettings(**SETTINGS), Line(), tmp_path)
+    assert torch.equal(run(LoopSettings(**SETTINGS), Line(), tmp_path).weight, first.weight)
+    loaded = nn.Linear(2, 1)
+    load_average(loaded, tmp_path)
+    assert torch.equal(loaded.weight, first.weight)
+
+
+def test_loss_that_is_not_finite_names_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(
+        FloatingPointError, match=r"loss is nan at step 9; last good checkpoint: .*step_0000008"
+    ):
+        run(LoopSettings(**SETTINGS), Line(fails_at=9), tmp_path)
+    assert newest_checkpoint(tmp_path).name == "step_0000008"
+
+
+def test_frozen_weights_stay(tmp_path):
+    line = Line()
+    line.module.bias.requires_grad_(requires_grad=False)
+    before = line.module.bias.clone()
+    average = run(LoopSettings(**SETTINGS), line, tmp_path)
+    assert torch.equal(line.module.bias, before)
+    assert torch.equal(average.bias, before)
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    settings = LoopSettings(total_steps=100, learning_rate=1.0, warmup_steps=10)
+    rates = [learning_rate_at(step, settings) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0, abs=0.03)
+    assert rates[50] == pytest.approx(0.5)
+    assert rates[100] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match="total_steps must be at least 1, got 0"):
+        LoopSettings(total_steps=0, learning_rate=1.0)
+    with pytest.raises(ValueError, match="precision must be 'fp32' or 'bf16', got 'int8'"):
+        LoopSettings(total_steps=1, learning_rate=1.0, precision="int8")
