@@ -124,7 +124,7 @@ def test_errors_name_argument_and_value():
     for kind in (FewStepScheduler, FlowEulerScheduler):
         with pytest.raises(ValueError, match="shift must be above 0, got -1"):
             kind(shift=-1.0)
-    with pytest.raises(ValueError, match="num_inference_steps must be 4, .* got 8"):
+    with pytest.raises(ValueError, match=r"num_inference_steps must be 4, .* got 8"):
         FewStepScheduler().schedule(8)
     with pytest.raises(ValueError, match="num_inference_steps must be at least 1, got 0"):
         FlowEulerScheduler().schedule(0)

@@ -72,7 +72,7 @@ def test_given_noise_that_does_not_cover_the_chunk(start, shape):
 
 def test_given_noise_without_enough_steps():
     source = GivenNoise(torch.randn(SHAPE), (torch.randn(SHAPE),))
-    with pytest.raises(ValueError, match="renoise: denoising step 1 .* only 1"):
+    with pytest.raises(ValueError, match=r"renoise: denoising step 1 .* only 1"):
         source.fresh(0, 1, SHAPE)
 
 
