@@ -182,7 +182,9 @@ class StudentTrainee:
         trained, self.module = self.module, module  # type: ignore[assignment]
         try:
             torch.manual_seed(self.settings.seed)
-            losses = [self.loss(-1 - batch)[0].item() for batch in range(_EVALUATION_BATCHES)]
+            # Steps behind the last: their data are never trained on.
+            steps = range(self.settings.total_steps, self.settings.total_steps + _EVALUATION_BATCHES)
+            losses = [self.loss(step)[0].item() for step in steps]
         finally:
             self.module = trained
         return {"loss": float(np.mean(losses))}
