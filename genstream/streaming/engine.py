@@ -22,6 +22,7 @@ from genstream.streaming.controls import (
     ResetControl,
     ResumeControl,
     StopControl,
+    Submitted,
 )
 from genstream.streaming.noise import SeededNoise
 from genstream.streaming.request import StreamRequest
@@ -99,16 +100,13 @@ class CacheEngine:
 
         Raises:
             NonFiniteLatentsError: the chunk's latents are not finite.
-            ValueError: the stream is finished.
+            ValueError: the stream is finished, or a control does not fit it, such as a prompt that is too
+                long; that control is dropped.
         """
         if state.finished:
             raise ValueError("state is finished: its stream has no further chunk")
         draft = state.draft()
-        due = draft.due()
-        for submitted in due:
-            self._apply(submitted.control, draft)
-            applied = Applied(submitted.sequence, submitted.control, draft.frames_out)
-            draft.log = (*draft.log, applied)
+        due = self._apply_due(draft)
         controls = draft.log[len(state.log) :]
         if draft.paused or draft.stopped:
             state.adopt(draft, due)
@@ -218,6 +216,20 @@ class CacheEngine:
             return_dict=False,
         )[0]
         return velocity
+
+    def _apply_due(self, state: StreamState) -> list[Submitted]:
+        """Apply the controls that take effect now; returns them."""
+        due = state.due()
+        for submitted in due:
+            try:
+                self._apply(submitted.control, state)
+            except ValueError:
+                # It would fail again at every further step.
+                state.withdraw([submitted])
+                raise
+            applied = Applied(submitted.sequence, submitted.control, state.frames_out)
+            state.log = (*state.log, applied)
+        return due
 
     def _apply(self, control: Control, state: StreamState) -> None:
         match control:

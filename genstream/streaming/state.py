@@ -111,8 +111,12 @@ class StreamState:
         for name in (item.name for item in fields(self)):
             if name not in ("pending", "sequence"):
                 setattr(self, name, getattr(draft, name))
+        self.withdraw(applied)
+
+    def withdraw(self, controls: list[Submitted]) -> None:
+        """Forget waiting controls."""
         with self.lock:
-            for control in applied:
+            for control in controls:
                 self.pending.remove(control)
 
     def clone(self) -> StreamState:

@@ -12,12 +12,10 @@ from genstream.vae.tiny import TinyVideoVAE
 WORDS = ("a", "red", "blue", "circle", "square", "moving", "right", "left")
 
 
-def _build(
-    *, layers=2, scheduler=None, first_frame_copies=3, weights_seed=0, batch_free_text=False, **settings
-) -> CausalVideoPipeline:
+def _build(*, layers=2, scheduler=None, weights_seed=0, **settings) -> CausalVideoPipeline:
     torch.manual_seed(weights_seed)
-    tokenizer = None if batch_free_text else word_tokenizer(WORDS)
-    encoder = None if batch_free_text else tiny_text_encoder(len(tokenizer), width=16, layers=1).eval()
+    tokenizer = word_tokenizer(WORDS)
+    encoder = tiny_text_encoder(len(tokenizer), width=16, layers=1).eval()
     transformer = CausalDiT(
         num_attention_heads=2,
         attention_head_dim=12,
@@ -28,9 +26,7 @@ def _build(
         ffn_dim=32,
         num_layers=layers,
     )
-    vae = TinyVideoVAE(
-        latent_channels=4, encoder_width=8, decoder_widths=(8, 8, 8, 8), first_frame_copies=first_frame_copies
-    )
+    vae = TinyVideoVAE(latent_channels=4, encoder_width=8, decoder_widths=(8, 8, 8, 8), first_frame_copies=3)
     settings = {"sink_frames": 3, "window_frames": 3, **settings}
     pipe = CausalVideoPipeline(
         tokenizer=tokenizer,

@@ -9,67 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from genstream.cli.__main__ import main
 from genstream.cli.pipeline import to_uint8
 from genstream.io.reader import read_video
 from genstream.pipelines.causal_video import CausalVideoPipeline
-from genstream.schedulers.few_step import FewStepScheduler
-from genstream.transformer.causal_dit import CausalDiT
-from genstream.vae.tiny import TinyVideoVAE
 
 ROOT = Path(__file__).resolve().parents[3]
-WORDS = ("<pad>", "</s>", "<unk>", "a", "red", "blue", "circle", "moving", "right", "left")
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+def model(build_pipeline, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A saved pipeline for 32x32 clips; its scores mean nothing, its files and numbers of frames do."""
-    torch.manual_seed(0)
-    encoder = UMT5EncoderModel(
-        UMT5Config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    )
-    transformer = CausalDiT(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=1,
-    )
-    vae = TinyVideoVAE(latent_channels=4, encoder_width=8, decoder_widths=(8, 8, 8, 8), first_frame_copies=3)
-    pipe = CausalVideoPipeline(
-        tokenizer=tiny_tokenizer(),
-        text_encoder=encoder,
-        transformer=transformer,
-        vae=vae,
-        scheduler=FewStepScheduler(steps=(1000.0, 500.0)),
-        sink_frames=3,
-        window_frames=3,
-        text_tokens=12,
-        default_height=32,
-        default_width=32,
-    )
     folder = tmp_path_factory.mktemp("model")
-    pipe.save_pretrained(folder)
+    build_pipeline().save_pretrained(folder)
     return str(folder)
 
 

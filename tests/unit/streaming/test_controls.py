@@ -201,6 +201,18 @@ def test_a_step_that_fails_leaves_the_stream_as_it_was(pipe, ask, collect, monke
         assert failed_log == log
 
 
+def test_a_control_that_does_not_fit_is_dropped(pipe, ask, collect):
+    expected = ask(num_frames=33, seed=5)
+    state = pipe.start(expected)
+    state.submit(PromptControl(prompt="red " * 30))
+    kept = state.submit(PromptControl(prompt=BLUE), not_before=21)
+    with pytest.raises(ValueError, match="prompt must have at most 12 tokens, got 31"):
+        pipe.step(state)
+    frames = collect(state)
+    assert [item.sequence for item in state.log] == [kept]
+    assert_same(frames[:, :, :21], collect(pipe.start(expected))[:, :, :21])
+
+
 def test_broken_weights_never_reach_cache_or_video(build_pipeline):
     pipe = build_pipeline()
     expected = [chunk.frames for chunk in pipe.stream(RED, num_frames=45)]

@@ -20,6 +20,7 @@ CONFIG = {
     "pos_embed_seq_len": 10,
 }
 NAME = "blocks.1.self_attn.q.weight"
+KINDS = (NAME, "patch_embedding.bias", "head.modulation", "blocks.0.modulation", "img_emb.emb_pos")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_wrappers_inside_names(model, weights):
 
 
 def test_any_missing_tensor(weights):
-    for name in weights:
+    for name in KINDS:
         with pytest.raises(ValueError, match=f"lacks '{name}'$"):
             from_wan({other: tensor for other, tensor in weights.items() if other != name}, CONFIG)
 
@@ -77,9 +78,9 @@ def test_superfluous_tensor(weights, name):
 
 
 def test_any_wrong_shape(weights):
-    for name, tensor in weights.items():
+    for name in KINDS:
         with pytest.raises(ValueError, match=f"'{name}' must have the shape"):
-            from_wan({**weights, name: tensor[..., None]}, CONFIG)
+            from_wan({**weights, name: weights[name][..., None]}, CONFIG)
 
 
 def test_a_tensor_under_two_prefixes(weights):
