@@ -234,7 +234,8 @@ class _Training:
 
 
 def _save_weights(module: nn.Module, path: Path) -> None:
-    save_file({name: value.contiguous() for name, value in module.state_dict().items()}, path)
+    # A copy of its own for each name: safetensors refuses weights that are tied.
+    save_file({name: value.clone().contiguous() for name, value in module.state_dict().items()}, path)
 
 
 def _append_row(path: Path, row: dict[str, float]) -> None:
