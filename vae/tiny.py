@@ -35,7 +35,8 @@ def _to_images(video: Tensor) -> Tensor:
 
 def _to_video(images: Tensor, batch_size: int) -> Tensor:
     """[B*F, C, H, W] to [B, C, F, H, W]."""
-    return images.unflatten(0, (batch_size, -1)).transpose(1, 2).contiguous()
+    video: Tensor = images.unflatten(0, (batch_size, -1))
+    return video.transpose(1, 2).contiguous()
 
 
 def _conv(inputs: int, outputs: int) -> nn.Conv2d:
@@ -55,6 +56,7 @@ class MemBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.channels = channels
         self.conv = nn.Sequential(
             _conv(2 * channels, channels),
             nn.ReLU(inplace=True),
@@ -154,7 +156,7 @@ def _run(layers: nn.Sequential, x: Tensor, state: VAEState) -> tuple[Tensor, dic
     return x, slots
 
 
-class TinyVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class TinyVideoVAE(ModelMixin, ConfigMixin):
     """Tiny causal video VAE (TAEHV architecture) that satisfies `StreamingVAE`.
 
     Frames are [B, 3, F, H, W] in [-1, 1], latents [B, C, T, h, w], with F = 1 + r (T - 1) on decoding.
@@ -218,7 +220,7 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         state = VAEState(
             direction=direction, vae=self._describe(), batch_size=batch_size, height=height, width=width
         )
-        weight = self.encoder[0].weight
+        weight = next(self.parameters())
         for name, (channels, ratio) in self._memories(direction).items():
             shape = (batch_size, channels, height // ratio, width // ratio)
             state.slots[name] = weight.new_zeros(shape)
@@ -243,7 +245,8 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def decode_chunk(self, latents: Tensor, state: VAEState) -> Tensor:
         """Frames [B, 3, F, H, W] in [-1, 1] of `latents` [B, C, T, h, w]; the stream's first gives one."""
-        return self.decode_chunk_unclamped(latents, state).clamp(-1, 1)
+        frames: Tensor = self.decode_chunk_unclamped(latents, state)
+        return frames.clamp(-1, 1)
 
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def decode_chunk_unclamped(self, latents: Tensor, state: VAEState) -> Tensor:
@@ -270,10 +273,11 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if state.direction == "decode":
             size = (state.height // self.spec.spatial_ratio, state.width // self.spec.spatial_ratio)
             shape = (state.batch_size, self.spec.latent_channels, 0, *size)
-            return self.decode_chunk(self.encoder[0].weight.new_zeros(shape), state)
+            return self.decode_chunk(next(self.parameters()).new_zeros(shape), state)
         pending = state.slots[_PENDING]
         missing = -pending.shape[2] % self.spec.temporal_ratio
-        return self.encode_chunk(pending[:, :, -1:].expand(-1, -1, missing, -1, -1), state)
+        latents: Tensor = self.encode_chunk(pending[:, :, -1:].expand(-1, -1, missing, -1, -1), state)
+        return latents
 
     def encode(self, frames: Tensor) -> Tensor:
         """Latents [B, C, T, h, w] of a whole clip [B, 3, F, H, W].
@@ -317,12 +321,12 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def _memories(self, direction: Direction) -> dict[str, tuple[int, int]]:
         """For each MemBlock of one direction: channels and pixels per feature pixel."""
-        memories = {}
+        memories: dict[str, tuple[int, int]] = {}
         layers = self.encoder if direction == "encode" else self.decoder
         ratio = self.config.patch_size if direction == "encode" else self.spec.spatial_ratio
         for name, layer in layers.named_children():
             if isinstance(layer, MemBlock):
-                memories[name] = (layer.conv[0].out_channels, ratio)
+                memories[name] = (layer.channels, ratio)
             elif isinstance(layer, TemporalPool):
                 ratio *= _STAGE_SPATIAL_RATIO
             elif isinstance(layer, TemporalGrow):
@@ -349,7 +353,7 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError(f"state must be for {direction!r}, got one for {state.direction!r}")
         if state.vae != self._describe():
             raise ValueError(f"state must come from {self._describe()}, got one from {state.vae}")
-        weight = self.encoder[0].weight
+        weight = next(self.parameters())
         slot = next(iter(state.slots.values()))
         if (slot.dtype, slot.device) != (weight.dtype, weight.device):
             raise ValueError(

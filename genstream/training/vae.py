@@ -27,9 +27,9 @@ FROZEN_ENCODER_FOLDER = "frozen_encoder"
 _JOINT_FOLDER = "joint"
 _DECODER_FOLDER = "decoder"
 
-# Side of the crop in parts of the frame, and frames. Small crops around objects come most often: many scenes in
-# a step are what teaches colour. Whole frames teach borders, long clips the memory of a running stream. All
-# cost about the same per step, since the number of clips makes up for the size.
+# Side of the crop in parts of the frame, and frames. Small crops around objects come most often: many scenes
+# in a step are what teaches colour. Whole frames teach borders, long clips the memory of a running stream.
+# All cost about the same per step, since the number of clips makes up for the size.
 _CLIP_SHAPES = ((4, 9), (4, 5), (4, 9), (2, 9), (4, 9), (4, 5), (2, 17), (1, 9))
 _LATEST_START_FRAME = 400
 _EDGE_PX = 2
@@ -143,7 +143,7 @@ class VAETrainee:
         """Weighted Charbonnier distance of the reconstruction, and the pull on the latents' moments."""
         vae, settings = self.module, self.settings
         frames, weights = self._batch(step)
-        with torch.set_grad_enabled(vae.encoder[0].weight.requires_grad):
+        with torch.set_grad_enabled(self._trains_encoder):
             latents = vae.encode(frames).float()
         std = latents.detach().std(dim=(0, 2, 3, 4), keepdim=True)
         sigma = torch.rand((len(latents), 1, 1, 1, 1), device=latents.device) * settings.latents_noise
@@ -169,13 +169,17 @@ class VAETrainee:
             objects.append(_psnr_db(error[0].transpose(0, 1).masked_select(mask)))
         return {"psnr_db": float(np.mean(total)), "object_psnr_db": float(np.mean(objects))}
 
+    @property
+    def _trains_encoder(self) -> bool:
+        return next(self.module.encoder.parameters()).requires_grad
+
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Frames [B, 3, F, H, W] and pixel weights [B, 1, F, H, W] of a step."""
         settings = self.settings
         parts, num_frames = _CLIP_SHAPES[step % len(_CLIP_SHAPES)]
         side = settings.size_px // parts
         batch_size = max(1, settings.clips * 9 * parts**2 // (num_frames * 4))
-        rng = np.random.default_rng((settings.seed, self.module.encoder[0].weight.requires_grad, step))
+        rng = np.random.default_rng((settings.seed, self._trains_encoder, step))
         clips, weights = [], []
         for _ in range(batch_size):
             scene = self.world.scene(int(rng.integers(2**31)), "train")
@@ -203,13 +207,13 @@ def normalise_latents(vae: TinyVideoVAE, settings: VAETrainingSettings) -> TinyV
     statistics = {"latents_mean": values.mean(dim=1).tolist(), "latents_std": values.std(dim=1).tolist()}
     # Private entries record which values were defaults, and would discard the statistics.
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    normalised: TinyVideoVAE = TinyVideoVAE.from_config({**config, **statistics})
+    normalised: TinyVideoVAE = TinyVideoVAE(**{**config, **statistics})
     normalised.load_state_dict(vae.state_dict())
     return normalised
 
 
 def _new_vae(settings: VAETrainingSettings) -> TinyVideoVAE:
-    vae = TinyVideoVAE(
+    vae: TinyVideoVAE = TinyVideoVAE(
         latent_channels=settings.latent_channels,
         patch_size=settings.patch_size,
         encoder_width=settings.encoder_width,
@@ -223,8 +227,7 @@ def _new_vae(settings: VAETrainingSettings) -> TinyVideoVAE:
 def initialise(vae: TinyVideoVAE) -> None:
     """Weights that keep the signal's size from the first step on: residual blocks start as identities.
 
-    PyTorch's own initialisation shrinks the signal at each of a dozen layers outside the residual blocks, and
-    takes three times the steps to learn colours.
+    PyTorch's own initialisation shrinks the signal at each of a dozen layers outside the residual blocks.
     """
     for layer in vae.modules():
         if isinstance(layer, nn.Conv2d):
@@ -241,7 +244,9 @@ def initialise(vae: TinyVideoVAE) -> None:
     _scaled_normal(vae.encoder[-1], math.sqrt(2))
     _scaled_normal(vae.decoder[1], math.sqrt(2))
     _scaled_normal(vae.decoder[-1], _OUTPUT_GAIN)
-    nn.init.constant_(vae.decoder[-1].bias, _OUTPUT_MEAN)
+    last = vae.decoder[-1]
+    assert isinstance(last, nn.Conv2d) and last.bias is not None
+    nn.init.constant_(last.bias, _OUTPUT_MEAN)
 
 
 def _scaled_normal(layer: nn.Module, gain: float) -> None:
