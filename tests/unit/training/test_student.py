@@ -122,7 +122,7 @@ def test_clips_are_encoded_once(trained):
 
 
 def test_export_is_a_pipeline(trained, vae_folder, tmp_path):
-    settings, folder = trained
+    _, folder = trained
     export(folder, vae_folder, tmp_path / "model")
     export(folder, vae_folder, tmp_path / "model")  # replaces what is there
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
