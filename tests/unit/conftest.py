@@ -27,7 +27,7 @@ def _build(*, layers=2, scheduler=None, weights_seed=0, **settings) -> CausalVid
         num_layers=layers,
     )
     vae = TinyVideoVAE(latent_channels=4, encoder_width=8, decoder_widths=(8, 8, 8, 8), first_frame_copies=3)
-    settings = {"sink_frames": 3, "window_frames": 3, **settings}
+    settings = {"sink_frames": 3, "window_frames": 3, "positions": "window", **settings}
     pipe = CausalVideoPipeline(
         tokenizer=tokenizer,
         text_encoder=encoder,

@@ -155,6 +155,23 @@ def test_recache_matters_and_so_do_the_sinks(pipe, ask, collect):
     assert not torch.equal(frames["old sinks"], frames["old cache"])
 
 
+def test_recache_rebuilds_every_kept_frame_but_kept_sinks(pipe, ask, collect):
+    """The first layer's keys depend on the frame alone, the second's on the prompt too."""
+    state = pipe.start(ask(seed=5))
+    collect(state, chunks=5)
+    before = [tensor.unflatten(1, (-1, 4)).clone() for tensor in state.kv.values]
+    state.prompt_embeds = pipe.encode_prompt(BLUE)
+    state.text = pipe.engine.text_cache(state.prompt_embeds, state.request)
+    pipe.engine.recache(state, keep_sinks=True)
+    first, second = (
+        (after.unflatten(1, (-1, 4)) - old).abs().amax(dim=(0, 2, 3, 4))
+        for after, old in zip(state.kv.values, before, strict=True)
+    )
+    assert first.max() < 1e-5
+    assert (second[:3] == 0).all()
+    assert (second[3:] > 1e-3).all()
+
+
 @pytest.mark.parametrize("chunks", [1, 5])
 def test_recache_of_one_chunk_with_the_same_prompt_changes_nothing(build_pipeline, chunks):
     """Re-caching sees all kept frames at once, as committing one chunk does; more chunks differ."""

@@ -61,7 +61,7 @@ def test_fork(pipe, ask, collect, whole, chunks):
     state = pipe.start(ask(num_frames=FRAMES, seed=5))
     before = [pipe.step(state).frames for _ in range(chunks)]
     fork = state.clone()
-    fork.submit(PromptControl(prompt=BLUE))
+    fork.submit(PromptControl(prompt=BLUE, recache=False))
     forked = collect(fork)
     continued = torch.cat([*before, collect(state)], dim=2)
     assert_same(continued, whole)
@@ -114,7 +114,8 @@ def test_snapshot_with_controls_under_way(pipe, ask, collect, tmp_path):
     def run(save_after):
         state = pipe.start(ask(num_frames=FRAMES, seed=5))
         state.submit(PromptControl(prompt=BLUE, blend_chunks=3), not_before=9)
-        state.submit(PromptControl(prompt="a red square"), not_before=50)
+        state.submit(PromptControl(prompt="a red square"), not_before=45)
+        state.submit(ResetControl(seed=11), not_before=40)
         frames = []
         while not state.finished:
             if len(frames) == save_after:
