@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -68,9 +68,9 @@ class CausalVideoPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     # Transformer and VAE take turns in every chunk: moving them each time would cost more than it saves.
-    _exclude_from_cpu_offload = ("vae",)
-    _optional_components = ("tokenizer", "text_encoder")
-    _callback_tensor_inputs = ("latents",)
+    _exclude_from_cpu_offload: ClassVar[list[str]] = ["vae"]
+    _optional_components: ClassVar[list[str]] = ["tokenizer", "text_encoder"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
     def __init__(
         self,
@@ -207,6 +207,8 @@ class CausalVideoPipeline(DiffusionPipeline):
                 raise ValueError("image and initial_latents exclude each other, got both")
             initial_latents = self.encode_image(image, height, width, batch_size=len(embeds))
             settings = _start_from_image(settings)
+        if initial_latents is not None:
+            self._check_latents(initial_latents, len(embeds), height, width)
         return StreamRequest(
             prompt=tuple(prompts),
             prompt_embeds=embeds,
@@ -370,6 +372,8 @@ class CausalVideoPipeline(DiffusionPipeline):
                 f"image must be [B, 3, {height}, {width}], the size of the video, got {list(pixels.shape)}; "
                 "resize it first"
             )
+        if len(pixels) not in (1, batch_size):
+            raise ValueError(f"image must be one or one for each of {batch_size} videos, got {len(pixels)}")
         frames = pixels.unsqueeze(2).to(self.vae.device, self.vae.dtype)  # [B, 3, 1, H, W]
         latent: Tensor = self.vae.encode(frames)
         return latent.expand(batch_size, -1, -1, -1, -1)
@@ -378,6 +382,16 @@ class CausalVideoPipeline(DiffusionPipeline):
         _, patch_height, patch_width = self.transformer.config.patch_size
         check_divides("height", height, self.vae.spec.spatial_ratio * patch_height)
         check_divides("width", width, self.vae.spec.spatial_ratio * patch_width)
+
+    def _check_latents(self, latents: Tensor, batch_size: int, height: int, width: int) -> None:
+        ratio = self.vae.spec.spatial_ratio
+        size = [batch_size, self.vae.spec.latent_channels, height // ratio, width // ratio]
+        shape = list(latents.shape)
+        if len(shape) != 5 or [*shape[:2], *shape[3:]] != size:
+            batch, channels, rows, columns = size
+            raise ValueError(
+                f"initial_latents must be [{batch}, {channels}, T, {rows}, {columns}], got {shape}"
+            )
 
     def _prompts(
         self, prompt: str | list[str] | None, prompt_embeds: Tensor | None, repeats: int = 1

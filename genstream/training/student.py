@@ -37,8 +37,6 @@ logger = logging.getLogger(__name__)
 _LATENTS_FOLDER = "latents"
 _SHARD_CLIPS = 64
 _EVALUATION_BATCHES = 4
-# Far beyond any training step, so that no batch is one of training.
-_FIRST_EVALUATION_STEP = 2**40
 _SHARED_LEVELS = 0.7
 """Share of noisy chunks at the sampling steps' own noise levels; the others are anywhere between."""
 
@@ -184,8 +182,9 @@ class StudentTrainee:
         trained, self.module = self.module, module  # type: ignore[assignment]
         try:
             torch.manual_seed(self.settings.seed)
-            batches = range(_FIRST_EVALUATION_STEP, _FIRST_EVALUATION_STEP + _EVALUATION_BATCHES)
-            losses = [self.loss(batch)[0].item() for batch in batches]
+            # Steps behind the last: their data are never trained on.
+            steps = range(self.settings.total_steps, self.settings.total_steps + _EVALUATION_BATCHES)
+            losses = [self.loss(step)[0].item() for step in steps]
         finally:
             self.module = trained
         return {"loss": float(np.mean(losses))}

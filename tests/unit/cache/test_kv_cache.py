@@ -17,7 +17,10 @@ FAR = 1_000_000
 @pytest.fixture(scope="module")
 def models(build_pipeline):
     """Transformers by number of layers."""
-    return {layers: build_pipeline(layers=layers).transformer.requires_grad_(False) for layers in (1, 2)}
+    return {
+        layers: build_pipeline(layers=layers).transformer.requires_grad_(requires_grad=False)
+        for layers in (1, 2)
+    }
 
 
 @pytest.fixture

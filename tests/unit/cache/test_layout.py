@@ -16,7 +16,7 @@ def name_of(layout: CacheLayout) -> str:
     return f"{layout.chunk_frames}-{layout.sink_frames}-{layout.window_frames}"
 
 
-def spans(layout: CacheLayout, first_single: bool):
+def spans(layout, first_single):
     start = 0
     for index in range(12 + layout.capacity_frames // layout.chunk_frames):
         length = 1 if first_single and index == 0 else layout.chunk_frames

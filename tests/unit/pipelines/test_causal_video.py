@@ -1,0 +1,334 @@
+"""The public pipeline: folders, outputs, arguments, images, and what diffusers expects of a pipeline."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils import send_to_device
+from diffusers.pipelines.pipeline_loading_utils import _fetch_class_library_tuple
+from PIL import Image
+
+import genstream
+from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.schedulers.few_step import FlowEulerScheduler
+from genstream.streaming.noise import GivenNoise, SeededNoise
+from genstream.streaming.request import StreamSettings
+
+RED, BLUE = "a red circle moving right", "a blue square moving left"
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def folder(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def picture():
+    """A smooth picture, the same every time."""
+    across, down = np.meshgrid(np.linspace(0, 255, 32), np.linspace(0, 255, 32))
+    return Image.fromarray(np.stack([across, down, 255 - across], axis=-1).astype("uint8"))
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_loaded_pipeline_gives_the_same(pipe, folder):
+    expected = pipe(RED, num_frames=21, seed=3, output_type="pt").frames
+    loaded = quiet(CausalVideoPipeline.from_pretrained(folder))
+    frames = loaded(RED, num_frames=21, seed=3, output_type="pt").frames
+    # Loaded weights lie elsewhere in memory, which changes the order of sums.
+    torch.testing.assert_close(frames, expected, rtol=0, atol=1e-5)
+    assert loaded.settings == pipe.settings
+    assert not loaded.transformer.training and not loaded.vae.training and not loaded.text_encoder.training
+
+
+def test_folder_names_its_classes(folder):
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["transformer"] == ["genstream", "CausalDiT"]
+    assert index["vae"] == ["genstream", "TinyVideoVAE"]
+    assert index["scheduler"] == ["genstream", "FewStepScheduler"]
+    assert index["text_encoder"][0] == index["tokenizer"][0] == "transformers"
+    assert index["window_frames"] == 3
+
+
+def test_every_component_is_found_through_the_package(pipe):
+    for component in (pipe.transformer, pipe.vae, pipe.scheduler):
+        library, name = _fetch_class_library_tuple(component)
+        assert library == "genstream"
+        assert getattr(genstream, name) is type(component)
+    for name in genstream._EXPORTS:
+        assert getattr(genstream, name).__name__ == name
+        assert name in dir(genstream)
+    with pytest.raises(AttributeError, match="'Unheard'"):
+        _ = genstream.Unheard
+
+
+def test_dtype_of_a_loaded_pipeline(folder):
+    pipe = quiet(CausalVideoPipeline.from_pretrained(folder, dtype=torch.bfloat16))
+    assert (pipe.transformer.dtype, pipe.vae.dtype, pipe.text_encoder.dtype) == (torch.bfloat16,) * 3
+    frames = pipe(RED, num_frames=21, output_type="pt").frames
+    assert frames.isfinite().all()
+    chunk = next(pipe.stream(RED, num_frames=21))
+    assert chunk.frames.dtype == torch.bfloat16
+
+
+def test_to_moves_and_casts(build_pipeline):
+    pipe = build_pipeline().to(torch.float64)
+    latents = pipe(RED, num_frames=9, output_type="latent").frames
+    assert latents.dtype == torch.float64
+    expected = build_pipeline()(RED, num_frames=9, output_type="latent").frames
+    torch.testing.assert_close(latents.float(), expected, rtol=0, atol=1e-4)
+    assert pipe.to("cpu").device.type == "cpu"
+
+
+def test_pipeline_without_text_encoder(pipe, folder):
+    embeds = pipe.encode_prompt(RED)
+    loaded = quiet(CausalVideoPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None))
+    expected = pipe(RED, num_frames=9, output_type="latent").frames
+    latents = loaded(prompt_embeds=embeds, num_frames=9, output_type="latent").frames
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="give prompt_embeds"):
+        loaded(RED, num_frames=9)
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_damaged_weights(pipe, tmp_path, component, damage):
+    pipe.save_pretrained(tmp_path)
+    (weights,) = (tmp_path / component).glob("*.safetensors")
+    if damage == "missing":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(Exception, match=r"safetensors|incomplete|deserializing|no file"):
+        CausalVideoPipeline.from_pretrained(tmp_path)
+
+
+def test_output_types_agree(pipe):
+    outputs = {
+        kind: pipe([RED, BLUE], num_frames=13, output_type=kind).frames
+        for kind in ("pil", "np", "pt", "latent")
+    }
+    assert outputs["pt"].shape == (2, 13, 3, 32, 32)
+    assert outputs["np"].shape == (2, 13, 32, 32, 3)
+    assert outputs["latent"].shape == (2, 4, 6, 4, 4)
+    assert 0 <= outputs["np"].min() and outputs["np"].max() <= 1
+    np.testing.assert_array_equal(outputs["np"], outputs["pt"].permute(0, 1, 3, 4, 2).numpy())
+    pictures = np.array([[np.asarray(frame) for frame in video] for video in outputs["pil"]])
+    np.testing.assert_array_equal(pictures, (outputs["np"] * 255).round())
+    decoded = (pipe.vae.decode(outputs["latent"]) / 2 + 0.5).clamp(0, 1)[:, :, :13].transpose(1, 2)
+    torch.testing.assert_close(decoded, outputs["pt"], rtol=0, atol=1e-5)
+
+
+def test_one_frame_is_an_image(pipe):
+    ((image,),) = pipe(RED, num_frames=1).frames
+    assert image.size == (32, 32)
+    (again,) = pipe(RED, num_frames=1, return_dict=False)
+    assert np.array_equal(again[0][0], image)
+
+
+def test_lengths(pipe):
+    assert pipe(RED, output_type="latent").frames.shape[2] == 18  # four seconds: 64 frames in whole chunks
+    assert pipe(RED, output_type="np").frames.shape[1] == 64
+    assert pipe(RED, seconds=1, fps=7, output_type="np").frames.shape[1] == 7
+    assert pipe.request(RED).num_frames is None
+
+
+def test_videos_of_a_prompt(pipe):
+    videos = pipe([RED, BLUE], num_frames=9, num_videos_per_prompt=2, seed=4, output_type="pt").frames
+    alone = [
+        pipe(prompt, num_frames=9, seed=4 + row, output_type="pt").frames
+        for row, prompt in enumerate((RED, RED, BLUE, BLUE))
+    ]
+    torch.testing.assert_close(videos, torch.cat(alone), rtol=0, atol=1e-4)
+
+
+def test_generators(pipe):
+    def run(generator):
+        return pipe([RED, BLUE], num_frames=9, generator=generator, output_type="pt").frames
+
+    one = run(torch.Generator().manual_seed(1))
+    assert_same(run(torch.Generator().manual_seed(1)), one)
+    assert not torch.equal(run(torch.Generator().manual_seed(2)), one)
+    each = run([torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)])
+    assert torch.equal(each[0], one[0])
+    assert not torch.equal(each[1], one[1])
+
+
+def test_callback(pipe):
+    seen = []
+
+    def callback(pipeline, index, timestep, tensors):
+        assert pipeline is pipe
+        seen.append((index, tensors["latents"].shape[2]))
+        return {}
+
+    pipe(RED, num_frames=33, output_type="pt", callback_on_step_end=callback)
+    assert seen == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_callback_interrupts(pipe):
+    def callback(pipeline, index, timestep, tensors):
+        pipeline._interrupt = index == 1
+        return {}
+
+    frames = pipe(RED, num_frames=57, output_type="pt", callback_on_step_end=callback).frames
+    assert_same(frames, pipe(RED, num_frames=57, output_type="pt").frames[:, :21])
+
+
+def test_noise_instead_of_a_seed(pipe):
+    expected = pipe(RED, num_frames=21, seed=8, output_type="pt").frames
+    assert_same(pipe(RED, num_frames=21, noise=SeededNoise((8,)), output_type="pt").frames, expected)
+    given = GivenNoise(torch.randn(1, 4, 6, 4, 4), (torch.randn(1, 4, 6, 4, 4),))
+    frames = pipe(RED, num_frames=21, noise=given, output_type="pt").frames
+    assert_same(pipe(RED, num_frames=21, noise=given, output_type="pt").frames, frames)
+
+
+@pytest.mark.parametrize("kind", ["pil", "tensor"])
+def test_start_from_an_image(pipe, picture, kind):
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    chunks = list(pipe.stream(RED, num_frames=25, image=picture if kind == "pil" else pixels))
+    assert [chunk.frames.shape[2] for chunk in chunks] == [1, 12, 12]
+    reconstruction = pipe.vae.decode(pipe.vae.encode(pixels[:, :, None]))
+    torch.testing.assert_close(chunks[0].frames, reconstruction, rtol=0, atol=1e-5)
+    plain = pipe(RED, num_frames=25, output_type="pt").frames
+    assert not torch.equal(pipe(RED, num_frames=25, image=picture, output_type="pt").frames, plain)
+
+
+def test_an_image_starts_every_video_of_a_batch(pipe, picture):
+    frames = pipe([RED, BLUE], num_frames=5, image=picture, output_type="pt").frames
+    assert torch.equal(frames[0, 0], frames[1, 0])
+    assert not torch.equal(frames[0, 4], frames[1, 4])
+
+
+def test_initial_latents_are_gone_on_from(pipe):
+    latents = pipe(RED, num_frames=21, output_type="latent").frames
+    longer = pipe(RED, num_frames=45, initial_latents=latents, output_type="latent").frames
+    assert longer.shape[2] == 12
+    assert_same(longer[:, :, :6], latents)
+    assert_same(longer, pipe(RED, num_frames=45, output_type="latent").frames)
+
+
+@pytest.mark.parametrize("window", [4, 6, 30])
+def test_a_window_as_long_as_the_clip_is_full_attention(pipe, window):
+    def run(sinks, window):
+        settings = StreamSettings(sink_frames=sinks, window_frames=window)
+        request = pipe.request(RED, num_frames=33, settings=settings)
+        return torch.cat([chunk.latents for chunk in pipe.run(pipe.start(request))], dim=2)
+
+    full = run(0, None)
+    torch.testing.assert_close(run(2, window), full, rtol=0, atol=1e-5)
+    assert not torch.allclose(run(2, 3), full)
+
+
+def test_many_step_scheduler(build_pipeline):
+    pipe = build_pipeline(scheduler=FlowEulerScheduler(num_steps=3))
+    three = pipe(RED, num_frames=9, output_type="latent").frames
+    assert_same(pipe(RED, num_frames=9, num_inference_steps=3, output_type="latent").frames, three)
+    assert not torch.equal(pipe(RED, num_frames=9, num_inference_steps=5, output_type="latent").frames, three)
+
+
+def test_known_words(pipe):
+    assert "circle" in pipe.known_words()
+    assert not any(word.startswith("<") for word in pipe.known_words())
+    assert pipe.unknown_words("a purple circle") == ["purple"]
+
+
+def test_attention_backend(build_pipeline):
+    pipe = build_pipeline()
+    expected = pipe(RED, num_frames=21, output_type="latent").frames
+    pipe.transformer.set_attention_backend("native")
+    torch.testing.assert_close(pipe(RED, num_frames=21, output_type="latent").frames, expected)
+
+
+def test_weights_may_be_moved_by_hooks(build_pipeline):
+    """Offloading wraps `forward` and moves its arguments; a stream goes on as if it were not there."""
+    pipe = build_pipeline()
+    expected = pipe(RED, num_frames=33, output_type="pt").frames
+    for module in (pipe.transformer, pipe.vae):
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    assert_same(pipe(RED, num_frames=33, output_type="pt").frames, expected)
+
+
+def test_stream_state_is_opaque_to_hooks(pipe):
+    state = pipe.start(pipe.request(RED, num_frames=9))
+    for value in (state, state.kv, state.vae, state.text):
+        assert send_to_device(value, "meta") is value
+        assert not hasattr(value, "to")
+
+
+BAD = [
+    ({"prompt": ""}, "prompt must not be empty"),
+    ({"prompt": []}, "prompt must name at least one"),
+    ({"prompt": None}, "prompt or prompt_embeds must be given"),
+    ({"prompt": "red " * 12}, "prompt must have at most 12 tokens, got 13"),
+    ({"height": 40}, "height must be a positive multiple of 16, got 40; the nearest are 32 and 48"),
+    ({"width": 0}, "width must be a positive multiple of 16, got 0"),
+    ({"num_frames": 64}, r"num_frames must be 1 \+ 4k, got 64; the nearest are 61 and 65"),
+    ({"num_frames": 0}, r"num_frames must be 1 \+ 4k, got 0"),
+    ({"num_frames": 9, "seconds": 1.0}, r"num_frames and seconds exclude each other, got 9 and 1\.0"),
+    ({"seconds": 0}, "seconds must be a positive number, got 0"),
+    ({"seconds": 1.0, "fps": -1}, "fps must be a positive number, got -1"),
+    ({"seconds": 0.01}, r"seconds must be long enough for one frame at 16 fps, got 0\.01"),
+    ({"seed": -1}, r"seed must be in \[0, 2\^63\), got -1"),
+    ({"seed": [1, 2]}, "seed must be one number or one for each of 1 videos, got 2"),
+    ({"prompt_embeds": torch.zeros(2, 12, 16)}, "prompt_embeds must have one row for each prompt: 1, got 2"),
+    ({"prompt_embeds": torch.zeros(1, 11, 16)}, r"prompt_embeds must be \[B, 12, 16\], got \[1, 11, 16\]"),
+    ({"num_inference_steps": 9}, "num_inference_steps must be 2, .*got 9"),
+    ({"image": Image.new("RGB", (48, 32))}, r"image must be \[B, 3, 32, 32\], .*got \[1, 3, 32, 48\]"),
+    ({"image": torch.zeros(3, 32, 32)}, r"image must be \[B, 3, 32, 32\], .*got \[3, 32, 32\]"),
+    ({"image": torch.zeros(2, 3, 32, 32)}, "image .*got 2"),
+    (
+        {"image": Image.new("RGB", (32, 32)), "initial_latents": torch.zeros(1, 4, 3, 4, 4)},
+        "image and initial_latents exclude each other",
+    ),
+    ({"initial_latents": torch.zeros(1, 4, 2, 4, 4)}, "initial_latents must be whole chunks of 3 .*got 2"),
+    ({"initial_latents": torch.zeros(1, 4, 3, 4, 5)}, r"initial_latents must be \[1, 4, T, 4, 4\], got"),
+    ({"initial_latents": torch.zeros(2, 4, 3, 4, 4)}, r"initial_latents must be \[1, 4, T, 4, 4\], got"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_request(pipe, arguments, error):
+    with pytest.raises(ValueError, match=error):
+        pipe.request(**{"prompt": RED, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"output_type": "mp4"}, r"output_type must be one of \['pil', .*got 'mp4'"),
+        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt must be at least 1, got 0"),
+        ({"generator": [torch.Generator()] * 2}, "generator must be one or one for each of 1 videos, got 2"),
+        ({"callback_on_step_end_tensor_inputs": ["x"]}, r"must be \['latents'\], got \['x'\]"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_call(pipe, arguments, error):
+    with pytest.raises(ValueError, match=error):
+        pipe(RED, num_frames=9, **arguments)
+
+
+def test_endless_stream_needs_a_window(build_pipeline):
+    pipe = build_pipeline(window_frames=None)
+    with pytest.raises(ValueError, match="window_frames must be a number for an endless stream"):
+        pipe.start(pipe.request(RED))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"context_timestep": 1001.0}, {"chunk_frames": 0}, {"positions": "sideways"}]
+)
+def test_bad_settings(build_pipeline, wrong):
+    (value,) = wrong.values()
+    with pytest.raises(ValueError, match=str(value)):
+        _ = build_pipeline(**wrong).settings

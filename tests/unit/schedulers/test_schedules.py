@@ -1,0 +1,134 @@
+import pytest
+import torch
+
+from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
+from genstream.schedulers.schedule import (
+    EulerSchedule,
+    FewStepSchedule,
+    Schedule,
+    euler_timesteps,
+    few_step_timesteps,
+    shifted,
+)
+
+STEPS = (1000.0, 750.0, 500.0, 250.0)
+
+
+@pytest.mark.parametrize(
+    ("shift", "expected"),
+    [
+        (1.0, STEPS),
+        (5.0, (1000, 937.5, 833.3333, 625)),
+        (8.0, (1000, 960, 888.8889, 727.2727)),
+    ],
+)
+def test_shifted_steps(shift, expected):
+    assert few_step_timesteps(STEPS, shift) == pytest.approx(expected, abs=1e-4)
+    assert FewStepScheduler(STEPS, shift).timesteps.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("shift", [0.3, 1.0, 5.0, 17.0])
+def test_a_shift_keeps_the_ends_and_the_order(shift):
+    sigmas = [shifted(i / 100, shift) for i in range(101)]
+    assert (sigmas[0], sigmas[-1]) == pytest.approx((0, 1))
+    assert sigmas == sorted(sigmas)
+    assert [shifted(sigma, 1 / shift) for sigma in sigmas] == pytest.approx([i / 100 for i in range(101)])
+
+
+def no_noise():
+    raise AssertionError("no noise is needed")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 50])
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_euler_integrates_a_constant_velocity_exactly(steps, shift):
+    clean, noise = torch.randn(2, 1, 4, 2, 3, 3)
+    x, schedule = noise, EulerSchedule(euler_timesteps(steps, shift))
+    for step in range(steps):
+        x = schedule.advance(step, x, noise - clean, no_noise)
+        following = (*schedule.sigmas[1:], 0.0)[step]
+        torch.testing.assert_close(x, (1 - following) * clean + following * noise)
+    torch.testing.assert_close(x, clean)
+
+
+@pytest.mark.parametrize("steps", [STEPS, (1000.0,), (900.0, 20.0)])
+def test_few_steps_with_a_perfect_velocity_give_the_clean_sample(steps):
+    clean, noise = torch.randn(2, 1, 4, 2, 3, 3)
+    schedule = FewStepSchedule(steps)
+    x = (1 - schedule.sigmas[0]) * clean + schedule.sigmas[0] * noise
+    for step, sigma in enumerate(schedule.sigmas):
+        fresh = torch.randn_like(clean)
+        velocity = (x - clean) / sigma
+        x = schedule.advance(step, x, velocity, lambda fresh=fresh: fresh)
+        if step + 1 < len(steps):
+            following = schedule.sigmas[step + 1]
+            torch.testing.assert_close(x, (1 - following) * clean + following * fresh)
+    torch.testing.assert_close(x, clean)
+
+
+def test_the_last_step_draws_no_noise():
+    x = torch.randn(1, 4, 2, 3, 3)
+    FewStepSchedule(STEPS).advance(3, x, x, no_noise)
+
+
+@pytest.mark.parametrize("schedule", [FewStepSchedule(STEPS), EulerSchedule(STEPS)])
+def test_dtype_stays(schedule):
+    x = torch.randn(1, 4, 2, 3, 3).bfloat16()
+    for step in range(4):
+        assert schedule.advance(step, x, x, lambda: x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("scheduler", [FewStepScheduler(), FlowEulerScheduler(num_steps=6)])
+def test_the_shell_steps_like_the_schedule(scheduler):
+    schedule = scheduler.schedule()
+    scheduler.set_timesteps()
+    assert scheduler.timesteps.tolist() == pytest.approx(schedule.timesteps)
+    x = ours = torch.randn(1, 4, 2, 3, 3)
+    shell, core = (torch.Generator().manual_seed(3) for _ in range(2))
+    for step, timestep in enumerate(scheduler.timesteps):
+        velocity = torch.sin(x)
+        x = scheduler.step(velocity, timestep, scheduler.scale_model_input(x, timestep), shell).prev_sample
+        ours = schedule.advance(
+            step, ours, torch.sin(ours), lambda shape=x.shape: torch.randn(shape, generator=core)
+        )
+        torch.testing.assert_close(x, ours, rtol=0, atol=0)
+
+
+def test_add_noise():
+    clean, noise = torch.randn(2, 2, 4, 2, 3, 3)
+    noisy = FewStepScheduler().add_noise(clean, noise, torch.tensor([0.0, 250.0]))
+    torch.testing.assert_close(noisy[0], clean[0])
+    torch.testing.assert_close(noisy[1], 0.75 * clean[1] + 0.25 * noise[1])
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [FewStepScheduler(steps=(1000.0, 400.0), shift=3.0), FlowEulerScheduler(num_steps=7, shift=2.0)],
+)
+def test_configuration_survives_a_file(scheduler, tmp_path):
+    scheduler.save_pretrained(tmp_path)
+    loaded = type(scheduler).from_pretrained(tmp_path)
+    assert loaded.schedule() == scheduler.schedule()
+    assert type(scheduler).from_config(scheduler.config).schedule() == scheduler.schedule()
+
+
+@pytest.mark.parametrize(
+    "timesteps", [(), (1001.0,), (500.0, 500.0), (250.0, 500.0), (500.0, 0.0), (500.0, -1.0)]
+)
+def test_bad_timesteps(timesteps):
+    with pytest.raises(ValueError, match="timesteps must fall"):
+        FewStepSchedule(timesteps)
+
+
+def test_errors_name_argument_and_value():
+    for kind in (FewStepScheduler, FlowEulerScheduler):
+        with pytest.raises(ValueError, match="shift must be above 0, got -1"):
+            kind(shift=-1.0)
+    with pytest.raises(ValueError, match=r"num_inference_steps must be 4, .* got 8"):
+        FewStepScheduler().schedule(8)
+    with pytest.raises(ValueError, match="num_inference_steps must be at least 1, got 0"):
+        FlowEulerScheduler().schedule(0)
+    with pytest.raises(ValueError, match=r"timestep must be one of .*, got 123\.0"):
+        FewStepScheduler().step(torch.zeros(1), 123.0, torch.zeros(1))
+    with pytest.raises(TypeError, match="abstract"):
+        Schedule(STEPS).advance(0, torch.zeros(1), torch.zeros(1), no_noise)

@@ -1,0 +1,99 @@
+"""What a chunk sees in training is what it sees in a stream."""
+
+import pytest
+import torch
+
+from genstream.cache.layout import CacheLayout, PositionPolicy
+from genstream.training.forcing import from_middle, from_start
+
+
+def visible_in_a_stream(layout: CacheLayout, start: int) -> set[int]:
+    """Frames before `start` that a pass at `start` sees."""
+    end = start + layout.chunk_frames
+    slots = {layout.slot(frame): frame for frame in range(end)}
+    shown = {slots[slot] for slot in range(layout.visible_frames(end))}
+    return {frame for frame in shown if frame < start}
+
+
+def seen(sequence, piece) -> list[int]:
+    return [frame for index in piece.sees for frame in sequence.clean[index].frames]
+
+
+@pytest.mark.parametrize("chunk_frames", [1, 3])
+@pytest.mark.parametrize("window_chunks", [0, 1, 2])
+@pytest.mark.parametrize("chunks", [1, 2, 4, 7])
+def test_from_start_sees_what_the_cache_shows(chunk_frames, window_chunks, chunks):
+    layout = CacheLayout(
+        chunk_frames=chunk_frames, sink_frames=chunk_frames, window_frames=window_chunks * chunk_frames
+    )
+    sequence = from_start([chunk_frames] * chunks, window_chunks)
+    assert len(sequence.noisy) == chunks
+    for piece in (*sequence.clean, *sequence.noisy):
+        assert set(seen(sequence, piece)) == visible_in_a_stream(layout, piece.frames.start)
+        assert piece.positions == piece.frames
+
+
+@pytest.mark.parametrize("chunk_frames", [1, 3])
+@pytest.mark.parametrize(("first", "window_chunks"), [(2, 1), (2, 2), (5, 2), (9, 3)])
+def test_from_middle_stands_as_in_the_cache(chunk_frames, first, window_chunks):
+    layout = CacheLayout(
+        chunk_frames=chunk_frames,
+        sink_frames=chunk_frames,
+        window_frames=window_chunks * chunk_frames,
+        positions=PositionPolicy.WINDOW,
+    )
+    sequence = from_middle(first, chunk_frames, window_chunks, copies=2)
+    assert sequence.noisy[0] == sequence.noisy[1]
+    target = sequence.noisy[0]
+    assert target.frames.start == (first + window_chunks) * chunk_frames
+    assert set(seen(sequence, target)) == visible_in_a_stream(layout, target.frames.start)
+    sinks = layout.sink_positions(target.frames.stop)
+    for piece in sequence.clean:
+        in_stream = sinks.start if piece.frames.start == 0 else piece.frames.start
+        assert target.positions.start - piece.positions.start == target.frames.start - in_stream
+
+
+def test_mask_rows_follow_the_pieces():
+    sequence = from_start([1, 2, 2], 1)
+    mask = torch.tensor(sequence.mask())
+    assert sequence.clean_frames == [0, 1, 2]
+    assert sequence.noisy_frames == [0, 1, 2, 3, 4]
+    assert sequence.positions == [0, 1, 2, 0, 1, 2, 3, 4]
+    assert mask.diagonal().all()
+    clean, noisy = mask[:3], mask[3:]
+    assert not clean[:, 3:].any()
+    assert clean.tolist()[1][:3] == [True, True, True]
+    assert noisy[0].nonzero().flatten().tolist() == [3]
+    assert noisy[1].nonzero().flatten().tolist() == [0, 4, 5]
+    assert noisy[4].nonzero().flatten().tolist() == [0, 1, 2, 6, 7]
+
+
+@pytest.mark.parametrize("first_chunk", [1, 3])
+def test_a_masked_pass_gives_what_streaming_gives(build_pipeline, first_chunk):
+    """Both halves at once, against one pass after another with a cache."""
+    model = build_pipeline().transformer.requires_grad_(requires_grad=False)
+    chunks = [first_chunk, 3, 3, 3]
+    sequence = from_start(chunks, window_chunks=2)
+    clean, noisy = torch.randn(2, 1, 4, sum(chunks), 4, 4)
+    context, level = torch.randn(1, 12, 16), 700.0
+    both = torch.cat([clean[:, :, sequence.clean_frames], noisy[:, :, sequence.noisy_frames]], dim=2)
+    count = len(sequence.clean_frames)
+    timestep = torch.full((1, both.shape[2]), level)
+    timestep[:, :count] = 0
+    mask = torch.tensor(sequence.mask())
+    trained = model(both, timestep, context, frame_positions=sequence.positions, attention_mask=mask).sample
+    layout = CacheLayout(chunk_frames=3, sink_frames=3, window_frames=6, positions=PositionPolicy.WINDOW)
+    cache, text, found = model.kv_cache(layout, 1, 4, 4), model.text_cache(context), []
+    for piece in sequence.noisy:
+        span = slice(piece.frames.start, piece.frames.stop)
+        for x, time in ((noisy, level), (clean, 0.0)):
+            out = model(
+                x[:, :, span],
+                torch.full((1,), time),
+                frame_positions=piece.frames,
+                kv_cache=cache,
+                text_cache=text,
+            ).sample
+            if time:
+                found.append(out)
+    torch.testing.assert_close(trained[:, :, count:], torch.cat(found, dim=2), rtol=0, atol=1e-5)

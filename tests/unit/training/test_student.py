@@ -1,0 +1,152 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from genstream.data.toyworld import ToyWorld
+from genstream.data.vocabulary import words
+from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.training.student import (
+    StudentTrainee,
+    StudentTrainingSettings,
+    encode_clips,
+    export,
+    train_student,
+)
+
+TINY = {
+    "total_steps": 4,
+    "batch_size": 2,
+    "clips": 3,
+    "clip_chunks": 4,
+    "chunk_frames": 1,
+    "window_chunks": 1,
+    "width": 48,
+    "layers": 1,
+    "ffn_width": 48,
+    "text_width": 16,
+    "text_layers": 1,
+    "checkpoint_steps": 2,
+    "evaluate_steps": 2,
+    "precision": "fp32",
+}
+
+
+def settings_for(**changes) -> StudentTrainingSettings:
+    return StudentTrainingSettings(**{"vae": "none", **TINY, **changes})
+
+
+@pytest.fixture(scope="module")
+def vae_folder(build_pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    build_pipeline().vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(vae_folder, tmp_path_factory):
+    """Settings and folder of a finished run."""
+    settings, folder = settings_for(vae=str(vae_folder)), tmp_path_factory.mktemp("run")
+    train_student(settings, folder)
+    return settings, folder
+
+
+def test_loss_falls():
+    torch.manual_seed(0)
+    latents = torch.randn(3, 4, 1, 1, 1).expand(3, 4, 4, 4, 4)
+    trainee = StudentTrainee(settings_for(batch_size=4), latents)
+    before = trainee.evaluate(trainee.module)["loss"]
+    optimizer = torch.optim.AdamW(trainee.module.parameters(), lr=5e-3)
+    for step in range(15):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        trainee.loss(step)[0].backward()
+        optimizer.step()
+    assert trainee.evaluate(trainee.module)["loss"] < 0.8 * before
+    assert all(weight.grad is not None for weight in trainee.module.transformer.parameters())
+
+
+@pytest.mark.parametrize("kind", [{"image_start": 1.0, "middle": 0.0}, {"image_start": 0.0, "middle": 1.0}])
+def test_every_kind_of_sequence(kind):
+    trainee = StudentTrainee(settings_for(**kind, chunk_frames=2), torch.randn(3, 4, 8, 4, 4))
+    for step in range(3):
+        loss, _ = trainee.loss(step)
+        loss.backward()
+        assert 0.1 < loss.item() < 20
+
+
+def test_data_follow_from_the_step():
+    trainee = StudentTrainee(settings_for(), torch.randn(3, 4, 4, 4, 4))
+    losses = []
+    for step in (0, 1, 0):
+        torch.manual_seed(step)
+        losses.append(trainee.loss(step)[0].item())
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_training_noise_covers_the_sampling_steps():
+    settings = settings_for(batch_size=200)
+    trainee = StudentTrainee(settings, torch.randn(3, 4, 4, 4, 4))
+    rng = np.random.default_rng(0)
+    sigma = trainee._sigma(trainee._sequence(rng), rng)
+    assert 0 <= sigma.min() and sigma.max() <= 1
+    for level in (1.0, 0.9375, 0.8333333, 0.625):
+        assert 0.1 < ((sigma - level).abs() < 1e-6).float().mean() < 0.25
+
+
+def test_captions_fit_the_prompt():
+    world, trainee = ToyWorld(), StudentTrainee(settings_for(), torch.randn(3, 4, 4, 4, 4))
+    captions = [world.caption(world.scene(seed), seed % 8) for seed in range(400)]
+    tokens = trainee.tokenizer(captions).input_ids
+    assert max(map(len, tokens)) <= StudentTrainingSettings(vae="none").text_tokens
+    assert not any(trainee.tokenizer.unk_token_id in row for row in tokens)
+    assert len(trainee.tokenizer) == len(words()) + 3
+
+
+def test_run_leaves_its_settings_and_figures(trained):
+    settings, folder = trained
+    assert json.loads((folder / "settings.json").read_text())["width"] == settings.width
+    assert len((folder / "evaluation.csv").read_text().splitlines()) == 3
+
+
+def test_clips_are_encoded_once(trained):
+    settings, folder = trained
+    (shard,) = (folder / "latents").iterdir()
+    written = shard.stat().st_mtime_ns
+    latents = encode_clips(settings, folder / "latents")
+    assert latents.shape == (3, 4, 4, 16, 16)
+    assert torch.equal(latents, load_file(shard)["latents"])
+    assert shard.stat().st_mtime_ns == written
+
+
+def test_export_is_a_pipeline(trained, vae_folder, tmp_path):
+    settings, folder = trained
+    export(folder, vae_folder, tmp_path / "model")
+    export(folder, vae_folder, tmp_path / "model")  # replaces what is there
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    pipe = CausalVideoPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert (pipe.settings.sink_frames, pipe.settings.window_frames) == (1, 1)
+    frames = pipe("a red circle moves right", num_frames=13, output_type="pt").frames
+    assert frames.shape == (1, 13, 3, 128, 128)
+    assert frames.isfinite().all()
+    assert pipe.known_words() == sorted(words())
+    average = load_file(max((folder / "checkpoints").iterdir()) / "average.safetensors")
+    for name, weight in pipe.transformer.state_dict().items():
+        torch.testing.assert_close(weight, average[f"transformer.{name}"].half().float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"width": 50}, "width must be a multiple of 48, got 50"),
+        ({"clip_chunks": 3}, "clip_chunks must be at least 4, got 3"),
+        ({"middle": 1.5}, r"middle must be in \[0, 1\], got 1\.5"),
+        ({"image_start": -0.1}, r"image_start must be in \[0, 1\], got -0\.1"),
+    ],
+)
+def test_bad_settings(wrong, error):
+    with pytest.raises(ValueError, match=error):
+        settings_for(**wrong)
