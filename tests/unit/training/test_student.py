@@ -106,13 +106,13 @@ def test_captions_fit_the_prompt():
 
 
 def test_run_leaves_its_settings_and_figures(trained):
-    settings, folder = trained
+    _, folder = trained
     assert json.loads((folder / "settings.json").read_text())["width"] == settings.width
     assert len((folder / "evaluation.csv").read_text().splitlines()) == 3
 
 
 def test_clips_are_encoded_once(trained):
-    settings, folder = trained
+    _, folder = trained
     (shard,) = (folder / "latents").iterdir()
     written = shard.stat().st_mtime_ns
     latents = encode_clips(settings, folder / "latents")
@@ -122,7 +122,7 @@ def test_clips_are_encoded_once(trained):
 
 
 def test_export_is_a_pipeline(trained, vae_folder, tmp_path):
-    settings, folder = trained
+    _, folder = trained
     export(folder, vae_folder, tmp_path / "model")
     export(folder, vae_folder, tmp_path / "model")  # replaces what is there
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
