@@ -106,13 +106,13 @@ def test_captions_fit_the_prompt():
 
 
 def test_run_leaves_its_settings_and_figures(trained):
-    _, folder = trained
+    settings, folder = trained
     assert json.loads((folder / "settings.json").read_text())["width"] == settings.width
     assert len((folder / "evaluation.csv").read_text().splitlines()) == 3
 
 
 def test_clips_are_encoded_once(trained):
-    _, folder = trained
+    settings, folder = trained
     (shard,) = (folder / "latents").iterdir()
     written = shard.stat().st_mtime_ns
     latents = encode_clips(settings, folder / "latents")
