@@ -87,9 +87,7 @@ def load_state(path: str | Path, engine: CacheEngine) -> StreamState:
     try:
         return _restore(meta, tensors, engine)
     except KeyError as error:
-        raise ValueError(
-            f"path must be a whole stream snapshot, got {str(path)!r}: it lacks {error}"
-        ) from error
+        raise ValueError(f"path must be a whole snapshot, got {str(path)!r}, which lacks {error}") from error
 
 
 def _check(meta: dict[str, Any], path: str | Path, fingerprint: str) -> None:

@@ -234,7 +234,7 @@ class _Training:
 
 
 def _save_weights(module: nn.Module, path: Path) -> None:
-    # A copy of its own for each name: safetensors refuses weights that are tied.
+    # A copy of its own for each name: safetensors refuses tied weights, such as a text encoder's embedding.
     save_file({name: value.clone().contiguous() for name, value in module.state_dict().items()}, path)
 
 

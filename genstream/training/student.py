@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from genstream.conditioning.text import embed_tokens
+from genstream.data import vocabulary
 from genstream.data.toyworld import ToyWorld
-from genstream.data.vocabulary import words
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.schedulers.schedule import shifted
@@ -37,8 +37,6 @@ logger = logging.getLogger(__name__)
 _LATENTS_FOLDER = "latents"
 _SHARD_CLIPS = 64
 _EVALUATION_BATCHES = 4
-# Far beyond any training step, so that no batch is one of training.
-_FIRST_EVALUATION_STEP = 2**40
 _SHARED_LEVELS = 0.7
 """Share of noisy chunks at the sampling steps' own noise levels; the others are anywhere between."""
 
@@ -144,7 +142,7 @@ class StudentTrainee:
     def __init__(self, settings: StudentTrainingSettings, latents: Tensor) -> None:
         self.settings = settings
         self.world = ToyWorld()
-        self.tokenizer = word_tokenizer(words())
+        self.tokenizer = word_tokenizer(vocabulary.words())
         self.latents = latents  # [clips, C, T, h, w]
         self.module = Student(settings, latents.shape[1], len(self.tokenizer))
 
@@ -184,8 +182,9 @@ class StudentTrainee:
         trained, self.module = self.module, module  # type: ignore[assignment]
         try:
             torch.manual_seed(self.settings.seed)
-            batches = range(_FIRST_EVALUATION_STEP, _FIRST_EVALUATION_STEP + _EVALUATION_BATCHES)
-            losses = [self.loss(batch)[0].item() for batch in batches]
+            # Steps behind the last: their data are never trained on.
+            steps = range(self.settings.total_steps, self.settings.total_steps + _EVALUATION_BATCHES)
+            losses = [self.loss(step)[0].item() for step in steps]
         finally:
             self.module = trained
         return {"loss": float(np.mean(losses))}
@@ -257,7 +256,7 @@ def _encode_clip(vae: TinyVideoVAE, world: ToyWorld, seed: int, frames: int) -> 
 def export(run_folder: Path, vae_folder: Path, folder: Path) -> None:
     """Write the averaged student of a run with its VAE as a pipeline folder, weights in float16."""
     settings = _saved_settings(run_folder)
-    tokenizer: PreTrainedTokenizerFast = word_tokenizer(words())
+    tokenizer: PreTrainedTokenizerFast = word_tokenizer(vocabulary.words())
     vae = TinyVideoVAE.from_pretrained(vae_folder, dtype=torch.float16)
     student = Student(settings, vae.spec.latent_channels, len(tokenizer))
     load_average(student, run_folder)
@@ -279,9 +278,26 @@ def export(run_folder: Path, vae_folder: Path, folder: Path) -> None:
     )
     partial = folder.with_name(f"{folder.name}.partial")
     pipe.save_pretrained(partial)
+    (partial / "model_card.json").write_text(json.dumps(_card(folder.name), indent=1))
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
+
+
+def _card(name: str) -> dict[str, object]:
+    """What `genstream models` says of the model."""
+    tables = {
+        "colours": vocabulary.COLOURS,
+        "shapes": vocabulary.SHAPES,
+        "sizes": vocabulary.SIZES,
+        "motions": {**vocabulary.HEADINGS, **vocabulary.OTHER_MOTIONS},
+        "backgrounds": vocabulary.BACKGROUNDS,
+    }
+    return {
+        "name": name,
+        "description": "Coloured shapes that move over a dark background: one or two objects.",
+        "vocabulary": {group: list(table) for group, table in tables.items()},
+    }
 
 
 def _saved_settings(run_folder: Path) -> StudentTrainingSettings:
