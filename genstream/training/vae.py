@@ -185,11 +185,10 @@ class VAETrainee:
             scene = self.world.scene(int(rng.integers(2**31)), "train")
             start = int(rng.integers(_LATEST_START_FRAME))
             clip = self.world.frames(scene, num_frames, start)
-            mask = _object_mask(clip, scene.background)
-            top, left = _crop_corner(mask.numpy(), side, rng)
-            area = np.s_[..., top : top + side, left : left + side]
-            near = F.max_pool2d(mask[area].float(), 2 * _EDGE_PX + 1, stride=1, padding=_EDGE_PX)
-            clips.append(_to_tensor(clip[None])[area])
+            clip = _crop_around_object(clip, scene.background, side, rng)
+            mask = _object_mask(clip, scene.background).float()
+            near = F.max_pool2d(mask, 2 * _EDGE_PX + 1, stride=1, padding=_EDGE_PX)
+            clips.append(_to_tensor(clip[None]))
             weights.append(1 + settings.object_weight * near.transpose(0, 1)[None])
         device = self.module.device
         return torch.cat(clips).to(device), torch.cat(weights).to(device)
@@ -267,13 +266,17 @@ def _object_mask(clip: NDArray[np.uint8], background: str) -> Tensor:
     return torch.from_numpy((clip != colour).any(axis=-1))[:, None]
 
 
-def _crop_corner(mask: NDArray[np.bool_], side: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Top and left of a crop that holds a random object pixel of the clip [F, 1, H, W]."""
-    pixels = np.argwhere(mask[:, 0])
-    pixel = pixels[rng.integers(len(pixels))] if len(pixels) else np.zeros(3, dtype=int)
-    size = mask.shape[-1]
-    top, left = (int(np.clip(pixel[axis] - rng.integers(side), 0, size - side)) for axis in (1, 2))
-    return top, left
+def _crop_around_object(
+    clip: NDArray[np.uint8], background: str, side: int, rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """A square crop of [F, H, W, 3] that holds a random object pixel of a random frame, if there is one."""
+    frame = clip[rng.integers(len(clip))]
+    pixels = np.argwhere((frame != np.array(BACKGROUND_RGB[background], dtype=np.uint8)).any(axis=-1))
+    row, column = pixels[rng.integers(len(pixels))] if len(pixels) else (0, 0)
+    height, width = frame.shape[:2]
+    top = int(np.clip(row - rng.integers(side), 0, height - side))
+    left = int(np.clip(column - rng.integers(side), 0, width - side))
+    return clip[:, top : top + side, left : left + side]
 
 
 def _moments_penalty(latents: Tensor) -> Tensor:
