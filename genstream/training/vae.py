@@ -27,10 +27,10 @@ FROZEN_ENCODER_FOLDER = "frozen_encoder"
 _JOINT_FOLDER = "joint"
 _DECODER_FOLDER = "decoder"
 
-# Side of the crop in parts of the frame, and frames. Small crops around objects come most often: many scenes
-# in a step are what teaches colour. Whole frames teach borders, long clips the memory of a running stream.
+# Side of the crop in parts of the frame, and frames. Small crops around objects show many scenes in a step.
+# Whole frames teach borders, long clips the memory of a running stream.
 # All cost about the same per step, since the number of clips makes up for the size.
-_CLIP_SHAPES = ((4, 9), (4, 5), (4, 9), (2, 9), (4, 9), (4, 5), (2, 17), (1, 9))
+_CLIP_SHAPES = ((4, 9), (2, 5), (4, 5), (2, 9), (2, 17), (1, 9))
 _LATEST_START_FRAME = 400
 _EDGE_PX = 2
 _EVALUATION_CLIPS = 16
@@ -38,8 +38,9 @@ _EVALUATION_FRAMES = 33
 _STATISTICS_CLIPS = 64
 # The toy world is dark: pixels in [0, 1] have a root mean square of about a quarter.
 _INPUT_GAIN = 4.0
-_OUTPUT_GAIN = 0.3
+_OUTPUT_GAIN = 0.1
 _OUTPUT_MEAN = 0.2
+_LATENTS_GAIN = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +64,9 @@ class VAETrainingSettings:
         precision: "bf16" is twice as fast where the processor has it.
     """
 
-    joint_steps: int = 4000
-    decoder_steps: int = 6000
-    joint_learning_rate: float = 2e-3
+    joint_steps: int = 4500
+    decoder_steps: int = 4000
+    joint_learning_rate: float = 1.5e-3
     decoder_learning_rate: float = 1e-3
     clips: int = 8
     size_px: int = 128
@@ -73,7 +74,7 @@ class VAETrainingSettings:
     patch_size: int = 2
     encoder_width: int = 40
     decoder_widths: tuple[int, int, int, int] = (80, 64, 48, 32)
-    object_weight: float = 8.0
+    object_weight: float = 4.0
     latents_noise: float = 0.15
     moments_weight: float = 0.01
     checkpoint_steps: int = 500
@@ -224,9 +225,11 @@ def _new_vae(settings: VAETrainingSettings) -> TinyVideoVAE:
 
 
 def initialise(vae: TinyVideoVAE) -> None:
-    """Weights that keep the signal's size from the first step on: residual blocks start as identities.
+    """Weights from which training starts fast: signals keep their size, and colours pass from the first step.
 
-    PyTorch's own initialisation shrinks the signal at each of a dozen layers outside the residual blocks.
+    Residual blocks start as identities. A few channels carry the mean colour of each patch of the newest
+    frame through the whole network; the other channels start at random. From random weights alone, colour
+    is learned many times more slowly than brightness.
     """
     for layer in vae.modules():
         if isinstance(layer, nn.Conv2d):
@@ -243,9 +246,59 @@ def initialise(vae: TinyVideoVAE) -> None:
     _scaled_normal(vae.encoder[-1], math.sqrt(2))
     _scaled_normal(vae.decoder[1], math.sqrt(2))
     _scaled_normal(vae.decoder[-1], _OUTPUT_GAIN)
-    last = vae.decoder[-1]
-    assert isinstance(last, nn.Conv2d) and last.bias is not None
-    nn.init.constant_(last.bias, _OUTPUT_MEAN)
+    with torch.no_grad():
+        _pass_colours_into_latents(vae)
+        _pass_colours_into_frames(vae)
+
+
+def _pass_colours_into_latents(vae: TinyVideoVAE) -> None:
+    """Means of each patch in the first 3 latent channels, differences of its quarters in the next 9."""
+    first, *stages, last = (layer for layer in vae.encoder if not isinstance(layer, nn.ReLU | MemBlock))
+    patch_area = first.in_channels // 3
+    _clear_rows(first, 3)
+    for colour in range(3):
+        first.weight[colour, colour * patch_area : (colour + 1) * patch_area, 1, 1] = 1 / patch_area
+    for pool, shrink in zip(stages[::2], stages[1::2], strict=True):
+        newest = pool.conv.in_channels - pool.conv.out_channels
+        _clear_rows(pool.conv, 3)
+        _clear_rows(shrink, 3 if shrink is not stages[-1] else 12)
+        for colour in range(3):
+            pool.conv.weight[colour, newest + colour] = 1
+            if shrink is not stages[-1]:
+                shrink.weight[colour, colour, 1:, 1:] = 1 / 4
+    for quarter, (row, column) in enumerate(((1, 1), (1, 2), (2, 1), (2, 2))):
+        for colour in range(3):
+            stages[-1].weight[3 * quarter + colour, colour, row, column] = 1
+    _clear_rows(last, 12)
+    last.bias[:3] = -_OUTPUT_MEAN * _LATENTS_GAIN
+    haar = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
+    mixing = torch.kron(haar, torch.eye(3)) * _LATENTS_GAIN / 4
+    last.weight[:12, :12, 1, 1] = mixing
+
+
+def _pass_colours_into_frames(vae: TinyVideoVAE) -> None:
+    """The first 3 latent channels become the colour of all pixels of a patch."""
+    first, *stages, last = (layer for layer in vae.decoder if isinstance(layer, nn.Conv2d | TemporalGrow))
+    _clear_rows(first, 3)
+    for colour in range(3):
+        first.weight[colour, colour, 1, 1] = 1 / _LATENTS_GAIN
+        first.bias[colour] = _OUTPUT_MEAN
+    for grow, narrow in zip(stages[::2], stages[1::2], strict=True):
+        channels = grow.conv.in_channels
+        _clear_rows(narrow, 3)
+        for colour in range(3):
+            for frame in range(grow.stride):
+                grow.conv.weight[frame * channels + colour] = 0
+                grow.conv.weight[frame * channels + colour, colour] = 1
+            narrow.weight[colour, colour, 1, 1] = 1
+    for row in range(last.out_channels):
+        last.weight[row, row * 3 // last.out_channels, 1, 1] = 1
+
+
+def _clear_rows(layer: nn.Conv2d, rows: int) -> None:
+    layer.weight[:rows] = 0
+    if layer.bias is not None:
+        layer.bias[:rows] = 0
 
 
 def _scaled_normal(layer: nn.Module, gain: float) -> None:
