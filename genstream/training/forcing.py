@@ -71,29 +71,22 @@ def from_start(chunks: Sequence[int], window_chunks: int) -> ForcedSequence:
     return ForcedSequence(tuple(pieces[:-1]), tuple(pieces))
 
 
-def from_middle(first: int, chunk_frames: int, window_chunks: int, copies: int) -> ForcedSequence:
+def from_middle(starts: Sequence[int], chunk_frames: int, copies: int, recached: int = 1) -> ForcedSequence:
     """One chunk far from the start as a target, several times, at different noise levels.
 
-    The frames between sink and window are gone; the sink stands directly in front of the window.
+    Frames between the chunks are gone; the chunks stand directly one behind the other.
 
     Args:
-        first: first chunk of the window, above 1.
+        starts: first latent frame of the sink, of each chunk of the window, and of the target.
         chunk_frames: latent frames of a chunk.
-        window_chunks: chunks of the window.
         copies: times that the target stands in the sequence.
+        recached: leading chunks that see each other, as after the re-cache of a prompt switch.
     """
-    chunks = [0, *range(first, first + window_chunks)]
+    spans = [range(start, start + chunk_frames) for start in starts]
+    places = [range(place * chunk_frames, (place + 1) * chunk_frames) for place in range(len(starts))]
     clean = tuple(
-        Piece(_span(chunk, chunk_frames), _span(place, chunk_frames), tuple(range(place)))
-        for place, chunk in enumerate(chunks)
+        Piece(span, place, tuple(range(max(index, recached))))
+        for index, (span, place) in enumerate(zip(spans[:-1], places[:-1], strict=True))
     )
-    target = Piece(
-        _span(first + window_chunks, chunk_frames),
-        _span(len(chunks), chunk_frames),
-        tuple(range(len(chunks))),
-    )
+    target = Piece(spans[-1], places[-1], tuple(range(len(clean))))
     return ForcedSequence(clean, (target,) * copies)
-
-
-def _span(chunk: int, chunk_frames: int) -> range:
-    return range(chunk * chunk_frames, (chunk + 1) * chunk_frames)

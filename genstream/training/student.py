@@ -7,15 +7,14 @@ mostly at the noise levels of its few sampling steps.
 from __future__ import annotations
 
 import json
-import logging
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -25,20 +24,24 @@ from genstream.data.toyworld import ToyWorld
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.schedulers.schedule import shifted
-from genstream.shapes import frames_of
+from genstream.training.clips import SWITCHED_EVERY, ClipSet, encode_clips
 from genstream.training.forcing import ForcedSequence, from_middle, from_start
 from genstream.training.loop import LoopSettings, load_average, run
 from genstream.training.text import tiny_text_encoder, word_tokenizer
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.vae.tiny import TinyVideoVAE
 
-logger = logging.getLogger(__name__)
+Caption = Callable[[int, int], str]
 
 _LATENTS_FOLDER = "latents"
-_SHARD_CLIPS = 64
 _EVALUATION_BATCHES = 4
-_SHARED_LEVELS = 0.7
+_SHARED_LEVELS = 0.6
 """Share of noisy chunks at the sampling steps' own noise levels; the others are anywhere between."""
+_TARGET_COPIES = 3
+_CAPTIONS = 16
+"""Captions of one scene."""
+_KEPT_SINKS = 0.2
+"""Share of prompt switches that keep the stream's first sinks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,7 @@ class StudentTrainingSettings:
             small errors of the student's own output do not grow.
         image_start: share of steps with a single first frame, so that a stream can start from an image.
         middle: share of steps with a target far from the start.
+        switched: share of steps with a target behind a prompt switch.
         checkpoint_steps: steps between checkpoints.
         evaluate_steps: steps between evaluations.
         seed: of weights, scenes and noise.
@@ -76,7 +80,7 @@ class StudentTrainingSettings:
     total_steps: int = 6000
     learning_rate: float = 1.5e-3
     batch_size: int = 16
-    clips: int = 3072
+    clips: int = 4096
     clip_chunks: int = 8
     chunk_frames: int = 3
     window_chunks: int = 2
@@ -90,7 +94,8 @@ class StudentTrainingSettings:
     shift: float = 5.0
     context_noise: float = 0.15
     image_start: float = 0.1
-    middle: float = 0.4
+    middle: float = 0.35
+    switched: float = 0.2
     checkpoint_steps: int = 200
     evaluate_steps: int = 500
     seed: int = 0
@@ -99,12 +104,23 @@ class StudentTrainingSettings:
     def __post_init__(self) -> None:
         if self.width % 48:
             raise ValueError(f"width must be a multiple of 48, got {self.width}")
-        least = self.window_chunks + 3
+        least = 2 * (self.window_chunks + 2)
         if self.clip_chunks < least:
             raise ValueError(f"clip_chunks must be at least {least}, got {self.clip_chunks}")
-        for name in ("image_start", "middle"):
+        if self.clips < SWITCHED_EVERY:
+            raise ValueError(f"clips must be at least {SWITCHED_EVERY}, got {self.clips}")
+        for name in ("image_start", "middle", "switched"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+
+    def clip_set(self, temporal_ratio: int) -> ClipSet:
+        """What it is trained on."""
+        return ClipSet(
+            count=self.clips,
+            chunks=self.clip_chunks,
+            chunk_frames=self.chunk_frames,
+            temporal_ratio=temporal_ratio,
+        )
 
     @property
     def loop(self) -> LoopSettings:
@@ -139,9 +155,9 @@ class Student(nn.Module):
 class StudentTrainee:
     """The student with its objective."""
 
-    def __init__(self, settings: StudentTrainingSettings, latents: Tensor) -> None:
+    def __init__(self, settings: StudentTrainingSettings, clips: ClipSet, latents: Tensor) -> None:
         self.settings = settings
-        self.world = ToyWorld()
+        self.clips = clips
         self.tokenizer = word_tokenizer(vocabulary.words())
         self.latents = latents  # [clips, C, T, h, w]
         self.module = Student(settings, latents.shape[1], len(self.tokenizer))
@@ -149,13 +165,10 @@ class StudentTrainee:
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of the velocity."""
         rng = np.random.default_rng((self.settings.seed, step))
-        indices = rng.integers(len(self.latents), size=self.settings.batch_size)
-        sequence = self._sequence(rng)
+        sequence, clips, caption = self._draw(rng)
         device = self.module.transformer.device
-        clean = self.latents[indices].to(device, torch.float32)
-        captions = [
-            self.world.caption(self.world.scene(int(index)), int(rng.integers(8))) for index in indices
-        ]
+        clean = self.latents[clips].to(device, torch.float32)
+        captions = [caption(clip, int(rng.integers(_CAPTIONS))) for clip in clips]
         context = clean[:, :, sequence.clean_frames]
         disturbance = torch.rand(len(clean), 1, 1, 1, 1, device=device) * self.settings.context_noise
         context = context + disturbance * torch.randn_like(context)
@@ -189,15 +202,40 @@ class StudentTrainee:
             self.module = trained
         return {"loss": float(np.mean(losses))}
 
-    def _sequence(self, rng: np.random.Generator) -> ForcedSequence:
-        settings, kind = self.settings, rng.random()
+    def _draw(self, rng: np.random.Generator) -> tuple[ForcedSequence, list[int], Caption]:
+        """The sequence of a step, its clips, and what gives the caption of its targets."""
+        settings, clips, kind = self.settings, self.clips, rng.random()
+        if kind < settings.switched:
+            chosen = self._choose(clips.switched, rng)
+            return self._after_switch(rng), chosen, clips.caption_after_switch
+        if kind < settings.switched + settings.middle:
+            return self._middle(rng), self._choose(clips.steady, rng), clips.caption
         chunks = [settings.chunk_frames] * (settings.window_chunks + 2)
-        if kind < settings.image_start:
-            return from_start([1, *chunks[1:]], settings.window_chunks)
-        if kind < settings.image_start + settings.middle:
-            first = int(rng.integers(2, settings.clip_chunks - settings.window_chunks))
-            return from_middle(first, settings.chunk_frames, settings.window_chunks, copies=3)
-        return from_start(chunks, settings.window_chunks)
+        if kind < settings.switched + settings.middle + settings.image_start:
+            chunks[0] = 1
+        chosen = self._choose(range(clips.count), rng)
+        return from_start(chunks, settings.window_chunks), chosen, clips.caption
+
+    def _choose(self, clips: Sequence[int], rng: np.random.Generator) -> list[int]:
+        return [clips[place] for place in rng.integers(len(clips), size=self.settings.batch_size)]
+
+    def _middle(self, rng: np.random.Generator) -> ForcedSequence:
+        """A target whose window begins anywhere behind the sink."""
+        size, window = self.settings.chunk_frames, self.settings.window_chunks
+        latest = (self.settings.clip_chunks - window - 1) * size
+        first = int(rng.integers(size + 1, latest + 1))
+        return from_middle([0, *(first + size * place for place in range(window + 1))], size, _TARGET_COPIES)
+
+    def _after_switch(self, rng: np.random.Generator) -> ForcedSequence:
+        """A target behind the switch; the sink is the stream's first, or the oldest chunk kept by it."""
+        settings, switch = self.settings, self.clips.switch_chunk
+        target = int(rng.integers(switch, settings.clip_chunks))
+        oldest = switch - int(rng.integers(1, settings.window_chunks + 2))
+        window = range(max(target - settings.window_chunks, oldest + 1), target)
+        sink = 0 if rng.random() < _KEPT_SINKS else oldest
+        starts = [chunk * settings.chunk_frames for chunk in (sink, *window, target)]
+        recached = 1 + sum(chunk < switch for chunk in window)
+        return from_middle(starts, settings.chunk_frames, _TARGET_COPIES, recached)
 
     def _sigma(self, sequence: ForcedSequence, rng: np.random.Generator) -> Tensor:
         """One noise level for each noisy chunk of each clip, by frame `[B, T noisy]`."""
@@ -222,35 +260,11 @@ def train_student(settings: StudentTrainingSettings, output: Path) -> None:
     """Encode the clips, train, and continue what `output` already holds; `export` takes the result."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "settings.json").write_text(json.dumps(asdict(settings), indent=1))
-    latents = encode_clips(settings, output / _LATENTS_FOLDER)
-    torch.manual_seed(settings.seed)
-    run(settings.loop, StudentTrainee(settings, latents), output)
-
-
-def encode_clips(settings: StudentTrainingSettings, folder: Path) -> Tensor:
-    """Latents of all clips `[clips, C, T, h, w]`, float16, in shards that are encoded only once."""
-    folder.mkdir(parents=True, exist_ok=True)
     vae = TinyVideoVAE.from_pretrained(settings.vae, dtype=torch.float32)
-    world = ToyWorld()
-    frames = frames_of(settings.clip_chunks * settings.chunk_frames, vae.spec.temporal_ratio)
-    shards = []
-    for first in range(0, settings.clips, _SHARD_CLIPS):
-        path = folder / f"{first:06d}.safetensors"
-        if not path.is_file():
-            scenes = range(first, min(first + _SHARD_CLIPS, settings.clips))
-            encoded = [_encode_clip(vae, world, seed, frames) for seed in scenes]
-            save_file({"latents": torch.cat(encoded)}, path.with_suffix(".partial"))
-            path.with_suffix(".partial").rename(path)
-            logger.info("encoded clip %d of %d", scenes.stop, settings.clips)
-        shards.append(load_file(path)["latents"])
-    return torch.cat(shards)
-
-
-@torch.no_grad()
-def _encode_clip(vae: TinyVideoVAE, world: ToyWorld, seed: int, frames: int) -> Tensor:
-    clip = torch.from_numpy(world.frames(world.scene(seed), frames))
-    pixels = clip.permute(3, 0, 1, 2)[None].float() / 127.5 - 1  # [1, 3, F, H, W]
-    return vae.encode(pixels.to(vae.device)).half().cpu()
+    clips = settings.clip_set(vae.spec.temporal_ratio)
+    latents = encode_clips(clips, vae, output / _LATENTS_FOLDER)
+    torch.manual_seed(settings.seed)
+    run(settings.loop, StudentTrainee(settings, clips, latents), output)
 
 
 def export(run_folder: Path, vae_folder: Path, folder: Path) -> None:

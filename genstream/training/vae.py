@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from genstream.data.toyworld import ToyWorld
 from genstream.data.vocabulary import BACKGROUND_RGB
+from genstream.training.initialisation import PASSED_CHANNELS, initialise
 from genstream.training.loop import LoopSettings, load_average, run
-from genstream.vae.tiny import MemBlock, TemporalGrow, TemporalPool, TinyVideoVAE
+from genstream.vae.tiny import TinyVideoVAE
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +37,6 @@ _EDGE_PX = 2
 _EVALUATION_CLIPS = 16
 _EVALUATION_FRAMES = 33
 _STATISTICS_CLIPS = 64
-# The toy world is dark: pixels in [0, 1] have a root mean square of about a quarter.
-_INPUT_GAIN = 4.0
-_OUTPUT_GAIN = 0.1
-_OUTPUT_MEAN = 0.2
-_LATENTS_GAIN = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +81,9 @@ class VAETrainingSettings:
     def __post_init__(self) -> None:
         if self.clips < 4:
             raise ValueError(f"clips must be at least 4, got {self.clips}")
+        for name in ("encoder_width", "latent_channels"):
+            if (value := getattr(self, name)) < PASSED_CHANNELS:
+                raise ValueError(f"{name} must be at least {PASSED_CHANNELS}, got {value}")
         if self.size_px % (16 * self.patch_size):
             raise ValueError(f"size_px must divide by 16 * patch_size, got {self.size_px}")
         if not 0 <= self.latents_noise < 1:
@@ -222,90 +221,6 @@ def _new_vae(settings: VAETrainingSettings) -> TinyVideoVAE:
     )
     initialise(vae)
     return vae
-
-
-def initialise(vae: TinyVideoVAE) -> None:
-    """Weights from which training starts fast: signals keep their size, and colours pass from the first step.
-
-    Residual blocks start as identities. A few channels carry the mean colour of each patch of the newest
-    frame through the whole network; the other channels start at random. From random weights alone, colour
-    is learned many times more slowly than brightness.
-    """
-    for layer in vae.modules():
-        if isinstance(layer, nn.Conv2d):
-            _scaled_normal(layer, 1.0)
-    # A gain of sqrt(2) after each rectifier makes up for the half that it cuts off.
-    for layer in vae.modules():
-        if isinstance(layer, TemporalPool | TemporalGrow):
-            _scaled_normal(layer.conv, math.sqrt(2))
-        elif isinstance(layer, MemBlock):
-            _scaled_normal(layer.conv[0], math.sqrt(2))
-            _scaled_normal(layer.conv[2], math.sqrt(2))
-            _scaled_normal(layer.conv[4], 0.0)
-    _scaled_normal(vae.encoder[0], _INPUT_GAIN)
-    _scaled_normal(vae.encoder[-1], math.sqrt(2))
-    _scaled_normal(vae.decoder[1], math.sqrt(2))
-    _scaled_normal(vae.decoder[-1], _OUTPUT_GAIN)
-    with torch.no_grad():
-        _pass_colours_into_latents(vae)
-        _pass_colours_into_frames(vae)
-
-
-def _pass_colours_into_latents(vae: TinyVideoVAE) -> None:
-    """Means of each patch in the first 3 latent channels, differences of its quarters in the next 9."""
-    first, *stages, last = (layer for layer in vae.encoder if not isinstance(layer, nn.ReLU | MemBlock))
-    patch_area = first.in_channels // 3
-    _clear_rows(first, 3)
-    for colour in range(3):
-        first.weight[colour, colour * patch_area : (colour + 1) * patch_area, 1, 1] = 1 / patch_area
-    for pool, shrink in zip(stages[::2], stages[1::2], strict=True):
-        newest = pool.conv.in_channels - pool.conv.out_channels
-        _clear_rows(pool.conv, 3)
-        _clear_rows(shrink, 3 if shrink is not stages[-1] else 12)
-        for colour in range(3):
-            pool.conv.weight[colour, newest + colour] = 1
-            if shrink is not stages[-1]:
-                shrink.weight[colour, colour, 1:, 1:] = 1 / 4
-    for quarter, (row, column) in enumerate(((1, 1), (1, 2), (2, 1), (2, 2))):
-        for colour in range(3):
-            stages[-1].weight[3 * quarter + colour, colour, row, column] = 1
-    _clear_rows(last, 12)
-    last.bias[:3] = -_OUTPUT_MEAN * _LATENTS_GAIN
-    haar = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
-    mixing = torch.kron(haar, torch.eye(3)) * _LATENTS_GAIN / 4
-    last.weight[:12, :12, 1, 1] = mixing
-
-
-def _pass_colours_into_frames(vae: TinyVideoVAE) -> None:
-    """The first 3 latent channels become the colour of all pixels of a patch."""
-    first, *stages, last = (layer for layer in vae.decoder if isinstance(layer, nn.Conv2d | TemporalGrow))
-    _clear_rows(first, 3)
-    for colour in range(3):
-        first.weight[colour, colour, 1, 1] = 1 / _LATENTS_GAIN
-        first.bias[colour] = _OUTPUT_MEAN
-    for grow, narrow in zip(stages[::2], stages[1::2], strict=True):
-        channels = grow.conv.in_channels
-        _clear_rows(narrow, 3)
-        for colour in range(3):
-            for frame in range(grow.stride):
-                grow.conv.weight[frame * channels + colour] = 0
-                grow.conv.weight[frame * channels + colour, colour] = 1
-            narrow.weight[colour, colour, 1, 1] = 1
-    for row in range(last.out_channels):
-        last.weight[row, row * 3 // last.out_channels, 1, 1] = 1
-
-
-def _clear_rows(layer: nn.Conv2d, rows: int) -> None:
-    layer.weight[:rows] = 0
-    if layer.bias is not None:
-        layer.bias[:rows] = 0
-
-
-def _scaled_normal(layer: nn.Module, gain: float) -> None:
-    assert isinstance(layer, nn.Conv2d)
-    nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.weight[0].numel()))
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
 
 
 def _to_tensor(clips: NDArray[np.uint8]) -> Tensor:

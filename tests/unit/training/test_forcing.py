@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from genstream.cache.layout import CacheLayout, PositionPolicy
+from genstream.streaming.controls import PromptControl
 from genstream.training.forcing import from_middle, from_start
 
 
@@ -42,7 +43,8 @@ def test_from_middle_stands_as_in_the_cache(chunk_frames, first, window_chunks):
         window_frames=window_chunks * chunk_frames,
         positions=PositionPolicy.WINDOW,
     )
-    sequence = from_middle(first, chunk_frames, window_chunks, copies=2)
+    chunks = [0, *range(first, first + window_chunks + 1)]
+    sequence = from_middle([chunk * chunk_frames for chunk in chunks], chunk_frames, copies=2)
     assert sequence.noisy[0] == sequence.noisy[1]
     target = sequence.noisy[0]
     assert target.frames.start == (first + window_chunks) * chunk_frames
@@ -97,3 +99,31 @@ def test_a_masked_pass_gives_what_streaming_gives(build_pipeline, first_chunk):
             if time:
                 found.append(out)
     torch.testing.assert_close(trained[:, :, count:], torch.cat(found, dim=2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_a_masked_pass_gives_what_a_prompt_switch_gives(build_pipeline, done):
+    pipe = build_pipeline(sink_frames=3, window_frames=6, positions="window", chunk_frames=3)
+    state = pipe.start(pipe.request("a red circle", num_frames=49 + 12))
+    latents = torch.cat([pipe.step(state).latents for _ in range(done)], dim=2)
+    state.submit(PromptControl(prompt="a blue square"))
+    noise = state.noise.initial(3 * done, (1, 4, 3, *latents.shape[3:]))
+    level = 700.0
+    draft = state.draft()
+    pipe.engine._apply_due(draft)
+    pipe.engine._advance_blend(draft)
+    with torch.no_grad():
+        found = pipe.engine.predict(noise, level, draft)
+    sequence = from_middle([3 * chunk for chunk in range(done + 1)], 3, copies=1, recached=done)
+    both = torch.cat([latents[:, :, sequence.clean_frames], noise], dim=2)
+    timestep = torch.full((1, both.shape[2]), 0.0)
+    timestep[:, -3:] = level
+    with torch.no_grad():
+        trained = pipe.transformer(
+            both,
+            timestep,
+            pipe.encode_prompt(["a blue square"]),
+            frame_positions=sequence.positions,
+            attention_mask=torch.tensor(sequence.mask()),
+        ).sample
+    torch.testing.assert_close(trained[:, :, -3:], found, rtol=0, atol=1e-5)

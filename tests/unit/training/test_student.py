@@ -8,19 +8,15 @@ from safetensors.torch import load_file
 from genstream.data.toyworld import ToyWorld
 from genstream.data.vocabulary import words
 from genstream.pipelines.causal_video import CausalVideoPipeline
-from genstream.training.student import (
-    StudentTrainee,
-    StudentTrainingSettings,
-    encode_clips,
-    export,
-    train_student,
-)
+from genstream.training.clips import encode_clips
+from genstream.training.student import StudentTrainee, StudentTrainingSettings, export, train_student
+from genstream.vae.tiny import TinyVideoVAE
 
 TINY = {
     "total_steps": 4,
     "batch_size": 2,
-    "clips": 3,
-    "clip_chunks": 4,
+    "clips": 5,
+    "clip_chunks": 6,
     "chunk_frames": 1,
     "window_chunks": 1,
     "width": 48,
@@ -36,6 +32,13 @@ TINY = {
 
 def settings_for(**changes) -> StudentTrainingSettings:
     return StudentTrainingSettings(**{"vae": "none", **TINY, **changes})
+
+
+def trainee_for(latents=None, **changes) -> StudentTrainee:
+    settings = settings_for(**changes)
+    if latents is None:
+        latents = torch.randn(5, 4, 6 * settings.chunk_frames, 4, 4)
+    return StudentTrainee(settings, settings.clip_set(temporal_ratio=4), latents)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +58,7 @@ def trained(vae_folder, tmp_path_factory):
 
 def test_loss_falls():
     torch.manual_seed(0)
-    latents = torch.randn(3, 4, 1, 1, 1).expand(3, 4, 4, 4, 4)
-    trainee = StudentTrainee(settings_for(batch_size=4), latents)
+    trainee = trainee_for(torch.randn(5, 4, 1, 1, 1).expand(5, 4, 6, 4, 4), batch_size=4)
     before = trainee.evaluate(trainee.module)["loss"]
     optimizer = torch.optim.AdamW(trainee.module.parameters(), lr=5e-3)
     for step in range(15):
@@ -68,17 +70,38 @@ def test_loss_falls():
     assert all(weight.grad is not None for weight in trainee.module.transformer.parameters())
 
 
-@pytest.mark.parametrize("kind", [{"image_start": 1.0, "middle": 0.0}, {"image_start": 0.0, "middle": 1.0}])
+@pytest.mark.parametrize("kind", ["image_start", "middle", "switched"])
 def test_every_kind_of_sequence(kind):
-    trainee = StudentTrainee(settings_for(**kind, chunk_frames=2), torch.randn(3, 4, 8, 4, 4))
+    shares = {"image_start": 0.0, "middle": 0.0, "switched": 0.0, kind: 1.0}
+    trainee = trainee_for(**shares, chunk_frames=2)
     for step in range(3):
         loss, _ = trainee.loss(step)
         loss.backward()
         assert 0.1 < loss.item() < 20
 
 
+def test_targets_behind_a_switch_carry_the_new_caption():
+    trainee = trainee_for(middle=0.0, switched=0.5, clips=12)
+    for step in range(30):
+        sequence, clips, caption = trainee._draw(np.random.default_rng(step))
+        switched = sequence.noisy_frames[0] >= 3 and len(set(sequence.noisy_frames)) == 1
+        assert (caption == trainee.clips.caption_after_switch) == switched
+        if switched:
+            assert set(clips) <= {3, 7, 11}
+
+
+def test_targets_in_the_middle_never_stand_behind_a_switch():
+    trainee = trainee_for(middle=1.0, switched=0.0, image_start=0.0, clips=12)
+    starts = set()
+    for step in range(60):
+        sequence, clips, _ = trainee._draw(np.random.default_rng(step))
+        assert not set(clips) & {3, 7, 11}
+        starts.add(sequence.noisy_frames[0])
+    assert starts == {3, 4, 5}
+
+
 def test_data_follow_from_the_step():
-    trainee = StudentTrainee(settings_for(), torch.randn(3, 4, 4, 4, 4))
+    trainee = trainee_for()
     losses = []
     for step in (0, 1, 0):
         torch.manual_seed(step)
@@ -87,17 +110,16 @@ def test_data_follow_from_the_step():
 
 
 def test_training_noise_covers_the_sampling_steps():
-    settings = settings_for(batch_size=200)
-    trainee = StudentTrainee(settings, torch.randn(3, 4, 4, 4, 4))
+    trainee = trainee_for(batch_size=200)
     rng = np.random.default_rng(0)
-    sigma = trainee._sigma(trainee._sequence(rng), rng)
+    sigma = trainee._sigma(trainee._draw(rng)[0], rng)
     assert 0 <= sigma.min() and sigma.max() <= 1
     for level in (1.0, 0.9375, 0.8333333, 0.625):
         assert 0.1 < ((sigma - level).abs() < 1e-6).float().mean() < 0.25
 
 
 def test_captions_fit_the_prompt():
-    world, trainee = ToyWorld(), StudentTrainee(settings_for(), torch.randn(3, 4, 4, 4, 4))
+    world, trainee = ToyWorld(), trainee_for()
     captions = [world.caption(world.scene(seed), seed % 8) for seed in range(400)]
     tokens = trainee.tokenizer(captions).input_ids
     assert max(map(len, tokens)) <= StudentTrainingSettings(vae="none").text_tokens
@@ -113,12 +135,25 @@ def test_run_leaves_its_settings_and_figures(trained):
 
 def test_clips_are_encoded_once(trained):
     settings, folder = trained
-    (shard,) = (folder / "latents").iterdir()
+    (shard,) = (folder / "latents").rglob("*.safetensors")
     written = shard.stat().st_mtime_ns
-    latents = encode_clips(settings, folder / "latents")
-    assert latents.shape == (3, 4, 4, 16, 16)
+    vae = TinyVideoVAE.from_pretrained(settings.vae)
+    latents = encode_clips(settings.clip_set(4), vae, folder / "latents")
+    assert latents.shape == (5, 4, 6, 16, 16)
     assert torch.equal(latents, load_file(shard)["latents"])
     assert shard.stat().st_mtime_ns == written
+
+
+def test_latents_of_another_vae_or_another_number_of_clips_are_not_mixed_in(build_pipeline, tmp_path):
+    clips = settings_for(clips=4).clip_set(4)
+    first, second = build_pipeline().vae, build_pipeline().vae
+    with torch.no_grad():
+        second.encoder[0].weight.add_(0.1)
+    whole = encode_clips(clips, first, tmp_path)
+    assert not torch.equal(encode_clips(clips, second, tmp_path), whole)
+    more = encode_clips(settings_for(clips=6).clip_set(4), first, tmp_path)
+    assert len(more) == 6
+    assert torch.equal(more[:4], whole)
 
 
 def test_export_is_a_pipeline(trained, vae_folder, tmp_path):
@@ -142,7 +177,8 @@ def test_export_is_a_pipeline(trained, vae_folder, tmp_path):
     ("wrong", "error"),
     [
         ({"width": 50}, "width must be a multiple of 48, got 50"),
-        ({"clip_chunks": 3}, "clip_chunks must be at least 4, got 3"),
+        ({"clip_chunks": 5}, "clip_chunks must be at least 6, got 5"),
+        ({"clips": 3}, "clips must be at least 4, got 3"),
         ({"middle": 1.5}, r"middle must be in \[0, 1\], got 1\.5"),
         ({"image_start": -0.1}, r"image_start must be in \[0, 1\], got -0\.1"),
     ],

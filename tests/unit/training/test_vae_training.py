@@ -1,6 +1,8 @@
+import pytest
 import torch
 
-from genstream.training.vae import VAETrainee, VAETrainingSettings, export, initialise, train_vae
+from genstream.training.initialisation import initialise
+from genstream.training.vae import VAETrainee, VAETrainingSettings, export, train_vae
 from genstream.vae.tiny import TinyVideoVAE
 
 SETTINGS = VAETrainingSettings(
@@ -8,7 +10,8 @@ SETTINGS = VAETrainingSettings(
     decoder_steps=2,
     clips=4,
     size_px=64,
-    encoder_width=4,
+    latent_channels=12,
+    encoder_width=12,
     decoder_widths=(6, 5, 4, 4),
     checkpoint_steps=2,
     evaluate_steps=2,
@@ -43,12 +46,44 @@ def test_batches_follow_from_the_step():
         assert weights.max() == 1 + SETTINGS.object_weight
 
 
-def test_initialised_signal_keeps_its_size():
+def test_first_weights_keep_the_signal_and_pass_colours():
     torch.manual_seed(0)
     vae = TinyVideoVAE(patch_size=2, encoder_width=24, decoder_widths=[32, 24, 24, 24], first_frame_copies=3)
     initialise(vae)
-    frames = torch.rand((1, 3, 5, 64, 64)) - 1
+    # Plain patches of 16 x 16 pixels, with colours inside the range that latents carry nearly linearly.
+    patches = torch.rand((1, 3, 1, 4, 4)).mul(0.4).add(-0.8)
+    frames = patches.repeat_interleave(16, dim=-1).repeat_interleave(16, dim=-2).expand(-1, -1, 5, -1, -1)
     with torch.no_grad():
         latents = vae.encode(frames)
-        assert 0.2 < latents.std() < 3
-        assert 0.05 < vae.decode_unclamped(latents).std() < 1
+        decoded = vae.decode_unclamped(latents)
+    assert 0.05 < latents.std() < 3
+    patch_means = decoded.unflatten(-1, (4, 16)).unflatten(-3, (4, 16)).mean(dim=(-1, -3))
+    assert (patch_means - patches).abs().mean() < 0.05
+
+
+def test_first_weights_tell_the_quarters_of_a_patch():
+    torch.manual_seed(0)
+    vae = TinyVideoVAE(patch_size=2, encoder_width=24, decoder_widths=[32, 24, 24, 24], first_frame_copies=3)
+    initialise(vae)
+    frames = torch.full((1, 3, 1, 16, 16), -0.8)
+    frames[:, 0, :, :, :8] += 0.4
+    with torch.no_grad():
+        latents = vae.encode(frames).flatten()
+    # In [0, 1] red is 0.3 on the left and 0.1 on the right, green and blue are 0.1 everywhere.
+    torch.testing.assert_close(latents[:4], torch.tensor([0.0, -0.4, -0.4, 0.4]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents[4:12], torch.zeros(8), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"clips": 3}, "clips must be at least 4, got 3"),
+        ({"encoder_width": 8}, "encoder_width must be at least 12, got 8"),
+        ({"latent_channels": 4}, "latent_channels must be at least 12, got 4"),
+        ({"size_px": 100}, r"size_px must divide by 16 \* patch_size, got 100"),
+        ({"latents_noise": 1.0}, r"latents_noise must be in \[0, 1\), got 1\.0"),
+    ],
+)
+def test_bad_settings(wrong, error):
+    with pytest.raises(ValueError, match=error):
+        VAETrainingSettings(**wrong)

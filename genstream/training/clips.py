@@ -1,0 +1,125 @@
+"""The clips a student learns from: scenes of the toy world, some of which change as after a prompt switch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from genstream.data.switch import Switch, switch_scene
+from genstream.data.toyworld import ToyWorld
+from genstream.shapes import frames_of
+from genstream.vae.tiny import TinyVideoVAE
+
+logger = logging.getLogger(__name__)
+
+SWITCHED_EVERY = 4
+"""One clip in so many changes its scene in the middle."""
+_SHARD_CLIPS = 64
+_SWITCHES_KEPT = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSet:
+    """Training clips, each known by its number.
+
+    Attributes:
+        count: clips.
+        chunks: chunks of a clip.
+        chunk_frames: latent frames of a chunk.
+        temporal_ratio: of the VAE.
+    """
+
+    count: int
+    chunks: int
+    chunk_frames: int
+    temporal_ratio: int
+
+    @property
+    def switch_chunk(self) -> int:
+        """First chunk of the new scene in clips that change."""
+        return self.chunks // 2
+
+    @cached_property
+    def switched(self) -> list[int]:
+        """Numbers of the clips that change their scene."""
+        return list(range(SWITCHED_EVERY - 1, self.count, SWITCHED_EVERY))
+
+    @cached_property
+    def steady(self) -> list[int]:
+        """Numbers of the clips that do not."""
+        return sorted(set(range(self.count)) - set(self.switched))
+
+    def frames(self, clip: int) -> NDArray[np.uint8]:
+        """[F, H, W, 3]."""
+        world = ToyWorld()
+        count = frames_of(self.chunks * self.chunk_frames, self.temporal_ratio)
+        frames = world.frames(world.scene(clip), count)
+        if clip in self.switched:
+            kept = self._frames_before_switch
+            frames[kept:] = world.frames(self._switch(clip).after, count - kept)
+        return frames
+
+    def caption(self, clip: int, variant: int) -> str:
+        """A caption of the clip's first scene."""
+        world = ToyWorld()
+        return world.caption(world.scene(clip), variant)
+
+    def caption_after_switch(self, clip: int, variant: int) -> str:
+        """A caption of the scene that a clip changes to."""
+        return self._switch(clip).caption(variant)
+
+    @property
+    def _frames_before_switch(self) -> int:
+        return frames_of(self.switch_chunk * self.chunk_frames, self.temporal_ratio)
+
+    def _switch(self, clip: int) -> Switch:
+        return _switch(clip, self._frames_before_switch / ToyWorld().fps)
+
+
+@lru_cache(_SWITCHES_KEPT)
+def _switch(clip: int, at_s: float) -> Switch:
+    return switch_scene(ToyWorld().scene(clip), at_s, clip)
+
+
+def encode_clips(clips: ClipSet, vae: TinyVideoVAE, folder: Path) -> Tensor:
+    """Latents of all clips [clips, C, T, h, w], float16, in shards that are encoded only once.
+
+    Shards of another VAE, or of clips of another length, lie in another folder and are left alone.
+    """
+    folder = folder / _fingerprint(clips, vae)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = []
+    for first in range(0, clips.count, _SHARD_CLIPS):
+        numbers = range(first, min(first + _SHARD_CLIPS, clips.count))
+        path = folder / f"{numbers.start:06d}-{numbers.stop:06d}.safetensors"
+        if not path.is_file():
+            encoded = [_encode(vae, clips.frames(number)) for number in numbers]
+            save_file({"latents": torch.cat(encoded)}, path.with_suffix(".partial"))
+            path.with_suffix(".partial").rename(path)
+            logger.info("encoded clip %d of %d", numbers.stop, clips.count)
+        shards.append(load_file(path)["latents"])
+    return torch.cat(shards)
+
+
+@torch.no_grad()
+def _encode(vae: TinyVideoVAE, clip: NDArray[np.uint8]) -> Tensor:
+    pixels = torch.from_numpy(clip).permute(3, 0, 1, 2)[None].float() / 127.5 - 1  # [1, 3, F, H, W]
+    return vae.encode(pixels.to(vae.device)).half().cpu()
+
+
+def _fingerprint(clips: ClipSet, vae: TinyVideoVAE) -> str:
+    values = {name: value for name, value in asdict(clips).items() if name != "count"}
+    digest = hashlib.sha256(json.dumps(values).encode())
+    for name, weight in vae.encoder.state_dict().items():
+        digest.update(name.encode() + weight.cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
