@@ -1,6 +1,7 @@
 """`genstream train vae|student`: trains the parts of the embedded model; a run that was cut off goes on."""
 
 import argparse
+import logging
 
 from genstream.cli.settings import parse_settings
 
@@ -21,6 +22,7 @@ def _train_vae(arguments: argparse.Namespace) -> int:
     from genstream.training.vae import VAETrainingSettings, train_vae
 
     settings, output = parse_settings("genstream train vae", VAETrainingSettings, arguments.more)
+    _show_progress()
     train_vae(settings, output)
     return 0
 
@@ -29,5 +31,11 @@ def _train_student(arguments: argparse.Namespace) -> int:
     from genstream.training.student import StudentTrainingSettings, train_student
 
     settings, output = parse_settings("genstream train student", StudentTrainingSettings, arguments.more)
+    _show_progress()
     train_student(settings, output)
     return 0
+
+
+def _show_progress() -> None:
+    """The trainers' log lines on stderr."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")

@@ -7,6 +7,7 @@ mostly at the noise levels of its few sampling steps.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,13 +28,17 @@ from genstream.schedulers.schedule import shifted
 from genstream.training.clips import SWITCHED_EVERY, ClipSet, encode_clips
 from genstream.training.forcing import ForcedSequence, from_middle, from_start
 from genstream.training.loop import LoopSettings, load_average, run
+from genstream.training.record import RECORD_FOLDER, write_record
 from genstream.training.text import tiny_text_encoder, word_tokenizer
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.vae.tiny import TinyVideoVAE
 
+logger = logging.getLogger(__name__)
+
 Caption = Callable[[int, int], str]
 
 _LATENTS_FOLDER = "latents"
+_RESULT_FOLDER = "model"
 _EVALUATION_BATCHES = 4
 _SHARED_LEVELS = 0.6
 """Share of noisy chunks at the sampling steps' own noise levels; the others are anywhere between."""
@@ -57,6 +62,7 @@ class StudentTrainingSettings:
         clip_chunks: chunks of a clip.
         chunk_frames: latent frames of a chunk; the first chunk is the sink.
         window_chunks: chunks kept besides sink and current chunk.
+        patch_size: latent pixels on each side of a token.
         width: of the transformer; heads have 48 channels.
         layers: transformer blocks.
         ffn_width: hidden width of the feed-forward layers.
@@ -84,6 +90,7 @@ class StudentTrainingSettings:
     clip_chunks: int = 8
     chunk_frames: int = 3
     window_chunks: int = 2
+    patch_size: int = 2
     width: int = 192
     layers: int = 6
     ffn_width: int = 768
@@ -141,6 +148,7 @@ class Student(nn.Module):
     def __init__(self, settings: StudentTrainingSettings, channels: int, vocabulary_size: int) -> None:
         super().__init__()
         self.transformer = CausalDiT(
+            patch_size=(1, settings.patch_size, settings.patch_size),
             num_attention_heads=settings.width // 48,
             attention_head_dim=48,
             in_channels=channels,
@@ -257,7 +265,7 @@ class StudentTrainee:
 
 
 def train_student(settings: StudentTrainingSettings, output: Path) -> None:
-    """Encode the clips, train, and continue what `output` already holds; `export` takes the result."""
+    """Encode the clips, train, and continue what `output` already holds; the result is `output`/model."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "settings.json").write_text(json.dumps(asdict(settings), indent=1))
     vae = TinyVideoVAE.from_pretrained(settings.vae, dtype=torch.float32)
@@ -265,6 +273,8 @@ def train_student(settings: StudentTrainingSettings, output: Path) -> None:
     latents = encode_clips(clips, vae, output / _LATENTS_FOLDER)
     torch.manual_seed(settings.seed)
     run(settings.loop, StudentTrainee(settings, clips, latents), output)
+    export(output, Path(settings.vae), output / _RESULT_FOLDER)
+    logger.info("trained model in %s", output / _RESULT_FOLDER)
 
 
 def export(run_folder: Path, vae_folder: Path, folder: Path) -> None:
@@ -292,13 +302,16 @@ def export(run_folder: Path, vae_folder: Path, folder: Path) -> None:
     )
     partial = folder.with_name(f"{folder.name}.partial")
     pipe.save_pretrained(partial)
-    (partial / "model_card.json").write_text(json.dumps(_card(folder.name), indent=1))
+    (partial / "model_card.json").write_text(json.dumps(_card(), indent=1) + "\n")
+    if (vae_folder / RECORD_FOLDER).is_dir():
+        shutil.copytree(vae_folder / RECORD_FOLDER, partial / RECORD_FOLDER)
+    write_record(partial, "student", settings, {"student": run_folder / "log.csv"})
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
 
 
-def _card(name: str) -> dict[str, object]:
+def _card() -> dict[str, object]:
     """What `genstream models` says of the model."""
     tables = {
         "colours": vocabulary.COLOURS,
@@ -308,7 +321,7 @@ def _card(name: str) -> dict[str, object]:
         "backgrounds": vocabulary.BACKGROUNDS,
     }
     return {
-        "name": name,
+        "name": "toyworld",
         "description": "Coloured shapes that move over a dark background: one or two objects.",
         "vocabulary": {group: list(table) for group, table in tables.items()},
     }

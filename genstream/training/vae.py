@@ -6,6 +6,7 @@ diffusion model can be trained on them, while the decoder goes on alone.
 
 import logging
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from genstream.data.toyworld import ToyWorld
 from genstream.data.vocabulary import BACKGROUND_RGB
 from genstream.training.initialisation import PASSED_CHANNELS, initialise
 from genstream.training.loop import LoopSettings, load_average, run
+from genstream.training.record import write_record
 from genstream.vae.tiny import TinyVideoVAE
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 FROZEN_ENCODER_FOLDER = "frozen_encoder"
 _JOINT_FOLDER = "joint"
 _DECODER_FOLDER = "decoder"
+_RESULT_FOLDER = "vae"
 
 # Side of the crop in parts of the frame, and frames. Small crops around objects show many scenes in a step.
 # Whole frames teach borders, long clips the memory of a running stream.
@@ -103,7 +106,7 @@ class VAETrainingSettings:
 
 
 def train_vae(settings: VAETrainingSettings, output: Path) -> None:
-    """Train both phases, continuing what `output` already holds; `export` takes the result from there."""
+    """Train both phases, continuing what `output` already holds; the result is the component `output`/vae."""
     torch.manual_seed(settings.seed)
     frozen_folder = output / FROZEN_ENCODER_FOLDER
     if not frozen_folder.is_dir():
@@ -115,19 +118,25 @@ def train_vae(settings: VAETrainingSettings, output: Path) -> None:
     vae: TinyVideoVAE = TinyVideoVAE.from_pretrained(frozen_folder)
     vae.encoder.requires_grad_(requires_grad=False)
     run(settings.loop("decoder"), VAETrainee(settings, vae), output / _DECODER_FOLDER)
+    export(settings, output, output / _RESULT_FOLDER)
+    logger.info("trained VAE in %s", output / _RESULT_FOLDER)
 
 
-def export(run_folder: Path, folder: Path) -> None:
+def export(settings: VAETrainingSettings, run_folder: Path, folder: Path) -> None:
     """Write the VAE of a run's newest decoder checkpoint as a diffusers component, in half precision."""
     vae: TinyVideoVAE = TinyVideoVAE.from_pretrained(run_folder / FROZEN_ENCODER_FOLDER)
     load_average(vae, run_folder / _DECODER_FOLDER)
     save_component(vae.half(), folder)
+    logs = {f"vae_{phase}": run_folder / phase / "log.csv" for phase in (_JOINT_FOLDER, _DECODER_FOLDER)}
+    write_record(folder, "vae", settings, logs)
 
 
 def save_component(vae: TinyVideoVAE, folder: Path) -> None:
     """Save under another name and rename, so that `folder` is whole as soon as it exists."""
     partial = folder.with_name(f"{folder.name}.partial")
     vae.save_pretrained(partial)
+    if folder.exists():
+        shutil.rmtree(folder)
     partial.rename(folder)
 
 

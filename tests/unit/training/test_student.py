@@ -161,6 +161,10 @@ def test_export_is_a_pipeline(trained, vae_folder, tmp_path):
     export(folder, vae_folder, tmp_path / "model")
     export(folder, vae_folder, tmp_path / "model")  # replaces what is there
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (folder / "model" / "transformer" / "config.json").is_file()
+    record = json.loads((tmp_path / "model" / "training" / "student.json").read_text())
+    assert record["settings"]["batch_size"] == 2
+    assert (tmp_path / "model" / "training" / "student.csv").read_text() == (folder / "log.csv").read_text()
     pipe = CausalVideoPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert (pipe.settings.sink_frames, pipe.settings.window_frames) == (1, 1)

@@ -22,7 +22,7 @@ SETTINGS = VAETrainingSettings(
 def test_train_freeze_and_export(tmp_path):
     torch.set_num_threads(1)
     train_vae(SETTINGS, tmp_path / "run")
-    export(tmp_path / "run", tmp_path / "vae")
+    export(SETTINGS, tmp_path / "run", tmp_path / "vae")
     frozen = TinyVideoVAE.from_pretrained(tmp_path / "run" / "frozen_encoder")
     exported = TinyVideoVAE.from_pretrained(tmp_path / "vae")
     assert exported.config.latents_mean == frozen.config.latents_mean is not None
@@ -31,6 +31,11 @@ def test_train_freeze_and_export(tmp_path):
     frames = torch.zeros((1, 3, 5, 64, 64))
     assert exported.float()(frames).shape == frames.shape
     assert not (tmp_path / "vae.partial").exists()
+    assert sorted(path.name for path in (tmp_path / "run" / "vae" / "training").iterdir()) == [
+        "vae.json",
+        "vae_decoder.csv",
+        "vae_joint.csv",
+    ]
 
 
 def test_batches_follow_from_the_step():
