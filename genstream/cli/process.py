@@ -1,6 +1,7 @@
 """What the operating system says about this process."""
 
 import os
+import platform
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,24 @@ def seconds_since_process_start() -> float:
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     started_s = int(fields[_START_TIME_FIELD]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
+
+
+def resident_memory_bytes() -> int:
+    """Memory of this process that is in RAM now."""
+    import psutil
+
+    resident: int = psutil.Process().memory_info().rss
+    return resident
+
+
+def processor_name() -> str:
+    """The processor's model, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
 
 
 def peak_memory_bytes() -> int | None:

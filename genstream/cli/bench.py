@@ -1,0 +1,157 @@
+"""`genstream bench`: one long stream, to see whether it keeps its speed and its memory."""
+
+import argparse
+import json
+import platform
+import statistics
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from genstream.cli.figures import RunClock
+from genstream.cli.models import find_model
+from genstream.cli.process import processor_name, resident_memory_bytes
+
+if TYPE_CHECKING:
+    from genstream.pipelines.causal_video import CausalVideoPipeline
+
+_MINUTE_S = 60.0
+_MIB = 2**20
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser("bench", help="measure one long stream", description=__doc__)
+    parser.add_argument("--model", default="toyworld", help="installed model or model folder (toyworld)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="minutes of video, at least 2 (10)")
+    parser.add_argument("--prompt", default="a red circle moving right", help="(a red circle moving right)")
+    parser.add_argument("--seed", type=int, default=0, help="(0)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (cuda if there is one, else cpu)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(by device)")
+    parser.add_argument("--json", action="store_true", help="print json in place of the table")
+    parser.add_argument("--output", type=Path, help="also write the table to this markdown file")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Generate, measure, print the table."""
+    if not 2 <= arguments.minutes < float("inf"):
+        raise ValueError(f"minutes (--minutes) must be at least 2, got {arguments.minutes}")
+    if arguments.output is not None and not arguments.output.parent.is_dir():
+        raise ValueError(f"output: the folder {str(arguments.output.parent)!r} does not exist")
+    folder = find_model(arguments.model)
+    from genstream.cli.pipeline import load_pipeline
+
+    pipe = load_pipeline(folder, device=arguments.device, dtype=arguments.dtype)
+    figures = measure(pipe, arguments.prompt, arguments.seed, arguments.minutes)
+    table = figures.table()
+    print(json.dumps(asdict(figures)) if arguments.json else table)
+    if arguments.output is not None:
+        arguments.output.write_text(table + "\n", encoding="utf-8")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnduranceFigures:
+    """What a long stream took; minutes are minutes of video."""
+
+    hardware: str
+    date: str
+    minutes: float
+    frames: int
+    frame_rate: float
+    real_time_factor: float
+    time_to_first_frame_s: float
+    start_to_first_frame_s: float
+    chunk_latency_first_minute_s: float
+    chunk_latency_last_minute_s: float
+    chunk_latency_p95_s: float
+    memory_first_minute_bytes: int
+    memory_last_minute_bytes: int
+
+    @classmethod
+    def of(cls, clock: RunClock, memory: tuple[int, int], hardware: str, fps: float) -> Self:
+        """Figures of a stream that `clock` watched."""
+        first, last, p95 = (
+            clock.time_to_first_frame_s,
+            clock.start_to_first_frame_s,
+            clock.chunk_latency_s(95),
+        )
+        assert first is not None and last is not None and p95 is not None
+        minutes = clock.frames / fps / _MINUTE_S
+        per_minute = round(len(clock.chunk_s) / minutes)
+        return cls(
+            hardware=hardware,
+            date=datetime.now(UTC).date().isoformat(),
+            minutes=minutes,
+            frames=clock.frames,
+            frame_rate=clock.frame_rate,
+            real_time_factor=clock.frame_rate / fps,
+            time_to_first_frame_s=first,
+            start_to_first_frame_s=last,
+            chunk_latency_first_minute_s=statistics.median(clock.chunk_s[:per_minute]),
+            chunk_latency_last_minute_s=statistics.median(clock.chunk_s[-per_minute:]),
+            chunk_latency_p95_s=p95,
+            memory_first_minute_bytes=memory[0],
+            memory_last_minute_bytes=memory[1],
+        )
+
+    def table(self) -> str:
+        """The figures as a markdown table."""
+        latency = _change(self.chunk_latency_first_minute_s, self.chunk_latency_last_minute_s)
+        memory = _change(self.memory_first_minute_bytes, self.memory_last_minute_bytes)
+        rows = (
+            ("frame rate, decoding included", f"{self.frame_rate:.1f} fps"),
+            ("real-time factor", f"{self.real_time_factor:.2f}"),
+            ("time to first frame, model loaded", f"{self.time_to_first_frame_s:.2f} s"),
+            ("process start to first frame", f"{self.start_to_first_frame_s:.1f} s"),
+            (
+                "chunk latency, median of the first minute",
+                f"{1000 * self.chunk_latency_first_minute_s:.1f} ms",
+            ),
+            (
+                "chunk latency, median of the last minute",
+                f"{1000 * self.chunk_latency_last_minute_s:.1f} ms ({latency})",
+            ),
+            ("chunk latency, 95th percentile", f"{1000 * self.chunk_latency_p95_s:.1f} ms"),
+            ("process memory after the first minute", f"{self.memory_first_minute_bytes / _MIB:.1f} MiB"),
+            (
+                "process memory after the last minute",
+                f"{self.memory_last_minute_bytes / _MIB:.1f} MiB ({memory})",
+            ),
+        )
+        title = f"One stream of {self.minutes:.4g} minutes of video; {self.hardware}, {self.date}"
+        return "\n".join([title, "", "| figure | value |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])
+
+
+def measure(pipe: "CausalVideoPipeline", prompt: str, seed: int, minutes: float) -> EnduranceFigures:
+    """Run one stream and drop its frames; progress on stderr."""
+    from genstream.cli.pipeline import frames_of_chunk
+    from genstream.cli.progress import progress_for
+
+    fps = pipe.config.default_fps
+    seconds = minutes * _MINUTE_S
+    clock, first_minute = RunClock(), 0
+    with progress_for(round(seconds * fps), fps) as progress:
+        clock.start()
+        for chunk in pipe.stream(prompt, seconds=seconds, seed=seed):
+            clock.chunk_done(len(frames_of_chunk(chunk)))
+            progress.show(clock)
+            if not first_minute and clock.frames >= _MINUTE_S * fps:
+                first_minute = resident_memory_bytes()
+    return EnduranceFigures.of(clock, (first_minute, resident_memory_bytes()), _hardware(pipe), fps)
+
+
+def _hardware(pipe: "CausalVideoPipeline") -> str:
+    import torch
+
+    if pipe.device.type == "cuda":
+        processor = torch.cuda.get_device_name(pipe.device)
+    else:
+        processor = f"{processor_name()}, {torch.get_num_threads()} threads"
+    return f"{processor}, {platform.system()}, torch {torch.__version__}"
+
+
+def _change(before: float, after: float) -> str:
+    return f"{100 * (after / before - 1):+.1f} %"

@@ -1,0 +1,50 @@
+import json
+
+import pytest
+
+from genstream.cli.__main__ import main
+from genstream.cli.bench import EnduranceFigures
+from genstream.cli.figures import RunClock
+
+
+def test_first_and_last_minute_are_told_apart():
+    clock = RunClock(
+        now=iter([0.0, *(float(i) for i in range(1, 241)), *(240 + 2.0 * i for i in range(1, 241))]).__next__
+    )
+    clock.start()
+    for _ in range(480):
+        clock.chunk_done(4)
+    figures = EnduranceFigures.of(clock, (1000, 1010), "a machine", fps=16)
+    assert figures.minutes == 2
+    assert figures.chunk_latency_first_minute_s == 1
+    assert figures.chunk_latency_last_minute_s == figures.chunk_latency_p95_s == 2
+    assert figures.frame_rate == pytest.approx(1920 / 720)
+    assert "2000.0 ms (+100.0 %)" in figures.table()
+    assert "(+1.0 %)" in figures.table()
+
+
+def test_a_stream_is_measured(build_pipeline, tmp_path, capsys):
+    pipe = build_pipeline(sink_frames=3, window_frames=3)
+    pipe.register_to_config(default_fps=1)
+    pipe.save_pretrained(tmp_path / "model")
+    arguments = ["bench", "--model", str(tmp_path / "model"), "--minutes", "2", "--json"]
+    assert main([*arguments, "--output", str(tmp_path / "table.md")]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["frames"] == 120
+    assert figures["memory_last_minute_bytes"] > 2**20
+    assert 0 < figures["time_to_first_frame_s"] < figures["start_to_first_frame_s"]
+    assert "process memory after the last minute" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (["--minutes", "1"], "minutes (--minutes) must be at least 2, got 1.0"),
+        (["--minutes", "inf"], "minutes (--minutes) must be at least 2, got inf"),
+        (["--output", "no/such/folder.md"], "output: the folder 'no/such' does not exist"),
+        (["--model", "nothing"], "nothing"),
+    ],
+)
+def test_bad_input(wrong, error, capsys):
+    assert main(["bench", *wrong]) == 2
+    assert error in capsys.readouterr().err
