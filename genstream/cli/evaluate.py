@@ -15,6 +15,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     toyworld = benchmarks.add_parser("toyworld", help="prompt adherence, drift, VAE quality and speed")
     toyworld.add_argument("--model", default="toyworld", help="installed model or model folder (toyworld)")
     toyworld.add_argument("--prompts", type=int, default=200, help="number of evaluation prompts (200)")
+    toyworld.add_argument("--vae-clips", type=int, default=100, help="clips that the VAE reconstructs (100)")
     toyworld.add_argument("--seconds", type=float, default=4.0, help="length that is judged (4)")
     toyworld.add_argument(
         "--end-of", type=float, metavar="SECONDS", help="make streams this long and judge their end as well"
@@ -42,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     settings = BenchmarkSettings(
         prompts=arguments.prompts,
+        vae_clips=arguments.vae_clips,
         seconds=arguments.seconds,
         end_of_s=arguments.end_of,
         seed=arguments.seed,

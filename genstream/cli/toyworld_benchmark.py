@@ -18,7 +18,6 @@ from genstream.evaluation.judge import Adherence, ClipScore, judge_clip
 from genstream.evaluation.quality import psnr
 from genstream.pipelines.causal_video import CausalVideoPipeline
 
-_VAE_CLIPS = 16
 _VAE_CLIP_FRAMES = 65
 _METRICS = ("colour", "shape", "direction", "count")
 
@@ -28,6 +27,7 @@ class BenchmarkSettings:
     """What is generated and judged; `end_of_s` None leaves drift out. Sizes in pixels."""
 
     prompts: int
+    vae_clips: int
     seconds: float
     end_of_s: float | None
     seed: int
@@ -36,8 +36,9 @@ class BenchmarkSettings:
     fps: int
 
     def __post_init__(self) -> None:
-        if self.prompts < 1:
-            raise ValueError(f"prompts must be at least 1, got {self.prompts}")
+        for name in ("prompts", "vae_clips"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if not (math.isfinite(self.seconds) and self.judged_frames >= 1):
             raise ValueError(f"seconds must give at least 1 frame at {self.fps} fps, got {self.seconds}")
         if self.end_of_s is not None and not self.seconds <= self.end_of_s < math.inf:
@@ -55,13 +56,21 @@ class BenchmarkSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReconstructionScore:
+    """Mean PSNR in dB of evaluation clips against their reconstructions, and what the judge says of those."""
+
+    psnr_db: float
+    adherence: Adherence
+
+
+@dataclass(frozen=True, kw_only=True)
 class BenchmarkResult:
     """Scores of the first and, if asked for, the last stretch of every stream, and what the run took."""
 
     settings: BenchmarkSettings
     start: Adherence
     end: Adherence | None
-    vae_psnr_db: float
+    reconstruction: ReconstructionScore
     clock: RunClock
     first_frame_s: tuple[float, ...]
 
@@ -74,7 +83,8 @@ class BenchmarkResult:
             "start": _shares(self.start),
             "end_of_s": self.settings.end_of_s,
             "end": None if self.end is None else _shares(self.end),
-            "vae_psnr_db": self.vae_psnr_db,
+            "vae_psnr_db": self.reconstruction.psnr_db,
+            "vae": _shares(self.reconstruction.adherence),
             "frame_rate": self.clock.frame_rate,
             "time_to_first_frame_s": float(np.median(self.first_frame_s)),
             "chunk_latency_p50_s": self.clock.chunk_latency_s(50),
@@ -91,7 +101,11 @@ class BenchmarkResult:
             label = f"last {settings.seconds:g} of {settings.end_of_s:g} s"
             rows += [(f"{name}, {label}", str(getattr(self.end, name))) for name in _METRICS]
         rows += [
-            (f"VAE PSNR, {_VAE_CLIPS} evaluation clips", f"{self.vae_psnr_db:.2f} dB"),
+            (f"VAE PSNR, {settings.vae_clips} evaluation clips", f"{self.reconstruction.psnr_db:.2f} dB"),
+            *(
+                (f"{name}, their reconstructions", str(getattr(self.reconstruction.adherence, name)))
+                for name in _METRICS
+            ),
             ("frame rate", f"{clock.frame_rate:.1f} fps"),
             ("time to first frame, median", f"{np.median(self.first_frame_s):.3f} s"),
             (
@@ -127,7 +141,7 @@ def run_benchmark(pipe: CausalVideoPipeline, settings: BenchmarkSettings) -> Ben
         settings=settings,
         start=Adherence.of(starts),
         end=None if settings.end_of_s is None else Adherence.of(ends),
-        vae_psnr_db=vae_psnr_db(pipe, settings),
+        reconstruction=judge_reconstructions(pipe, settings),
         clock=clock,
         first_frame_s=tuple(first_frame_s),
     )
@@ -157,19 +171,19 @@ class StreamEnds:
         return np.stack(self._last)
 
 
-def vae_psnr_db(pipe: CausalVideoPipeline, settings: BenchmarkSettings) -> float:
-    """Mean PSNR in dB of evaluation clips against their reconstructions."""
+def judge_reconstructions(pipe: CausalVideoPipeline, settings: BenchmarkSettings) -> ReconstructionScore:
+    """Encode, decode and judge evaluation clips."""
     world = ToyWorld(height=settings.height, width=settings.width, fps=settings.fps)
-    values = []
-    for seed in range(_VAE_CLIPS):
-        clip = world.clip(world.scene(seed, "eval"), _VAE_CLIP_FRAMES).frames
-        pixels = (
-            torch.from_numpy(clip).permute(3, 0, 1, 2)[None] / 127.5 - 1
-        )  # [F, H, W, 3] -> [1, 3, F, H, W]
+    values, scores = [], []
+    for seed in range(settings.vae_clips):
+        scene = world.scene(seed, "eval")
+        clip = world.frames(scene, _VAE_CLIP_FRAMES)
+        pixels = torch.from_numpy(clip).permute(3, 0, 1, 2)[None] / 127.5 - 1  # [1, 3, F, H, W]
         with torch.inference_mode():
-            again = pipe.vae.decode(pipe.vae.encode(pixels.to(pipe.device, pipe.vae.dtype)))
-        values.append(psnr(clip, to_uint8(again)))
-    return float(np.mean(values))
+            again = to_uint8(pipe.vae.decode(pipe.vae.encode(pixels.to(pipe.device, pipe.vae.dtype))))
+        values.append(psnr(clip, again))
+        scores.append(judge_clip(again, scene, settings.fps))
+    return ReconstructionScore(psnr_db=float(np.mean(values)), adherence=Adherence.of(scores))
 
 
 def _stream(

@@ -1,0 +1,63 @@
+import json
+
+import pytest
+
+import genstream
+from genstream.cli.__main__ import main
+from genstream.cli.models import find_model
+from genstream.cli.toyworld_benchmark import BenchmarkSettings, judge_reconstructions
+
+SETTINGS = {"seconds": 4.0, "end_of_s": None, "seed": 0, "height": 128, "width": 128, "fps": 16}
+
+
+def test_every_figure_comes_out(tmp_path, capsys):
+    arguments = [
+        "evaluate",
+        "toyworld",
+        "--prompts",
+        "2",
+        "--vae-clips",
+        "1",
+        "--seconds",
+        "1",
+        "--end-of",
+        "2",
+    ]
+    assert main([*arguments, "--output", str(tmp_path / "table.md"), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    for part in ("start", "end"):
+        assert {name: share["total"] for name, share in figures[part].items()} == {
+            "colour": 2,
+            "shape": 2,
+            "direction": 2,
+            "count": 2,
+        }
+    assert figures["vae_psnr_db"] > 20
+    assert figures["frame_rate"] > 0
+    table = (tmp_path / "table.md").read_text()
+    assert "| colour, last 1 of 2 s | " in table
+    assert "| VAE PSNR, 1 evaluation clips | " in table
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (["--prompts", "0"], "prompts must be at least 1, got 0"),
+        (["--vae-clips", "0"], "vae_clips must be at least 1, got 0"),
+        (["--seconds", "0"], "seconds must give at least 1 frame at 16 fps, got 0.0"),
+        (["--end-of", "1"], "end_of must be at least seconds (4.0), got 1.0"),
+        (["--output", "no/such/folder.md"], "output: the folder 'no/such' does not exist"),
+    ],
+)
+def test_bad_input(wrong, error, capsys):
+    assert main(["evaluate", "toyworld", *wrong]) == 2
+    assert error in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_reconstructions_of_the_shipped_vae_score_at_least_99_in_100():
+    pipe = genstream.CausalVideoPipeline.from_pretrained(find_model("toyworld"))
+    result = judge_reconstructions(pipe, BenchmarkSettings(prompts=1, vae_clips=100, **SETTINGS))
+    parts = [getattr(result.adherence, name).value for name in ("colour", "shape", "direction", "count")]
+    assert [part >= 0.99 for part in parts] == [True] * 4, parts
+    assert result.psnr_db >= 30
