@@ -8,6 +8,7 @@ import logging
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 SWITCHED_EVERY = 4
 """One clip in so many changes its scene in the middle."""
+Precision = Literal["fp32", "bf16"]
 _SHARD_CLIPS = 64
 _SWITCHES_KEPT = 4096
 
@@ -91,19 +93,19 @@ def _switch(clip: int, at_s: float) -> Switch:
     return switch_scene(ToyWorld().scene(clip), at_s, clip)
 
 
-def encode_clips(clips: ClipSet, vae: TinyVideoVAE, folder: Path) -> Tensor:
+def encode_clips(clips: ClipSet, vae: TinyVideoVAE, folder: Path, precision: Precision = "fp32") -> Tensor:
     """Latents of all clips [clips, C, T, h, w], float16, in shards that are encoded only once.
 
     Shards of another VAE, or of clips of another length, lie in another folder and are left alone.
     """
-    folder = folder / _fingerprint(clips, vae)
+    folder = folder / f"{_fingerprint(clips, vae)}_{precision}"
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
     for first in range(0, clips.count, _SHARD_CLIPS):
         numbers = range(first, min(first + _SHARD_CLIPS, clips.count))
         path = folder / f"{numbers.start:06d}-{numbers.stop:06d}.safetensors"
         if not path.is_file():
-            encoded = [_encode(vae, clips.frames(number)) for number in numbers]
+            encoded = [_encode(vae, clips.frames(number), precision) for number in numbers]
             save_file({"latents": torch.cat(encoded)}, path.with_suffix(".partial"))
             path.with_suffix(".partial").rename(path)
             logger.info("encoded clip %d of %d", numbers.stop, clips.count)
@@ -112,9 +114,10 @@ def encode_clips(clips: ClipSet, vae: TinyVideoVAE, folder: Path) -> Tensor:
 
 
 @torch.no_grad()
-def _encode(vae: TinyVideoVAE, clip: NDArray[np.uint8]) -> Tensor:
+def _encode(vae: TinyVideoVAE, clip: NDArray[np.uint8], precision: Precision) -> Tensor:
     pixels = torch.from_numpy(clip).permute(3, 0, 1, 2)[None].float() / 127.5 - 1  # [1, 3, F, H, W]
-    return vae.encode(pixels.to(vae.device)).half().cpu()
+    with torch.autocast(vae.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return vae.encode(pixels.to(vae.device)).half().cpu()
 
 
 def _fingerprint(clips: ClipSet, vae: TinyVideoVAE) -> str:

@@ -86,7 +86,7 @@ class StudentTrainingSettings:
     total_steps: int = 6000
     learning_rate: float = 1.5e-3
     batch_size: int = 16
-    clips: int = 4096
+    clips: int = 3072
     clip_chunks: int = 8
     chunk_frames: int = 3
     window_chunks: int = 2
@@ -270,7 +270,7 @@ def train_student(settings: StudentTrainingSettings, output: Path) -> None:
     (output / "settings.json").write_text(json.dumps(asdict(settings), indent=1))
     vae = TinyVideoVAE.from_pretrained(settings.vae, dtype=torch.float32)
     clips = settings.clip_set(vae.spec.temporal_ratio)
-    latents = encode_clips(clips, vae, output / _LATENTS_FOLDER)
+    latents = encode_clips(clips, vae, output / _LATENTS_FOLDER, settings.precision)
     torch.manual_seed(settings.seed)
     run(settings.loop, StudentTrainee(settings, clips, latents), output)
     export(output, Path(settings.vae), output / _RESULT_FOLDER)

@@ -64,9 +64,9 @@ class VAETrainingSettings:
     """
 
     joint_steps: int = 4500
-    decoder_steps: int = 4000
+    decoder_steps: int = 1500
     joint_learning_rate: float = 1.5e-3
-    decoder_learning_rate: float = 1e-3
+    decoder_learning_rate: float = 5e-4
     clips: int = 8
     size_px: int = 128
     latent_channels: int = 16
