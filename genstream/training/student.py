@@ -83,7 +83,7 @@ class StudentTrainingSettings:
     """
 
     vae: str
-    total_steps: int = 6000
+    total_steps: int = 4000
     learning_rate: float = 1.5e-3
     batch_size: int = 16
     clips: int = 3072
