@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from genstream.cache.layout import PositionPolicy
 from genstream.conditioning.text import encode_prompts, unknown_words
+from genstream.io.model_folder import check_model_folder, installed_folder
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.shapes import check_divides, frames_for_seconds, latent_frames_of
 from genstream.streaming.chunk import Chunk
@@ -110,6 +111,26 @@ class CausalVideoPipeline(DiffusionPipeline):
             default_width=default_width,
             default_fps=default_fps,
         )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:  # noqa: ANN401
+        """Load a model with all its components; options are those of `DiffusionPipeline.from_pretrained`.
+
+        Args:
+            pretrained_model_name_or_path: name of an installed model ("toyworld"), a folder in diffusers
+                layout, or a repository on the Hugging Face Hub.
+            **kwargs: such as `dtype`, or a component to use instead of the folder's.
+
+        Raises:
+            ValueError: a file of the folder is missing or cut off; the message names it.
+        """
+        folder = installed_folder(str(pretrained_model_name_or_path)) or Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            loaded: Self = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            return loaded
+        check_model_folder(folder, kwargs)
+        loaded = super().from_pretrained(folder, **kwargs)
+        return loaded
 
     @property
     def settings(self) -> StreamSettings:

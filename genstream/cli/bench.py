@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from genstream.cli.figures import RunClock
-from genstream.cli.models import find_model
 from genstream.cli.process import processor_name, resident_memory_bytes
+from genstream.io.model_folder import find_model
 
 if TYPE_CHECKING:
     from genstream.pipelines.causal_video import CausalVideoPipeline

@@ -4,8 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from genstream.cli.models import find_model
-from genstream.io.model_folder import read_card
+from genstream.io.model_folder import find_model, read_card
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -7,9 +7,8 @@ import time
 from pathlib import Path
 
 from genstream.cli.figures import RunFigures
-from genstream.cli.models import find_model
 from genstream.cli.plan import check_single_image, make_plan, parse_size, parse_switch
-from genstream.io.model_folder import read_card
+from genstream.io.model_folder import find_model, read_card
 
 EXIT_INTERRUPTED = 130
 

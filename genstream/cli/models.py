@@ -3,10 +3,8 @@
 import argparse
 from pathlib import Path
 
-import genstream
-from genstream.io.model_folder import check_model_folder, parameter_counts, read_card, size_bytes
+from genstream.io.model_folder import find_model, installed_models, parameter_counts, read_card, size_bytes
 
-_ASSETS = Path(genstream.__file__).resolve().parent / "assets"
 _MEGA = 1e6
 
 
@@ -24,25 +22,6 @@ def run(arguments: argparse.Namespace) -> int:
     names = installed_models()
     print("\n\n".join(describe(find_model(str(model))) for model in [*names, *arguments.folders]))
     return 0
-
-
-def installed_models() -> list[str]:
-    """Names of the models inside the package."""
-    return sorted(path.parent.name for path in _ASSETS.glob("*/model_index.json"))
-
-
-def find_model(name_or_folder: str) -> Path:
-    """Folder of an installed model or the folder itself, with all its files whole."""
-    folder = Path(name_or_folder)
-    if name_or_folder in installed_models():
-        folder = _ASSETS / name_or_folder
-    elif not folder.is_dir():
-        raise ValueError(
-            f"model must be one of {', '.join(installed_models()) or '(none installed)'}"
-            f" or a folder in diffusers layout, got {name_or_folder!r}"
-        )
-    check_model_folder(folder)
-    return folder
 
 
 def describe(folder: Path) -> str:

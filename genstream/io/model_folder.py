@@ -2,11 +2,12 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+_ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _HEADER_LENGTH_BYTES = 8
 _CARD_NAME = "model_card.json"
 _INDEX_NAME = "model_index.json"
@@ -33,6 +34,28 @@ class ModelCard:
     vocabulary: Mapping[str, tuple[str, ...]]
 
 
+def installed_models() -> list[str]:
+    """Names of the models inside the package."""
+    return sorted(path.parent.name for path in _ASSETS.glob("*/model_index.json"))
+
+
+def installed_folder(name: str) -> Path | None:
+    """Folder of a model inside the package; None for any other name."""
+    return _ASSETS / name if name in installed_models() else None
+
+
+def find_model(name_or_folder: str) -> Path:
+    """Folder of an installed model or the folder itself, with all its files whole."""
+    folder = installed_folder(name_or_folder) or Path(name_or_folder)
+    if not folder.is_dir():
+        raise ValueError(
+            f"model must be one of {', '.join(installed_models()) or '(none installed)'}"
+            f" or a folder in diffusers layout, got {name_or_folder!r}"
+        )
+    check_model_folder(folder)
+    return folder
+
+
 def read_card(folder: Path) -> ModelCard:
     """What `model_index.json` and, where there is one, `model_card.json` in `folder` say."""
     index = read_json(folder / _INDEX_NAME)
@@ -53,11 +76,18 @@ def read_card(folder: Path) -> ModelCard:
         raise ValueError(f"model file {str(path)!r} lacks {error}") from error
 
 
-def check_model_folder(folder: Path) -> None:
-    """Raise ValueError that names the first file that is missing or cut off."""
+def check_model_folder(folder: Path, replaced: Collection[str] = ()) -> None:
+    """Raise ValueError that names the first file that is missing or cut off.
+
+    Args:
+        folder: in diffusers layout.
+        replaced: components that will not be read from it.
+    """
     if not (folder / _INDEX_NAME).is_file():
         raise ValueError(f"model folder {str(folder)!r} has no {_INDEX_NAME}")
     for name in _component_names(folder):
+        if name in replaced:
+            continue
         component = folder / name
         if not component.is_dir():
             raise ValueError(f"model folder {str(folder)!r} lacks the folder {name!r} named in {_INDEX_NAME}")

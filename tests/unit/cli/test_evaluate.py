@@ -4,7 +4,6 @@ import pytest
 
 import genstream
 from genstream.cli.__main__ import main
-from genstream.cli.models import find_model
 from genstream.cli.toyworld_benchmark import BenchmarkSettings, judge_reconstructions
 
 SETTINGS = {"seconds": 4.0, "end_of_s": None, "seed": 0, "height": 128, "width": 128, "fps": 16}
@@ -56,7 +55,7 @@ def test_bad_input(wrong, error, capsys):
 
 @pytest.mark.slow
 def test_reconstructions_of_the_shipped_vae_score_at_least_99_in_100():
-    pipe = genstream.CausalVideoPipeline.from_pretrained(find_model("toyworld"))
+    pipe = genstream.CausalVideoPipeline.from_pretrained("toyworld")
     result = judge_reconstructions(pipe, BenchmarkSettings(prompts=1, vae_clips=100, **SETTINGS))
     parts = [getattr(result.adherence, name).value for name in ("colour", "shape", "direction", "count")]
     assert [part >= 0.99 for part in parts] == [True] * 4, parts

@@ -108,10 +108,23 @@ def test_damaged_weights(pipe, tmp_path, component, damage):
     (weights,) = (tmp_path / component).glob("*.safetensors")
     if damage == "missing":
         weights.unlink()
+        error = rf"model folder '.*{component}' has no \.safetensors file"
     else:
         weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(Exception, match=r"safetensors|incomplete|deserializing|no file"):
+        error = rf"model file '.*{component}.{weights.name}' is cut off"
+    with pytest.raises(ValueError, match=error):
         CausalVideoPipeline.from_pretrained(tmp_path)
+
+
+def test_files_of_replaced_components_are_not_looked_at(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    loaded = quiet(CausalVideoPipeline.from_pretrained(tmp_path, vae=pipe.vae))
+    assert loaded(RED, num_frames=5, output_type="pt").frames.shape[1] == 5
+
+
+def test_installed_models_load_by_name():
+    assert CausalVideoPipeline.from_pretrained("toyworld").known_words()
 
 
 def test_output_types_agree(pipe):
