@@ -1,4 +1,4 @@
-"""`generate` and `evaluate` end to end, on a pipeline of tiny random weights."""
+"""`generate` end to end, on a pipeline of tiny random weights."""
 
 import json
 import os
@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from genstream.cli.__main__ import main
 from genstream.cli.pipeline import to_uint8
 from genstream.io.reader import read_video
 from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.streaming.engine import CacheEngine, NonFiniteLatentsError
+from genstream.streaming.state import StreamState
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -119,6 +122,41 @@ def test_bad_request(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "out of memory: use a smaller",
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: use a smaller --size"),
+        (NonFiniteLatentsError("latents of chunk 1 (from latent frame 3) are not finite"), "not finite"),
+    ],
+)
+def test_failure_in_the_middle(
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    failure: Exception,
+    said: str,
+):
+    generate_chunk = CacheEngine.generate
+
+    def fail_in_the_second_chunk(engine: CacheEngine, state: StreamState) -> torch.Tensor:
+        if state.chunk_index == 1:
+            raise failure
+        return generate_chunk(engine, state)
+
+    monkeypatch.setattr(CacheEngine, "generate", fail_in_the_second_chunk)
+    assert generate(model, "-o", str(tmp_path / "out.mp4"), "--frames", "33") == 2
+    error = error_of(capsys)
+    assert said in error
+    assert "out.partial.mp4" in error
+    assert os.listdir(tmp_path) == ["out.partial.mp4"]
+    assert sum(1 for _ in read_video(tmp_path / "out.partial.mp4")) == 9
+
+
 def test_long_prompt(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["generate", "red " * 30, "--model", model, "-o", str(tmp_path / "out.mp4")]) == 2
     assert "prompt must have at most 12 tokens, got 31" in error_of(capsys)
@@ -164,24 +202,3 @@ def test_kill(model: str, tmp_path: Path):
     process.communicate()
     assert os.listdir(tmp_path) == ["out.partial.mp4"]
     assert sum(1 for _ in read_video(tmp_path / "out.partial.mp4")) >= 1
-
-
-def test_evaluate(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    arguments = [
-        "evaluate",
-        "toyworld",
-        "--model",
-        model,
-        "--prompts",
-        "2",
-        "--seconds",
-        "1",
-        "--end-of",
-        "3",
-    ]
-    assert main([*arguments, "--json", "--output", str(tmp_path / "report.md")]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["start"]["count"]["total"] == 2
-    assert set(result["end"]) == {"colour", "shape", "direction", "count"}
-    assert result["frame_rate"] > 0
-    assert "| VAE PSNR" in (tmp_path / "report.md").read_text()

@@ -159,16 +159,17 @@ def test_no_frame_no_file(tmp_path: Path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_full_disk(tmp_path: Path):
-    (tmp_path / "out.partial.mp4").symlink_to("/dev/full")
+@pytest.mark.parametrize("suffix", ["mp4", "webm", "gif"])
+def test_full_disk(tmp_path: Path, suffix: str):
+    (tmp_path / f"out.partial.{suffix}").symlink_to("/dev/full")
     with (
         pytest.raises(OutputError, match="No space left") as caught,
-        writer_to(tmp_path / "out.mp4") as writer,
+        writer_to(tmp_path / f"out.{suffix}") as writer,
     ):
         for first in range(0, 600, 12):
             writer.write(clip(12, first))
-    assert not (tmp_path / "out.mp4").exists()
-    assert "out.partial.mp4" in caught.value.__notes__[0]
+    assert not (tmp_path / f"out.{suffix}").exists()
+    assert f"out.partial.{suffix}" in caught.value.__notes__[0]
 
 
 def test_full_disk_for_png(tmp_path: Path):
