@@ -177,6 +177,7 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
+        *,
         latent_channels: int = 16,
         patch_size: int = 1,
         encoder_width: int = 64,

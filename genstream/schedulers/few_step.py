@@ -90,6 +90,7 @@ class FewStepScheduler(_FlowScheduler):
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
+        *,  # diffusers' from_config forgets values that were given by position
         steps: Sequence[float] = (1000.0, 750.0, 500.0, 250.0),
         shift: float = 5.0,
         num_train_timesteps: int = 1000,
@@ -123,7 +124,7 @@ class FlowEulerScheduler(_FlowScheduler):
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(self, num_steps: int = 50, shift: float = 5.0, num_train_timesteps: int = 1000) -> None:
+    def __init__(self, *, num_steps: int = 50, shift: float = 5.0, num_train_timesteps: int = 1000) -> None:
         if shift <= 0:
             raise ValueError(f"shift must be above 0, got {shift}")
         self.set_timesteps()

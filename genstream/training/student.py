@@ -290,7 +290,7 @@ def export(run_folder: Path, vae_folder: Path, folder: Path) -> None:
         student.text_encoder.eval().half(),
         student.transformer.eval().half(),
         vae,
-        FewStepScheduler(settings.steps, settings.shift),
+        FewStepScheduler(steps=settings.steps, shift=settings.shift),
         chunk_frames=settings.chunk_frames,
         sink_frames=settings.chunk_frames,
         window_frames=settings.window_chunks * settings.chunk_frames,

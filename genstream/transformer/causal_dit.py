@@ -116,6 +116,7 @@ class CausalDiT(
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
+        *,
         patch_size: tuple[int, int, int] = (1, 2, 2),
         num_attention_heads: int = 12,
         attention_head_dim: int = 128,

@@ -24,7 +24,7 @@ STEPS = (1000.0, 750.0, 500.0, 250.0)
 )
 def test_shifted_steps(shift, expected):
     assert few_step_timesteps(STEPS, shift) == pytest.approx(expected, abs=1e-4)
-    assert FewStepScheduler(STEPS, shift).timesteps.tolist() == pytest.approx(expected, abs=1e-4)
+    assert FewStepScheduler(steps=STEPS, shift=shift).timesteps.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("shift", [0.3, 1.0, 5.0, 17.0])
@@ -132,3 +132,17 @@ def test_errors_name_argument_and_value():
         FewStepScheduler().step(torch.zeros(1), 123.0, torch.zeros(1))
     with pytest.raises(TypeError, match="abstract"):
         Schedule(STEPS).advance(0, torch.zeros(1), torch.zeros(1), no_noise)
+
+
+def test_values_by_position_are_refused():
+    with pytest.raises(TypeError):
+        FewStepScheduler((1000.0, 500.0), 3.0)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [FewStepScheduler(steps=(1000.0, 400.0), shift=3.0), FlowEulerScheduler(num_steps=7, shift=2.0)],
+)
+def test_from_config_keeps_every_value(scheduler):
+    again = type(scheduler).from_config(scheduler.config)
+    assert again.schedule().timesteps == scheduler.schedule().timesteps

@@ -157,7 +157,9 @@ def rollout_pipeline(values: dict, scenario: dict, model: CausalDiT) -> CausalVi
         vae=TinyVideoVAE(
             encoder_width=4, decoder_widths=(4, 4, 4, 4), latent_channels=model.out_channels
         ).eval(),
-        scheduler=FewStepScheduler(scenario["steps"], scenario["shift"] if scenario["warp"] else 1.0),
+        scheduler=FewStepScheduler(
+            steps=scenario["steps"], shift=scenario["shift"] if scenario["warp"] else 1.0
+        ),
         chunk_frames=chunk,
         sink_frames=sink,
         window_frames=None if local < 0 else local - sink - chunk,
@@ -211,7 +213,7 @@ def test_prompt_switch(name, prefix, data, students):
         text_encoder=None,
         transformer=students[name],
         vae=TinyVideoVAE(encoder_width=4, decoder_widths=(4, 4, 4, 4)).eval(),
-        scheduler=FewStepScheduler(values["denoising_step_list"], values["timestep_shift"]),
+        scheduler=FewStepScheduler(steps=values["denoising_step_list"], shift=values["timestep_shift"]),
         chunk_frames=chunk,
         sink_frames=scenario["sink"],
         window_frames=scenario["local"] - scenario["sink"] - chunk,
@@ -266,5 +268,5 @@ def test_scheduler_tables(name, data):
         table = data[name].get(f"scheduler.shift{shift}.timesteps")
         if table is not None:
             steps = [1000 - index for index in range(1000)]
-            ours = FewStepScheduler(steps, float(shift)).timesteps
+            ours = FewStepScheduler(steps=steps, shift=float(shift)).timesteps
             torch.testing.assert_close(ours, table, rtol=0, atol=1e-3)
