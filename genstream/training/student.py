@@ -40,9 +40,11 @@ Caption = Callable[[int, int], str]
 _LATENTS_FOLDER = "latents"
 _RESULT_FOLDER = "model"
 _EVALUATION_BATCHES = 4
-_SHARED_LEVELS = 0.6
+_SHARED_LEVELS = 0.5
 """Share of noisy chunks at the sampling steps' own noise levels; the others are anywhere between."""
 _TARGET_COPIES = 3
+_FIRST_CHUNKS = 4
+"""First chunks of a step on them alone, in batch sizes."""
 _CAPTIONS = 16
 """Captions of one scene."""
 _KEPT_SINKS = 0.2
@@ -73,6 +75,8 @@ class StudentTrainingSettings:
         shift: timestep shift.
         context_noise: largest noise on the clean context, in standard deviations of the latents, so that
             small errors of the student's own output do not grow.
+        first: share of steps on first chunks alone, several times as many: all else follows from them, and
+            nothing but the prompt tells what they show.
         image_start: share of steps with a single first frame, so that a stream can start from an image.
         middle: share of steps with a target far from the start.
         switched: share of steps with a target behind a prompt switch.
@@ -83,7 +87,7 @@ class StudentTrainingSettings:
     """
 
     vae: str
-    total_steps: int = 4000
+    total_steps: int = 3600
     learning_rate: float = 1.5e-3
     batch_size: int = 16
     clips: int = 3072
@@ -97,12 +101,13 @@ class StudentTrainingSettings:
     text_width: int = 128
     text_layers: int = 2
     text_tokens: int = 32
-    steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
-    shift: float = 5.0
+    steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 200.0)
+    shift: float = 3.0
     context_noise: float = 0.15
-    image_start: float = 0.1
-    middle: float = 0.35
-    switched: float = 0.2
+    first: float = 0.4
+    image_start: float = 0.05
+    middle: float = 0.25
+    switched: float = 0.15
     checkpoint_steps: int = 200
     evaluate_steps: int = 500
     seed: int = 0
@@ -116,9 +121,11 @@ class StudentTrainingSettings:
             raise ValueError(f"clip_chunks must be at least {least}, got {self.clip_chunks}")
         if self.clips < SWITCHED_EVERY:
             raise ValueError(f"clips must be at least {SWITCHED_EVERY}, got {self.clips}")
-        for name in ("image_start", "middle", "switched"):
+        for name in ("first", "image_start", "middle", "switched"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if (total := self.first + self.image_start + self.middle + self.switched) > 1:
+            raise ValueError(f"first, image_start, middle and switched must add up to at most 1, got {total}")
 
     def clip_set(self, temporal_ratio: int) -> ClipSet:
         """What it is trained on."""
@@ -181,7 +188,7 @@ class StudentTrainee:
         disturbance = torch.rand(len(clean), 1, 1, 1, 1, device=device) * self.settings.context_noise
         context = context + disturbance * torch.randn_like(context)
         target = clean[:, :, sequence.noisy_frames]
-        sigma = self._sigma(sequence, rng).to(device)  # [B, T noisy]
+        sigma = self._sigma(sequence, len(clips), rng).to(device)  # [B, T noisy]
         noise = torch.randn_like(target)
         level = sigma[:, None, :, None, None]
         noisy = (1 - level) * target + level * noise
@@ -213,13 +220,19 @@ class StudentTrainee:
     def _draw(self, rng: np.random.Generator) -> tuple[ForcedSequence, list[int], Caption]:
         """The sequence of a step, its clips, and what gives the caption of its targets."""
         settings, clips, kind = self.settings, self.clips, rng.random()
+        if kind < settings.first:
+            chosen = [clip for _ in range(_FIRST_CHUNKS) for clip in self._choose(range(clips.count), rng)]
+            return from_start([settings.chunk_frames], settings.window_chunks), chosen, clips.caption
+        kind -= settings.first
         if kind < settings.switched:
             chosen = self._choose(clips.switched, rng)
             return self._after_switch(rng), chosen, clips.caption_after_switch
-        if kind < settings.switched + settings.middle:
+        kind -= settings.switched
+        if kind < settings.middle:
             return self._middle(rng), self._choose(clips.steady, rng), clips.caption
+        kind -= settings.middle
         chunks = [settings.chunk_frames] * (settings.window_chunks + 2)
-        if kind < settings.switched + settings.middle + settings.image_start:
+        if kind < settings.image_start:
             chunks[0] = 1
         chosen = self._choose(range(clips.count), rng)
         return from_start(chunks, settings.window_chunks), chosen, clips.caption
@@ -245,9 +258,9 @@ class StudentTrainee:
         recached = 1 + sum(chunk < switch for chunk in window)
         return from_middle(starts, settings.chunk_frames, _TARGET_COPIES, recached)
 
-    def _sigma(self, sequence: ForcedSequence, rng: np.random.Generator) -> Tensor:
+    def _sigma(self, sequence: ForcedSequence, clips: int, rng: np.random.Generator) -> Tensor:
         """One noise level for each noisy chunk of each clip, by frame `[B, T noisy]`."""
-        size = (self.settings.batch_size, len(sequence.noisy))
+        size = (clips, len(sequence.noisy))
         levels = np.array([shifted(step / 1000, self.settings.shift) for step in self.settings.steps])
         anywhere = shifted(rng.random(size), self.settings.shift)  # type: ignore[arg-type]
         sigma = np.where(rng.random(size) < _SHARED_LEVELS, rng.choice(levels, size), anywhere)

@@ -70,9 +70,9 @@ def test_loss_falls():
     assert all(weight.grad is not None for weight in trainee.module.transformer.parameters())
 
 
-@pytest.mark.parametrize("kind", ["image_start", "middle", "switched"])
+@pytest.mark.parametrize("kind", ["first", "image_start", "middle", "switched"])
 def test_every_kind_of_sequence(kind):
-    shares = {"image_start": 0.0, "middle": 0.0, "switched": 0.0, kind: 1.0}
+    shares = {"first": 0.0, "image_start": 0.0, "middle": 0.0, "switched": 0.0, kind: 1.0}
     trainee = trainee_for(**shares, chunk_frames=2)
     for step in range(3):
         loss, _ = trainee.loss(step)
@@ -81,7 +81,7 @@ def test_every_kind_of_sequence(kind):
 
 
 def test_targets_behind_a_switch_carry_the_new_caption():
-    trainee = trainee_for(middle=0.0, switched=0.5, clips=12)
+    trainee = trainee_for(first=0.0, middle=0.0, switched=0.5, clips=12)
     for step in range(30):
         sequence, clips, caption = trainee._draw(np.random.default_rng(step))
         switched = sequence.noisy_frames[0] >= 3 and len(set(sequence.noisy_frames)) == 1
@@ -91,7 +91,7 @@ def test_targets_behind_a_switch_carry_the_new_caption():
 
 
 def test_targets_in_the_middle_never_stand_behind_a_switch():
-    trainee = trainee_for(middle=1.0, switched=0.0, image_start=0.0, clips=12)
+    trainee = trainee_for(first=0.0, middle=1.0, switched=0.0, image_start=0.0, clips=12)
     starts = set()
     for step in range(60):
         sequence, clips, _ = trainee._draw(np.random.default_rng(step))
@@ -112,9 +112,9 @@ def test_data_follow_from_the_step():
 def test_training_noise_covers_the_sampling_steps():
     trainee = trainee_for(batch_size=200)
     rng = np.random.default_rng(0)
-    sigma = trainee._sigma(trainee._draw(rng)[0], rng)
+    sigma = trainee._sigma(trainee._draw(rng)[0], 200, rng)
     assert 0 <= sigma.min() and sigma.max() <= 1
-    for level in (1.0, 0.9375, 0.8333333, 0.625):
+    for level in (1.0, 0.9, 0.75, 3 / 7):
         assert 0.1 < ((sigma - level).abs() < 1e-6).float().mean() < 0.25
 
 
@@ -184,6 +184,7 @@ def test_export_is_a_pipeline(trained, vae_folder, tmp_path):
         ({"clip_chunks": 5}, "clip_chunks must be at least 6, got 5"),
         ({"clips": 3}, "clips must be at least 4, got 3"),
         ({"middle": 1.5}, r"middle must be in \[0, 1\], got 1\.5"),
+        ({"first": 0.8, "middle": 0.5}, "must add up to at most 1, got 1.5"),
         ({"image_start": -0.1}, r"image_start must be in \[0, 1\], got -0\.1"),
     ],
 )
