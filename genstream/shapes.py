@@ -41,8 +41,15 @@ def frames_for_seconds(seconds: float, fps: float) -> int:
     return frames
 
 
+def check_whole(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is an int."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+
+
 def check_divides(name: str, value: int, divisor: int) -> None:
     """Raise ValueError unless `value` is a positive multiple of `divisor`."""
+    check_whole(name, value)
     if value >= 1 and value % divisor == 0:
         return
     below = value - value % divisor

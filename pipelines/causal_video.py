@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from genstream.cache.layout import PositionPolicy
 from genstream.conditioning.text import encode_prompts, unknown_words
-from genstream.io.model_folder import check_model_folder, installed_folder
+from genstream.io.model_folder import check_model_folder, installed_folder, installed_models, read_json
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
-from genstream.shapes import check_divides, frames_for_seconds, latent_frames_of
+from genstream.shapes import check_divides, check_whole, frames_for_seconds, frames_of, latent_frames_of
 from genstream.streaming.chunk import Chunk
 from genstream.streaming.controls import Applied
 from genstream.streaming.engine import CacheEngine
@@ -126,9 +126,13 @@ class CausalVideoPipeline(DiffusionPipeline):
         """
         folder = installed_folder(str(pretrained_model_name_or_path)) or Path(pretrained_model_name_or_path)
         if not folder.is_dir():
+            _check_repository(str(pretrained_model_name_or_path))
             loaded: Self = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
             return loaded
         check_model_folder(folder, kwargs)
+        kind = read_json(folder / "model_index.json").get("_class_name")
+        if kind != cls.__name__:
+            raise ValueError(f"model folder {str(folder)!r} must hold a {cls.__name__}, got a {kind}")
         loaded = super().from_pretrained(folder, **kwargs)
         return loaded
 
@@ -182,7 +186,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         num_frames: int | None = None,
         seconds: float | None = None,
         fps: float | None = None,
-        seed: int | list[int] = 0,
+        seed: int | list[int] | None = None,
         image: Image.Image | Tensor | None = None,
         noise: NoiseSource | None = None,
         prompt_embeds: Tensor | None = None,
@@ -200,7 +204,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             num_frames: 1 + r k frames; endless when neither this nor `seconds` is given.
             seconds: length, instead of `num_frames`: exactly round(seconds x fps) frames.
             fps: frames per second that `seconds` counts in; the model's own when None.
-            seed: one, or one for each prompt; the prompts of a batch otherwise count up from it.
+            seed: one, or one for each prompt; the prompts of a batch otherwise count up from it; 0 when None.
             image: first frame, of exactly the asked size; PIL, or `[B, 3, H, W]` in [-1, 1].
             noise: instead of `seed`.
             prompt_embeds: `[B, text_tokens, text_dim]`, instead of `prompt`.
@@ -212,12 +216,14 @@ class CausalVideoPipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument is out of range, or two exclude each other.
         """
+        _check_one_source(seed, noise=noise)
         height = self.config.default_height if height is None else height
         width = self.config.default_width if width is None else width
         self._check_size(height, width)
         if num_frames is not None and seconds is not None:
             raise ValueError(f"num_frames and seconds exclude each other, got {num_frames} and {seconds}")
         if num_frames is not None:
+            check_whole("num_frames", num_frames)
             latent_frames_of(num_frames, self.vae.spec.temporal_ratio)
         if seconds is not None:
             num_frames = frames_for_seconds(seconds, self.config.default_fps if fps is None else fps)
@@ -229,14 +235,14 @@ class CausalVideoPipeline(DiffusionPipeline):
             initial_latents = self.encode_image(image, height, width, batch_size=len(embeds))
             settings = _start_from_image(settings)
         if initial_latents is not None:
-            self._check_latents(initial_latents, len(embeds), height, width)
+            self._check_latents(initial_latents, len(embeds), height, width, num_frames)
         return StreamRequest(
             prompt=tuple(prompts),
             prompt_embeds=embeds,
             height=height,
             width=width,
             num_frames=num_frames,
-            noise=noise or SeededNoise(_seeds(seed, len(embeds))),
+            noise=noise or SeededNoise(_seeds(0 if seed is None else seed, len(embeds))),
             schedule=self.scheduler.schedule(num_inference_steps),
             settings=settings,
             initial_latents=initial_latents,
@@ -260,7 +266,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         num_frames: int | None = None,
         seconds: float | None = None,
         fps: float | None = None,
-        seed: int | list[int] = 0,
+        seed: int | list[int] | None = None,
         image: Image.Image | Tensor | None = None,
     ) -> Iterator[Chunk]:
         """Chunks of frames as they are generated; arguments as for `request`, endless without a length.
@@ -310,15 +316,14 @@ class CausalVideoPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        seed: int | list[int] = 0,
+        seed: int | list[int] | None = None,
         image: Image.Image | Tensor | None = None,
         noise: NoiseSource | None = None,
         prompt_embeds: Tensor | None = None,
         initial_latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[DiffusionPipeline, int, float, dict[str, Any]], dict[str, Any]]
-        | None = None,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, float, dict[str, Any]], object] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> CausalVideoOutput | tuple[Any]:
         """A whole clip at once, built on the same steps as a stream.
@@ -333,15 +338,16 @@ class CausalVideoPipeline(DiffusionPipeline):
             num_inference_steps: denoising steps, where the scheduler leaves a choice.
             num_videos_per_prompt: videos for each prompt.
             generator: draws the seeds, one for each video; instead of `seed`.
-            seed: one, or one for each video.
+            seed: one, or one for each video; 0 when None.
             image: first frame.
             noise: source of all noise, instead of `seed`.
             prompt_embeds: instead of `prompt`.
             initial_latents: clean latent frames to go on from; part of the result.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: return `CausalVideoOutput` instead of a tuple.
-            callback_on_step_end: called as `f(pipe, chunk_index, 0.0, tensors)` after every chunk; setting
-                `pipe._interrupt = True` in it ends the clip there.
+            callback_on_step_end: called as `f(pipe, chunk_index, 0.0, tensors)` after every chunk, whose
+                frames are out by then: what it returns is ignored. Setting `pipe._interrupt = True` in it
+                ends the clip there.
             callback_on_step_end_tensor_inputs: only ["latents"], the chunk's latents.
         """
         if output_type not in OUTPUT_TYPES:
@@ -351,6 +357,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             raise ValueError(f"callback_on_step_end_tensor_inputs must be ['latents'], got {wanted}")
         if num_frames is None and seconds is None:
             seconds = DEFAULT_SECONDS
+        _check_one_source(seed, noise=noise, generator=generator)
         prompts, embeds = self._prompts(prompt, prompt_embeds, num_videos_per_prompt)
         request = self.request(
             prompts,
@@ -395,6 +402,11 @@ class CausalVideoPipeline(DiffusionPipeline):
             )
         if len(pixels) not in (1, batch_size):
             raise ValueError(f"image must be one or one for each of {batch_size} videos, got {len(pixels)}")
+        _check_finite("image", pixels)
+        if not -1 <= float(pixels.min()) <= float(pixels.max()) <= 1:
+            raise ValueError(
+                f"image must lie in [-1, 1], got {float(pixels.min()):g} to {float(pixels.max()):g}"
+            )
         frames = pixels.unsqueeze(2).to(self.vae.device, self.vae.dtype)  # [B, 3, 1, H, W]
         latent: Tensor = self.vae.encode(frames)
         return latent.expand(batch_size, -1, -1, -1, -1)
@@ -404,7 +416,9 @@ class CausalVideoPipeline(DiffusionPipeline):
         check_divides("height", height, self.vae.spec.spatial_ratio * patch_height)
         check_divides("width", width, self.vae.spec.spatial_ratio * patch_width)
 
-    def _check_latents(self, latents: Tensor, batch_size: int, height: int, width: int) -> None:
+    def _check_latents(
+        self, latents: Tensor, batch_size: int, height: int, width: int, num_frames: int | None
+    ) -> None:
         ratio = self.vae.spec.spatial_ratio
         size = [batch_size, self.vae.spec.latent_channels, height // ratio, width // ratio]
         shape = list(latents.shape)
@@ -412,6 +426,13 @@ class CausalVideoPipeline(DiffusionPipeline):
             batch, channels, rows, columns = size
             raise ValueError(
                 f"initial_latents must be [{batch}, {channels}, T, {rows}, {columns}], got {shape}"
+            )
+
+        _check_finite("initial_latents", latents)
+        given = frames_of(shape[2], self.vae.spec.temporal_ratio)
+        if num_frames is not None and given > num_frames:
+            raise ValueError(
+                f"initial_latents must not be longer than the video, {num_frames} frames, got {given}"
             )
 
     def _prompts(
@@ -438,6 +459,27 @@ class CausalVideoPipeline(DiffusionPipeline):
             )
         repeated = [text for text in prompts for _ in range(repeats)]
         return repeated, prompt_embeds.repeat_interleave(repeats, dim=0)
+
+
+def _check_repository(name: str) -> None:
+    """Only a name like owner/name can be a repository; anything else would only be searched in vain."""
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise ValueError(
+            f"pretrained_model_name_or_path must be an installed model ({', '.join(installed_models())}), "
+            f"a folder or a repository owner/name, got {name!r}"
+        )
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+
+
+def _check_one_source(seed: object, **others: object) -> None:
+    """Noise comes from one place; a second one would be ignored."""
+    given = [name for name, value in {"seed": seed, **others}.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other, got both")
 
 
 def _start_from_image(settings: StreamSettings) -> StreamSettings:

@@ -335,7 +335,8 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
         return memories
 
     def _per_channel(self, values: Tensor) -> Tensor:
-        return values.view(1, -1, 1, 1, 1)
+        # Loading in half precision casts parameters, but no buffers that are not stored.
+        return values.to(next(self.parameters()).dtype).view(1, -1, 1, 1, 1)
 
     def _describe(self) -> str:
         """Names the architecture, so that a state tells which VAE it belongs to."""

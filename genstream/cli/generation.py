@@ -11,11 +11,12 @@ from PIL import Image
 
 from genstream.cli.figures import RunClock
 from genstream.cli.pipeline import frames_of_chunk
-from genstream.cli.plan import GeneratePlan
+from genstream.cli.plan import GeneratePlan, Switch
 from genstream.cli.progress import Progress, progress_for
 from genstream.io.writer import VideoWriter
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.streaming.controls import PromptControl
+from genstream.streaming.request import StreamRequest
 from genstream.streaming.state import StreamState
 
 
@@ -41,8 +42,6 @@ class Generation:
                 self._write_chunks(state, writer, progress)
         except KeyboardInterrupt:
             self.clock.interrupted = True
-        for waiting in state.pending if not self.clock.interrupted else ():
-            _warn(f"a switch had no effect: no chunk starts as late as frame {waiting.not_before}")
 
     def _start(self) -> StreamState:
         plan = self.plan
@@ -57,12 +56,29 @@ class Generation:
             image=None if self.image is None else Image.fromarray(self.image),
         )
         state = self.pipe.start(request)
+        taken: set[int] = set()
         for switch in plan.switches:
-            self.pipe.encode_prompt(
-                switch.prompt
-            )  # a prompt that is too long must fail now, not in the middle
-            state.submit(PromptControl(prompt=switch.prompt), not_before=math.ceil(switch.seconds * plan.fps))
+            # A prompt that is too long must fail now, not in the middle.
+            self.pipe.encode_prompt(switch.prompt)
+            start = self._chunk_start_from(math.ceil(switch.seconds * plan.fps), request, switch)
+            if start in taken:
+                raise ValueError(f"switch at {switch.seconds:g}s falls into the same chunk as the one before")
+            taken.add(start)
+            state.submit(PromptControl(prompt=switch.prompt), not_before=start)
         return state
+
+    def _chunk_start_from(self, frame: int, request: StreamRequest, switch: Switch) -> int:
+        """First frame at or after `frame` at which a chunk starts."""
+        engine = self.pipe.engine
+        starts = (engine.chunk_start(chunk, request) for chunk in range(engine.chunk_count(request) or 0))
+        last = 0
+        for last in starts:
+            if last >= frame:
+                return last
+        raise ValueError(
+            f"switch at {switch.seconds:g}s comes too late: the last chunk starts at "
+            f"{last / self.plan.fps:g}s"
+        )
 
     def _write_chunks(self, state: StreamState, writer: VideoWriter, progress: Progress) -> None:
         for chunk in self.pipe.run(state):

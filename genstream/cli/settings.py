@@ -15,6 +15,8 @@ from genstream.io.model_folder import read_json
 
 S = TypeVar("S")
 
+_JSON_TYPES: dict[object, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,), Path: (str,)}
+
 
 def parse_settings(prog: str, kind: type[S], texts: list[str]) -> tuple[S, Path]:
     """Settings of class `kind` and the output folder, from `--output FOLDER --config FILE --field value`.
@@ -38,8 +40,9 @@ def parse_settings(prog: str, kind: type[S], texts: list[str]) -> tuple[S, Path]
 def _parser(prog: str, kind: type[object]) -> argparse.ArgumentParser:
     parser = Parser(prog=prog, description=inspect.getdoc(kind), allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    folder = Path("runs") / prog.split()[-1]
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder for the result and its checkpoints"
+        "--output", type=Path, default=folder, help=f"folder for the result and its checkpoints ({folder})"
     )
     parser.add_argument("--config", type=Path, help="json file with any of the settings below")
     hints = typing.get_type_hints(kind)
@@ -82,6 +85,11 @@ def _read_config(path: Path, kind: type[object]) -> dict[str, object]:
     for name in content:
         if name not in names:
             raise ValueError(f"config {str(path)!r} has no setting {name!r}; allowed: {', '.join(names)}")
+    for name, value in content.items():
+        allowed = _JSON_TYPES.get(hints[name])
+        if allowed is not None and (not isinstance(value, allowed) or isinstance(value, bool)):
+            kind = hints[name].__name__
+            raise ValueError(f"{name} in config {str(path)!r} must be of type {kind}, got {value!r}")
     return {name: _from_json(value, hints[name]) for name, value in content.items()}
 
 
@@ -102,4 +110,11 @@ def _converter(hint: object) -> Callable[[str], object]:
             return kind
     if typing.get_origin(hint) is typing.Literal:
         return type(typing.get_args(hint)[0])
-    return lambda text: _from_json(json.loads(text), hint)
+    return lambda text: _from_json(_json_value(text), hint)
+
+
+def _json_value(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be json such as true or '[80, 64]', got {text!r}") from error

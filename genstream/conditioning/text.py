@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -41,13 +42,15 @@ def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, to
         if not prompt.strip():
             raise ValueError("prompt must not be empty")
         length = len(tokenizer(prompt).input_ids)
+        if not tokenizer(prompt, add_special_tokens=False).input_ids:
+            raise ValueError(f"prompt must hold at least one word, got {prompt[:60]!r}")
         if length > tokens:
             raise ValueError(f"prompt must have at most {tokens} tokens, got {length}: {prompt[:60]!r}")
 
 
 def unknown_words(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Words of the prompt that the tokenizer has no token for, in order and once each."""
-    words = dict.fromkeys(prompt.lower().replace(",", " ").replace(".", " ").split())
+    words = dict.fromkeys(re.findall(r"[\w'-]+", prompt.lower()))
     return [
         word
         for word in words

@@ -11,6 +11,15 @@ _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _HEADER_LENGTH_BYTES = 8
 _CARD_NAME = "model_card.json"
 _INDEX_NAME = "model_index.json"
+_MODEL_FILES = ("config.json",)
+_FILES_OF: Mapping[str, tuple[str, ...]] = {
+    "Scheduler": ("scheduler_config.json",),
+    "TokenizersBackend": ("tokenizer_config.json", "tokenizer.json"),
+    "TokenizerFast": ("tokenizer_config.json", "tokenizer.json"),
+    "Tokenizer": ("tokenizer_config.json",),
+    "Processor": ("preprocessor_config.json",),
+}
+"""Files that a component must have, by what its class's name ends with; all others are models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +67,11 @@ def find_model(name_or_folder: str) -> Path:
 
 def read_card(folder: Path) -> ModelCard:
     """What `model_index.json` and, where there is one, `model_card.json` in `folder` say."""
-    index = read_json(folder / _INDEX_NAME)
+    index = _read_object(folder / _INDEX_NAME)
     path = folder / _CARD_NAME
     content: dict[str, Any] = {"name": folder.name, "description": "", "vocabulary": {}}
     if path.is_file():
-        content = read_json(path)
+        content = _read_object(path)
     try:
         return ModelCard(
             name=content["name"],
@@ -74,6 +83,8 @@ def read_card(folder: Path) -> ModelCard:
         )
     except KeyError as error:
         raise ValueError(f"model file {str(path)!r} lacks {error}") from error
+    except AttributeError as error:
+        raise ValueError(f"vocabulary in model file {str(path)!r} must be a json object") from error
 
 
 def check_model_folder(folder: Path, replaced: Collection[str] = ()) -> None:
@@ -85,25 +96,33 @@ def check_model_folder(folder: Path, replaced: Collection[str] = ()) -> None:
     """
     if not (folder / _INDEX_NAME).is_file():
         raise ValueError(f"model folder {str(folder)!r} has no {_INDEX_NAME}")
-    for name in _component_names(folder):
+    for name, kind in _components(folder).items():
         if name in replaced:
             continue
-        component = folder / name
-        if not component.is_dir():
+        if not (folder / name).is_dir():
             raise ValueError(f"model folder {str(folder)!r} lacks the folder {name!r} named in {_INDEX_NAME}")
-        for path in sorted(component.glob("*.json")):
-            read_json(path)
-        weights = _weight_files(component)
-        if (component / "config.json").is_file() and not weights:
-            raise ValueError(f"model folder {str(component)!r} has no .safetensors file")
-        for path in weights:
-            _check_weights(path)
+        _check_component(folder / name, kind)
+
+
+def _check_component(component: Path, kind: str) -> None:
+    """Check the files of one component, an object of class `kind`."""
+    required = next((files for end, files in _FILES_OF.items() if kind.endswith(end)), _MODEL_FILES)
+    for name in required:
+        if not (component / name).is_file():
+            raise ValueError(f"model file {str(component / name)!r} is missing")
+    for path in sorted(component.glob("*.json")):
+        read_json(path)
+    weights = _weight_files(component)
+    if required is _MODEL_FILES and not weights:
+        raise ValueError(f"model folder {str(component)!r} has no .safetensors file")
+    for path in weights:
+        _check_weights(path)
 
 
 def parameter_counts(folder: Path) -> dict[str, int]:
     """Number of weights of each component that has any."""
     counts: dict[str, int] = {}
-    for name in _component_names(folder):
+    for name in _components(folder):
         headers = [_read_header(path)[0] for path in _weight_files(folder / name)]
         entries = [entry for header in headers for key, entry in header.items() if key != "__metadata__"]
         if entries:
@@ -116,11 +135,18 @@ def size_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _component_names(folder: Path) -> list[str]:
-    """Names in the index whose value is [library, class], both given."""
-    index = read_json(folder / _INDEX_NAME)
+def _components(folder: Path) -> dict[str, str]:
+    """Class by name, of the entries in the index whose value is [library, class], both given."""
+    index = _read_object(folder / _INDEX_NAME)
     pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
-    return [name for name, (library, kind) in pairs.items() if library and kind]
+    return {name: kind for name, (library, kind) in pairs.items() if library and kind}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"model file {str(path)!r} must hold a json object, got {type(content).__name__}")
+    return content
 
 
 def _weight_files(component: Path) -> list[Path]:

@@ -70,7 +70,8 @@ class VideoWriter:
             self._wait()
             self._sink.close()
         except OutputError as error:
-            self._name_partial(error)
+            if self._holds_frames():
+                self._name_partial(error)
             raise
         finally:
             self._shut_down()
@@ -86,10 +87,16 @@ class VideoWriter:
     def abandon(self) -> Path | None:
         """Stop without the final name; returns the partial file, or None if it held nothing."""
         self._shut_down()
-        if self.frames_written:
+        if self._holds_frames():
             return self.partial
         self._remove_partial()
         return None
+
+    def _holds_frames(self) -> bool:
+        """Whether the partial output is worth naming; png files that could not be written are gone."""
+        if not self.frames_written or not self.partial.exists():
+            return False
+        return not self.partial.is_dir() or any(self.partial.iterdir())
 
     def __enter__(self) -> Self:
         return self

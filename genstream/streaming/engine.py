@@ -296,23 +296,26 @@ class CacheEngine:
 
     def chunk_count(self, request: StreamRequest) -> int | None:
         """Chunks of a whole request; None for an endless one."""
-        chunks = self._chunks(request)
-        return None if chunks is None else len(chunks)
+        if request.num_frames is None:
+            return None
+        settings = request.settings
+        behind_first = latent_frames_covering(request.num_frames, self._temporal_ratio) - settings.chunk_at(0)
+        return 1 + max(0, -(-behind_first // settings.chunk_frames))
+
+    def chunk_start(self, chunk: int, request: StreamRequest) -> int:
+        """First frame of chunk `chunk`, counted from 0, of a stream that is not reset."""
+        if chunk == 0:
+            return 0
+        settings = request.settings
+        latent_frames = settings.chunk_at(0) + (chunk - 1) * settings.chunk_frames
+        return frames_of(latent_frames, self._temporal_ratio)
 
     def _latent_frames(self, request: StreamRequest) -> int | None:
         """Latent frames of a whole request, in whole chunks."""
-        chunks = self._chunks(request)
-        return None if chunks is None else sum(chunks)
-
-    def _chunks(self, request: StreamRequest) -> list[int] | None:
-        """Latent frames of every chunk of a request."""
-        if request.num_frames is None:
+        chunks = self.chunk_count(request)
+        if chunks is None:
             return None
-        needed = latent_frames_covering(request.num_frames, self._temporal_ratio)
-        chunks: list[int] = []
-        while (done := sum(chunks)) < needed:
-            chunks.append(request.settings.chunk_at(done))
-        return chunks
+        return request.settings.chunk_at(0) + (chunks - 1) * request.settings.chunk_frames
 
     def _latent_size(self, request: StreamRequest) -> tuple[int, int]:
         ratio = self.vae.spec.spatial_ratio

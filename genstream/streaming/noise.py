@@ -14,7 +14,7 @@ from torch import Tensor
 class NoiseSource(Protocol):
     """Noise of a request as a function of place, so that it needs no position of its own.
 
-    `NoiseSource.seeded(...)` and `NoiseSource.given(...)` make the two kinds.
+    `SeededNoise` draws it, `GivenNoise` holds tensors.
     """
 
     def initial(self, start: int, shape: Sequence[int]) -> Tensor:

@@ -63,6 +63,8 @@ def save_state(state: StreamState, path: str | Path, fingerprint: str) -> None:
         for name, tensor in sources.items()
         if tensor is not None
     }
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"path must lie in an existing folder, got {str(path)!r}")
     partial = Path(f"{path}.partial")
     save_file(tensors, partial, metadata={_KEY: json.dumps(_meta(state, fingerprint))})
     os.replace(partial, path)
@@ -74,6 +76,8 @@ def load_state(path: str | Path, engine: CacheEngine) -> StreamState:
     Raises:
         ValueError: the file is no snapshot, is damaged, or is of another version or model.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"path must be a stream snapshot, got {str(path)!r}, which is a folder")
     try:
         with safe_open(str(path), framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
@@ -91,12 +95,12 @@ def load_state(path: str | Path, engine: CacheEngine) -> StreamState:
 
 
 def _check(meta: dict[str, Any], path: str | Path, fingerprint: str) -> None:
-    if meta["format"] != FORMAT:
-        raise ValueError(f"snapshot {str(path)!r} must have format {FORMAT}, got {meta['format']}")
-    if meta["model"] != fingerprint:
+    if meta.get("format") != FORMAT:
+        raise ValueError(f"snapshot {str(path)!r} must have format {FORMAT}, got {meta.get('format')}")
+    if meta.get("model") != fingerprint:
         raise ValueError(
             f"snapshot {str(path)!r} belongs to another model or dtype: "
-            f"{meta['model'][:12]} in the file, {fingerprint[:12]} loaded"
+            f"{str(meta.get('model'))[:12]} in the file, {fingerprint[:12]} loaded"
         )
 
 

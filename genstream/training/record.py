@@ -11,7 +11,29 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 RECORD_FOLDER = "training"
+SETTINGS_NAME = "settings.json"
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
+
+
+def claim_run(output: Path, settings: "DataclassInstance") -> None:
+    """Make `output` the folder of a run with these settings.
+
+    Raises:
+        ValueError: it holds a run with other settings, which would be continued with settings that its
+            record does not tell.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / SETTINGS_NAME
+    values = json.loads(json.dumps(asdict(settings)))
+    if path.is_file():
+        before = json.loads(path.read_text())
+        for name in sorted(before.keys() | values.keys()):
+            old, new = before.get(name), values.get(name)
+            if old != new:
+                raise ValueError(
+                    f"{name} must stay {old!r} in the run that {str(output)!r} holds, got {new!r}"
+                )
+    path.write_text(json.dumps(values, indent=1) + "\n")
 
 
 def write_record(model: Path, part: str, settings: "DataclassInstance", logs: dict[str, Path]) -> None:

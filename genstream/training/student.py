@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,7 @@ from genstream.schedulers.schedule import shifted
 from genstream.training.clips import SWITCHED_EVERY, ClipSet, encode_clips
 from genstream.training.forcing import ForcedSequence, from_middle, from_start
 from genstream.training.loop import LoopSettings, load_average, run
-from genstream.training.record import RECORD_FOLDER, write_record
+from genstream.training.record import RECORD_FOLDER, SETTINGS_NAME, claim_run, write_record
 from genstream.training.text import tiny_text_encoder, word_tokenizer
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.vae.tiny import TinyVideoVAE
@@ -86,7 +86,7 @@ class StudentTrainingSettings:
         precision: "bf16" is faster where the processor has it.
     """
 
-    vae: str
+    vae: str = "runs/vae/vae"
     total_steps: int = 3600
     learning_rate: float = 1.5e-3
     batch_size: int = 16
@@ -114,6 +114,8 @@ class StudentTrainingSettings:
     precision: Literal["fp32", "bf16"] = "bf16"
 
     def __post_init__(self) -> None:
+        if self.total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
         if self.width % 48:
             raise ValueError(f"width must be a multiple of 48, got {self.width}")
         least = 2 * (self.window_chunks + 2)
@@ -279,8 +281,9 @@ class StudentTrainee:
 
 def train_student(settings: StudentTrainingSettings, output: Path) -> None:
     """Encode the clips, train, and continue what `output` already holds; the result is `output`/model."""
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "settings.json").write_text(json.dumps(asdict(settings), indent=1))
+    if not (Path(settings.vae) / "config.json").is_file():
+        raise ValueError(f"vae must be the folder of a trained VAE, got {settings.vae!r}")
+    claim_run(output, settings)
     vae = TinyVideoVAE.from_pretrained(settings.vae, dtype=torch.float32)
     clips = settings.clip_set(vae.spec.temporal_ratio)
     latents = encode_clips(clips, vae, output / _LATENTS_FOLDER, settings.precision)
@@ -341,5 +344,5 @@ def _card() -> dict[str, object]:
 
 
 def _saved_settings(run_folder: Path) -> StudentTrainingSettings:
-    values = json.loads((run_folder / "settings.json").read_text())
+    values = json.loads((run_folder / SETTINGS_NAME).read_text())
     return StudentTrainingSettings(**{**values, "steps": tuple(values["steps"])})

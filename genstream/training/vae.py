@@ -21,7 +21,7 @@ from genstream.data.toyworld import ToyWorld
 from genstream.data.vocabulary import BACKGROUND_RGB
 from genstream.training.initialisation import PASSED_CHANNELS, initialise
 from genstream.training.loop import LoopSettings, load_average, run
-from genstream.training.record import write_record
+from genstream.training.record import claim_run, write_record
 from genstream.vae.tiny import TinyVideoVAE
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,10 @@ class VAETrainingSettings:
         decoder_learning_rate: peak of the second phase.
         clips: clips of 9 frames and half the frame's side per step; other shapes keep the pixel count.
         size_px: side of the toy world's frames.
+        latent_channels: channels of a latent.
+        patch_size: pixels folded into channels on both sides; 8 * patch_size is the spatial ratio.
+        encoder_width: channels of every encoder stage.
+        decoder_widths: channels of the three decoder stages and of the last layer.
         object_weight: extra weight of pixels on and around objects.
         latents_noise: largest noise added to latents before decoding, in standard deviations, so that
             imperfect latents still decode well.
@@ -82,6 +86,9 @@ class VAETrainingSettings:
     precision: Literal["fp32", "bf16"] = "bf16"
 
     def __post_init__(self) -> None:
+        for name in ("joint_steps", "decoder_steps"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.clips < 4:
             raise ValueError(f"clips must be at least 4, got {self.clips}")
         for name in ("encoder_width", "latent_channels"):
@@ -107,6 +114,7 @@ class VAETrainingSettings:
 
 def train_vae(settings: VAETrainingSettings, output: Path) -> None:
     """Train both phases, continuing what `output` already holds; the result is the component `output`/vae."""
+    claim_run(output, settings)
     torch.manual_seed(settings.seed)
     frozen_folder = output / FROZEN_ENCODER_FOLDER
     if not frozen_folder.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -108,7 +109,14 @@ class CausalDiT(
     _supports_gradient_checkpointing = True
     _no_split_modules = ("CausalBlock",)
     _repeated_blocks = ("CausalBlock",)
-    _keep_in_fp32_modules = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+    # A list: diffusers takes a tuple for one name, and keeps nothing.
+    _keep_in_fp32_modules: ClassVar[list[str]] = [
+        "time_embedder",
+        "scale_shift_table",
+        "norm1",
+        "norm2",
+        "norm3",
+    ]
     _skip_layerwise_casting_patterns = ("patch_embedding", "condition_embedder", "norm")
     _skip_keys = ("kv_cache", "text_cache")
     _supports_group_offloading = True

@@ -78,9 +78,17 @@ def test_switch_changes_what_follows(model: str, tmp_path: Path, capsys: pytest.
 
 def test_switch_after_the_last_chunk_began(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert (
-        generate(model, "-o", str(tmp_path / "a"), "--seconds", "2", "--switch", "1.9s: a blue circle") == 0
+        generate(model, "-o", str(tmp_path / "a"), "--seconds", "2", "--switch", "1.9s: a blue circle") == 2
     )
-    assert "no effect" in capsys.readouterr().err
+    assert "switch at 1.9s comes too late: the last chunk starts at 1.3125s" in error_of(capsys)
+    assert os.listdir(tmp_path) == []
+
+
+def test_two_switches_in_one_chunk(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    switches = ["--switch", "0.1s: a blue circle", "--switch", "0.2s: a red square"]
+    assert generate(model, "-o", str(tmp_path / "a"), *switches) == 2
+    assert "switch at 0.2s falls into the same chunk" in error_of(capsys)
+    assert os.listdir(tmp_path) == []
 
 
 def test_unknown_words(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

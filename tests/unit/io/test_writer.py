@@ -249,3 +249,18 @@ def test_ctrl_c_finishes_the_file(tmp_path: Path, name: str):
     process.wait()
     assert os.listdir(tmp_path) == [name]
     assert sum(1 for _ in read_video(tmp_path / name)) >= 21 * 12
+
+
+def test_a_png_that_could_not_be_written_leaves_nothing(tmp_path: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with (
+            pytest.raises(OutputError, match="cannot write output path") as caught,
+            writer_to(tmp_path / "out.png") as writer,
+        ):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+            writer.write(clip(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == []
+    assert not getattr(caught.value, "__notes__", [])

@@ -82,6 +82,16 @@ def test_dtype_of_a_loaded_pipeline(folder):
     assert chunk.frames.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_installed_model_loads_and_runs_in_half_precision(dtype):
+    pipe = quiet(CausalVideoPipeline.from_pretrained("toyworld", dtype=dtype))
+    frames = pipe(RED, num_frames=13, output_type="pt").frames
+    assert frames.isfinite().all()
+    kept = {name for name, weight in pipe.transformer.named_parameters() if weight.dtype == torch.float32}
+    assert any("time_embedder" in name for name in kept)
+    assert not any("attn1.to_q" in name for name in kept)
+
+
 def test_to_moves_and_casts(build_pipeline):
     pipe = build_pipeline().to(torch.float64)
     latents = pipe(RED, num_frames=9, output_type="latent").frames
@@ -345,3 +355,81 @@ def test_bad_settings(build_pipeline, wrong):
     (value,) = wrong.values()
     with pytest.raises(ValueError, match=str(value)):
         _ = build_pipeline(**wrong).settings
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"initial_latents": torch.full((1, 4, 3, 4, 4), float("nan"))}, "initial_latents must be finite"),
+        (
+            {"initial_latents": torch.zeros(1, 4, 6, 4, 4)},
+            "must not be longer than the video, 13 frames, got 21",
+        ),
+        ({"image": torch.full((1, 3, 32, 32), float("nan"))}, "image must be finite"),
+        ({"image": torch.full((1, 3, 32, 32), 2.0)}, r"image must lie in \[-1, 1\], got 2 to 2"),
+        ({"seed": 1, "noise": SeededNoise((1,))}, "seed and noise exclude each other"),
+        ({"seed": 1, "generator": torch.Generator()}, "seed and generator exclude each other"),
+        ({"num_frames": 13.0}, r"num_frames must be a whole number, got 13\.0"),
+        ({"height": "32"}, "height must be a whole number, got '32'"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(pipe, arguments, error):
+    with pytest.raises(ValueError, match=error):
+        pipe(RED, **{"num_frames": 13, **arguments})
+
+
+def test_a_prompt_without_words_is_refused(pipe):
+    with pytest.raises(ValueError, match="prompt must hold at least one word, got '!!!'"):
+        pipe("!!!", num_frames=13)
+
+
+@pytest.mark.parametrize("name", ["nope", "a/b/c", "./missing"])
+def test_a_name_that_is_nothing_is_not_searched_for(name):
+    with pytest.raises(
+        ValueError, match=r"must be an installed model \(toyworld\), a folder or a repository"
+    ):
+        CausalVideoPipeline.from_pretrained(name)
+
+
+def test_a_folder_of_another_pipeline_is_refused(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(index.read_text().replace('"CausalVideoPipeline"', '"FluxPipeline"'))
+    with pytest.raises(ValueError, match="must hold a CausalVideoPipeline, got a FluxPipeline"):
+        CausalVideoPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "text_encoder/config.json",
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+        "scheduler/scheduler_config.json",
+        "vae/config.json",
+    ],
+)
+def test_a_missing_file_is_named(pipe, tmp_path, file):
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / file).unlink()
+    with pytest.raises(ValueError, match=rf"model file '.*{file}' is missing"):
+        CausalVideoPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("first_alone", [False, True])
+@pytest.mark.parametrize("num_frames", [1, 2, 9, 10, 13, 14, 61, 64])
+def test_chunks_are_counted_as_they_come(build_pipeline, num_frames, first_alone):
+    pipe = build_pipeline(independent_first_frame=first_alone)
+    fps = 16
+    request = pipe.request(RED, seconds=num_frames / fps, fps=fps)
+    chunks = list(pipe.run(pipe.start(request)))
+    assert pipe.engine.chunk_count(request) == len(chunks)
+    assert [pipe.engine.chunk_start(chunk.index, request) for chunk in chunks] == [
+        chunk.first_frame for chunk in chunks
+    ]
+
+
+def test_a_very_long_stream_starts_at_once(pipe):
+    request = pipe.request(RED, seconds=1e9)
+    state = pipe.start(request)
+    assert next(pipe.run(state)).frames.shape[2] == 9

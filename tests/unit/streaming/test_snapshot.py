@@ -74,3 +74,14 @@ def test_missing_tensor(saved, pipe):
     save_file(tensors, saved, metadata=metadata)
     with pytest.raises(ValueError, match="history"):
         pipe.load_state(saved)
+
+
+def test_a_folder_that_does_not_exist(saved, pipe, tmp_path):
+    state = pipe.load_state(saved)
+    with pytest.raises(ValueError, match=r"path must lie in an existing folder, got .*missing"):
+        pipe.save_state(state, tmp_path / "missing" / "state.safetensors")
+
+
+def test_a_folder_is_no_snapshot(pipe, tmp_path):
+    with pytest.raises(ValueError, match=r"path must be a stream snapshot, got .* which is a folder"):
+        pipe.load_state(tmp_path)
