@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from genstream.cli.figures import RunClock
 from genstream.cli.process import processor_name, resident_memory_bytes
+from genstream.io.markdown import write_section
 from genstream.io.model_folder import find_model
 
 if TYPE_CHECKING:
@@ -30,7 +31,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (cuda if there is one, else cpu)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(by device)")
     parser.add_argument("--json", action="store_true", help="print json in place of the table")
-    parser.add_argument("--output", type=Path, help="also write the table to this markdown file")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="also write the table to this markdown file, as its section One long stream",
+    )
     parser.set_defaults(run=run)
 
 
@@ -48,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     table = figures.table()
     print(json.dumps(asdict(figures)) if arguments.json else table)
     if arguments.output is not None:
-        arguments.output.write_text(table + "\n", encoding="utf-8")
+        write_section(arguments.output, "One long stream", table)
     return 0
 
 
@@ -73,12 +78,8 @@ class EnduranceFigures:
     @classmethod
     def of(cls, clock: RunClock, memory: tuple[int, int], hardware: str, fps: float) -> Self:
         """Figures of a stream that `clock` watched."""
-        first, last, p95 = (
-            clock.time_to_first_frame_s,
-            clock.start_to_first_frame_s,
-            clock.chunk_latency_s(95),
-        )
-        assert first is not None and last is not None and p95 is not None
+        started, p95 = clock.start_to_first_frame_s, clock.chunk_latency_s(95)
+        assert started is not None and p95 is not None
         minutes = clock.frames / fps / _MINUTE_S
         per_minute = round(len(clock.chunk_s) / minutes)
         return cls(
@@ -88,8 +89,8 @@ class EnduranceFigures:
             frames=clock.frames,
             frame_rate=clock.frame_rate,
             real_time_factor=clock.frame_rate / fps,
-            time_to_first_frame_s=first,
-            start_to_first_frame_s=last,
+            time_to_first_frame_s=clock.chunk_s[0],
+            start_to_first_frame_s=started,
             chunk_latency_first_minute_s=statistics.median(clock.chunk_s[:per_minute]),
             chunk_latency_last_minute_s=statistics.median(clock.chunk_s[-per_minute:]),
             chunk_latency_p95_s=p95,

@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from genstream.io.markdown import write_section
 from genstream.io.model_folder import find_model, read_card
 
 
@@ -23,7 +24,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     toyworld.add_argument("--device", help="cpu, cuda, cuda:1, mps (cuda if there is one, else cpu)")
     toyworld.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(by device)")
     toyworld.add_argument("--json", action="store_true", help="print json in place of the table")
-    toyworld.add_argument("--output", type=Path, help="also write the table to this markdown file")
+    toyworld.add_argument(
+        "--output", type=Path, help="also write the table to this markdown file, as its section Scores"
+    )
     toyworld.set_defaults(run=run)
 
 
@@ -55,5 +58,5 @@ def run(arguments: argparse.Namespace) -> int:
     table = result.table(arguments.model)
     print(json.dumps(result.as_json()) if arguments.json else table)
     if arguments.output is not None:
-        arguments.output.write_text(table + "\n", encoding="utf-8")
+        write_section(arguments.output, "Scores", table)
     return 0

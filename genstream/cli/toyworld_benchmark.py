@@ -1,7 +1,6 @@
 """The toy-world benchmark: prompt adherence, drift, VAE quality and speed of one model."""
 
 import math
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,8 +12,9 @@ from genstream.cli.figures import RunClock
 from genstream.cli.pipeline import frames_of_chunk, to_uint8
 from genstream.cli.progress import progress_for
 from genstream.data.prompts import evaluation_prompts
+from genstream.data.scene import Scene
 from genstream.data.toyworld import ToyWorld
-from genstream.evaluation.judge import Adherence, ClipScore, judge_clip
+from genstream.evaluation.judge import Adherence, ClipScore, DriftWindow, drift, judge_clip
 from genstream.evaluation.quality import psnr
 from genstream.pipelines.causal_video import CausalVideoPipeline
 
@@ -41,8 +41,10 @@ class BenchmarkSettings:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not (math.isfinite(self.seconds) and self.judged_frames >= 1):
             raise ValueError(f"seconds must give at least 1 frame at {self.fps} fps, got {self.seconds}")
-        if self.end_of_s is not None and not self.seconds <= self.end_of_s < math.inf:
-            raise ValueError(f"end_of must be at least seconds ({self.seconds}), got {self.end_of_s}")
+        if self.end_of_s is not None and not (
+            self.seconds <= self.end_of_s < math.inf and (self.end_of_s / self.seconds).is_integer()
+        ):
+            raise ValueError(f"end_of must be a multiple of seconds ({self.seconds}), got {self.end_of_s}")
 
     @property
     def judged_frames(self) -> int:
@@ -65,14 +67,23 @@ class ReconstructionScore:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkResult:
-    """Scores of the first and, if asked for, the last stretch of every stream, and what the run took."""
+    """Scores of all streams, window by window, and what the run took."""
 
     settings: BenchmarkSettings
-    start: Adherence
-    end: Adherence | None
+    windows: tuple[DriftWindow, ...]
     reconstruction: ReconstructionScore
     clock: RunClock
     first_frame_s: tuple[float, ...]
+
+    @property
+    def start(self) -> Adherence:
+        """Scores of the first window."""
+        return self.windows[0].adherence
+
+    @property
+    def end(self) -> Adherence | None:
+        """Scores of the last window of long streams."""
+        return None if self.settings.end_of_s is None else self.windows[-1].adherence
 
     def as_json(self) -> dict[str, object]:
         """All figures as plain values."""
@@ -83,6 +94,15 @@ class BenchmarkResult:
             "start": _shares(self.start),
             "end_of_s": self.settings.end_of_s,
             "end": None if self.end is None else _shares(self.end),
+            "drift": [
+                {
+                    "start_s": window.start_s,
+                    **_shares(window.adherence),
+                    "colour_error": window.colour_error,
+                    "brightness_error": window.brightness_error,
+                }
+                for window in self.windows
+            ],
             "vae_psnr_db": self.reconstruction.psnr_db,
             "vae": _shares(self.reconstruction.adherence),
             "frame_rate": self.clock.frame_rate,
@@ -115,60 +135,65 @@ class BenchmarkResult:
         ]
         title = f"{model}: {settings.prompts} prompts, seeds from {settings.seed},"
         title += f" {settings.width}x{settings.height} at {settings.fps} fps"
-        return "\n".join([title, "", "| figure | value |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])
+        lines = [title, "", "| figure | value |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
+        return "\n".join(lines if self.end is None else [*lines, "", *self._drift_table()])
+
+    def _drift_table(self) -> list[str]:
+        """Markdown lines: what becomes of the streams as time goes by."""
+        lines = [
+            "| from | colour | shape | direction | count | colour error | brightness error |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for window in self.windows:
+            shares = (f"{100 * getattr(window.adherence, name).value:.1f} %" for name in _METRICS)
+            errors = (f"{window.colour_error:.1f}", f"{window.brightness_error:+.1f}")
+            lines.append(f"| {' | '.join([f'{window.start_s:g} s', *shares, *errors])} |")
+        return [*lines, "", "Colour and brightness errors are of 255."]
 
 
 def run_benchmark(pipe: CausalVideoPipeline, settings: BenchmarkSettings) -> BenchmarkResult:
     """Generate, judge and time; progress on stderr."""
-    starts: list[ClipScore] = []
-    ends: list[ClipScore] = []
+    streams: list[list[ClipScore]] = []
     first_frame_s: list[float] = []
     clock = RunClock()
     total = settings.prompts * round(settings.stream_s * settings.fps)
     with progress_for(total, settings.fps) as progress:
         for index, prompt in enumerate(evaluation_prompts(settings.prompts)):
             chunks_before = len(clock.chunk_s)
-            clip = StreamEnds(settings.judged_frames)
+            judge = WindowJudge(settings.judged_frames, prompt.scene, settings.fps)
             clock.start()
             for frames in _stream(pipe, settings, prompt.caption, settings.seed + index):
                 clock.chunk_done(len(frames))
-                clip.add(frames)
+                judge.add(frames)
                 progress.show(clock)
+                clock.start()
             first_frame_s.append(clock.chunk_s[chunks_before])
-            starts.append(judge_clip(clip.start, prompt.scene, settings.fps))
-            ends.append(judge_clip(clip.end, prompt.scene, settings.fps))
+            streams.append(judge.scores)
     return BenchmarkResult(
         settings=settings,
-        start=Adherence.of(starts),
-        end=None if settings.end_of_s is None else Adherence.of(ends),
+        windows=tuple(drift(streams, settings.seconds)),
         reconstruction=judge_reconstructions(pipe, settings),
         clock=clock,
         first_frame_s=tuple(first_frame_s),
     )
 
 
-class StreamEnds:
-    """The first and the last `count` frames of a stream of any length."""
+class WindowJudge:
+    """Judges a stream of any length, one window after the other; holds no more than a window."""
 
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._first: list[NDArray[np.uint8]] = []
-        self._last: deque[NDArray[np.uint8]] = deque(maxlen=count)
+    def __init__(self, window_frames: int, expected: Scene, fps: int) -> None:
+        self.scores: list[ClipScore] = []
+        self._window_frames = window_frames
+        self._expected = expected
+        self._fps = fps
+        self._waiting = np.empty((0, 0, 0, 3), dtype=np.uint8)
 
     def add(self, frames: NDArray[np.uint8]) -> None:
         """Take the next frames, uint8 [F, H, W, 3]."""
-        self._first.extend(frames[: self._count - len(self._first)])
-        self._last.extend(frames)
-
-    @property
-    def start(self) -> NDArray[np.uint8]:
-        """First frames, [F, H, W, 3]."""
-        return np.stack(self._first)
-
-    @property
-    def end(self) -> NDArray[np.uint8]:
-        """Last frames, [F, H, W, 3]."""
-        return np.stack(self._last)
+        self._waiting = np.concatenate([self._waiting, frames]) if len(self._waiting) else frames
+        while len(self._waiting) >= self._window_frames:
+            window, self._waiting = np.split(self._waiting, [self._window_frames])
+            self.scores.append(judge_clip(window, self._expected, self._fps))
 
 
 def judge_reconstructions(pipe: CausalVideoPipeline, settings: BenchmarkSettings) -> ReconstructionScore:

@@ -1,6 +1,6 @@
 """The analytic judge: scores how well toy-world clips follow their prompts, reading pixels only."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -95,31 +95,21 @@ def judge_clip(frames: NDArray[np.uint8], expected: Scene, fps: float = 16) -> C
     )
 
 
-def drift(
-    streams: Iterable[tuple[NDArray[np.uint8], Scene]], window_frames: int = 64, fps: float = 16
-) -> list[DriftWindow]:
-    """Scores along time, one entry per window; what remains at the end of a stream is left out.
+def drift(streams: Iterable[Sequence[ClipScore]], window_s: float) -> list[DriftWindow]:
+    """Scores along time, one entry per window.
 
     Args:
-        streams: Long clips, [F, H, W, 3], with what was asked for.
-        window_frames: Frames per window.
-        fps: Frames per second.
+        streams: for each stream the scores of its windows in order.
+        window_s: seconds of a window.
     """
-    if window_frames < 1:
-        raise ValueError(f"window_frames must be at least 1, got {window_frames}")
-    windows: dict[int, list[ClipScore]] = {}
-    for frames, expected in streams:
-        for index in range(len(frames) // window_frames):
-            part = frames[index * window_frames : (index + 1) * window_frames]
-            windows.setdefault(index, []).append(judge_clip(part, expected, fps))
     return [
         DriftWindow(
-            start_s=index * window_frames / fps,
+            start_s=index * window_s,
             adherence=Adherence.of(scores),
             colour_error=_mean([item.colour_error for score in scores for item in score.objects]),
             brightness_error=_mean([item.brightness_error for score in scores for item in score.objects]),
         )
-        for index, scores in sorted(windows.items())
+        for index, scores in enumerate(zip(*streams, strict=True))
     ]
 
 

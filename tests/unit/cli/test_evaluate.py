@@ -1,10 +1,14 @@
 import json
 
+import numpy as np
 import pytest
 
 import genstream
 from genstream.cli.__main__ import main
-from genstream.cli.toyworld_benchmark import BenchmarkSettings, judge_reconstructions
+from genstream.cli.toyworld_benchmark import BenchmarkSettings, WindowJudge, judge_reconstructions
+from genstream.data.scene import sample_scene
+from genstream.data.toyworld import ToyWorld
+from genstream.evaluation.judge import judge_clip
 
 SETTINGS = {"seconds": 4.0, "end_of_s": None, "seed": 0, "height": 128, "width": 128, "fps": 16}
 
@@ -32,10 +36,24 @@ def test_every_figure_comes_out(tmp_path, capsys):
             "count": 2,
         }
     assert figures["vae_psnr_db"] > 20
+    assert [window["start_s"] for window in figures["drift"]] == [0, 1]
+    assert figures["drift"][0]["colour"] == figures["start"]["colour"]
+    assert figures["drift"][1]["colour"] == figures["end"]["colour"]
     assert figures["frame_rate"] > 0
     table = (tmp_path / "table.md").read_text()
     assert "| colour, last 1 of 2 s | " in table
     assert "| VAE PSNR, 1 evaluation clips | " in table
+    assert "| 1 s | " in table
+
+
+def test_windows_are_judged_as_they_come():
+    scene = sample_scene(3, "eval")
+    frames = ToyWorld().frames(scene, 160)
+    judge = WindowJudge(64, scene, 16)
+    for part in np.split(frames, [9, 21, 33, 100, 101]):
+        judge.add(part)
+    expected = [judge_clip(frames[:64], scene), judge_clip(frames[64:128], scene)]
+    assert [score.objects for score in judge.scores] == [score.objects for score in expected]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +62,7 @@ def test_every_figure_comes_out(tmp_path, capsys):
         (["--prompts", "0"], "prompts must be at least 1, got 0"),
         (["--vae-clips", "0"], "vae_clips must be at least 1, got 0"),
         (["--seconds", "0"], "seconds must give at least 1 frame at 16 fps, got 0.0"),
-        (["--end-of", "1"], "end_of must be at least seconds (4.0), got 1.0"),
+        (["--end-of", "1"], "end_of must be a multiple of seconds (4.0), got 1.0"),
         (["--output", "no/such/folder.md"], "output: the folder 'no/such' does not exist"),
     ],
 )
