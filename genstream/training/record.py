@@ -1,8 +1,9 @@
 """The record that a trained model carries: what command made it, with which settings, and how it went."""
 
 import json
+import shlex
 import shutil
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,33 +37,45 @@ def claim_run(output: Path, settings: "DataclassInstance") -> None:
     path.write_text(json.dumps(values, indent=1) + "\n")
 
 
-def write_record(model: Path, part: str, settings: "DataclassInstance", logs: dict[str, Path]) -> None:
-    """Write `<part>.json` and a csv file for each of `logs` into the model's record.
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One finished run of a training command.
 
-    Args:
-        model: folder of the model.
+    Attributes:
+        name: of its files in the record.
         part: what was trained, as in `genstream train PART`.
-        settings: of the training.
-        logs: name and log.csv of every phase.
+        run: its folder.
+        settings: its settings.
+        logs: name in the record and log.csv of every phase.
     """
+
+    name: str
+    part: str
+    run: Path
+    settings: "DataclassInstance"
+    logs: dict[str, Path]
+
+    @property
+    def command(self) -> str:
+        """The command line that trains like this, into the folder of that name in `runs`."""
+        words = ["genstream", "train", self.part]
+        for field in fields(self.settings):
+            value = getattr(self.settings, field.name)
+            if value != (field.default if field.default_factory is MISSING else field.default_factory()):
+                text = value if isinstance(value, str) else json.dumps(value)
+                words += [f"--{field.name.replace('_', '-')}", shlex.quote(text)]
+        return " ".join([*words, "--output", f"runs/{self.run.name}"])
+
+
+def write_record(model: Path, training: Training) -> None:
+    """Write a json file and a csv file for each log into the record of the model in folder `model`."""
     folder = model / RECORD_FOLDER
     folder.mkdir(exist_ok=True)
     record = {
-        "command": command(part, settings),
-        "settings": asdict(settings),
+        "command": training.command,
+        "settings": asdict(training.settings),
         "versions": {name: version(name) for name in _PACKAGES},
     }
-    (folder / f"{part}.json").write_text(json.dumps(record, indent=1) + "\n")
-    for name, log in logs.items():
+    (folder / f"{training.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    for name, log in training.logs.items():
         shutil.copyfile(log, folder / f"{name}.csv")
-
-
-def command(part: str, settings: "DataclassInstance") -> str:
-    """The command line that trains with these settings, into `runs/<part>`."""
-    words = ["genstream", "train", part]
-    for field in fields(settings):
-        value = getattr(settings, field.name)
-        if value != (field.default if field.default_factory is MISSING else field.default_factory()):
-            text = value if isinstance(value, str) else json.dumps(value)
-            words += [f"--{field.name.replace('_', '-')}", text if " " not in text else f"'{text}'"]
-    return " ".join([*words, "--output", f"runs/{part}"])

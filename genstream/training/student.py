@@ -28,7 +28,7 @@ from genstream.schedulers.schedule import shifted
 from genstream.training.clips import SWITCHED_EVERY, ClipSet, encode_clips
 from genstream.training.forcing import ForcedSequence, from_middle, from_start
 from genstream.training.loop import LoopSettings, load_average, run
-from genstream.training.record import RECORD_FOLDER, SETTINGS_NAME, claim_run, write_record
+from genstream.training.record import RECORD_FOLDER, SETTINGS_NAME, Training, claim_run, write_record
 from genstream.training.text import tiny_text_encoder, word_tokenizer
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.vae.tiny import TinyVideoVAE
@@ -57,6 +57,7 @@ class StudentTrainingSettings:
 
     Attributes:
         vae: folder of the VAE whose latents it learns.
+        initial: folder of a finished run to start from; random weights when None.
         total_steps: optimiser steps.
         learning_rate: peak.
         batch_size: clips of a step.
@@ -87,6 +88,7 @@ class StudentTrainingSettings:
     """
 
     vae: str = "runs/vae/vae"
+    initial: str | None = None
     total_steps: int = 3600
     learning_rate: float = 1.5e-3
     batch_size: int = 16
@@ -288,7 +290,10 @@ def train_student(settings: StudentTrainingSettings, output: Path) -> None:
     clips = settings.clip_set(vae.spec.temporal_ratio)
     latents = encode_clips(clips, vae, output / _LATENTS_FOLDER, settings.precision)
     torch.manual_seed(settings.seed)
-    run(settings.loop, StudentTrainee(settings, clips, latents), output)
+    trainee = StudentTrainee(settings, clips, latents)
+    if settings.initial is not None:
+        load_average(trainee.module, Path(settings.initial))
+    run(settings.loop, trainee, output)
     export(output, Path(settings.vae), output / _RESULT_FOLDER)
     logger.info("trained model in %s", output / _RESULT_FOLDER)
 
@@ -321,10 +326,20 @@ def export(run_folder: Path, vae_folder: Path, folder: Path) -> None:
     (partial / "model_card.json").write_text(json.dumps(_card(), indent=1) + "\n")
     if (vae_folder / RECORD_FOLDER).is_dir():
         shutil.copytree(vae_folder / RECORD_FOLDER, partial / RECORD_FOLDER)
-    write_record(partial, "student", settings, {"student": run_folder / "log.csv"})
+    for training in _trainings(run_folder):
+        write_record(partial, training)
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
+
+
+def _trainings(run_folder: Path) -> list[Training]:
+    """The run and those whose weights it started from, the first one first."""
+    settings = _saved_settings(run_folder)
+    earlier = [] if settings.initial is None else _trainings(Path(settings.initial))
+    name = f"student_{len(earlier) + 1}"
+    logs = {name: run_folder / "log.csv"}
+    return [*earlier, Training(name=name, part="student", run=run_folder, settings=settings, logs=logs)]
 
 
 def _card() -> dict[str, object]:

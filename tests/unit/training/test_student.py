@@ -162,9 +162,9 @@ def test_export_is_a_pipeline(trained, vae_folder, tmp_path):
     export(folder, vae_folder, tmp_path / "model")  # replaces what is there
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (folder / "model" / "transformer" / "config.json").is_file()
-    record = json.loads((tmp_path / "model" / "training" / "student.json").read_text())
+    record = json.loads((tmp_path / "model" / "training" / "student_1.json").read_text())
     assert record["settings"]["batch_size"] == 2
-    assert (tmp_path / "model" / "training" / "student.csv").read_text() == (folder / "log.csv").read_text()
+    assert (tmp_path / "model" / "training" / "student_1.csv").read_text() == (folder / "log.csv").read_text()
     pipe = CausalVideoPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert (pipe.settings.sink_frames, pipe.settings.window_frames) == (1, 1)
@@ -191,3 +191,16 @@ def test_export_is_a_pipeline(trained, vae_folder, tmp_path):
 def test_bad_settings(wrong, error):
     with pytest.raises(ValueError, match=error):
         settings_for(**wrong)
+
+
+def test_a_run_goes_on_from_another_and_its_record_tells_both(trained, vae_folder, tmp_path):
+    settings, folder = trained
+    more = settings_for(vae=settings.vae, initial=str(folder), total_steps=1, learning_rate=1e-12)
+    train_student(more, tmp_path / "second")
+    first = CausalVideoPipeline.from_pretrained(folder / "model").transformer.state_dict()
+    second = CausalVideoPipeline.from_pretrained(tmp_path / "second" / "model").transformer.state_dict()
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=0, atol=1e-3)
+    record = tmp_path / "second" / "model" / "training"
+    assert sorted(path.name for path in record.glob("*.json")) == ["student_1.json", "student_2.json"]
+    assert "--initial" in json.loads((record / "student_2.json").read_text())["command"]
