@@ -12,7 +12,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Add the command to the command line."""
     parser = commands.add_parser("evaluate", help="score a model", description=__doc__)
     benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    toyworld = benchmarks.add_parser("toyworld", help="prompt adherence, drift, VAE quality and speed")
+    toyworld = benchmarks.add_parser(
+        "toyworld", help="prompt adherence, drift, VAE quality and speed", allow_abbrev=False
+    )
     toyworld.add_argument("--model", default="toyworld", help="installed model or model folder (toyworld)")
     toyworld.add_argument("--prompts", type=int, default=200, help="number of evaluation prompts (200)")
     toyworld.add_argument("--vae-clips", type=int, default=100, help="clips that the VAE reconstructs (100)")

@@ -40,7 +40,7 @@ class GeneratePlan:
         if not 0 < self.fps < math.inf:
             raise ValueError(f"fps must be a positive number, got {self.fps}")
         if self.total_frames < 1:
-            raise ValueError(f"num_frames must be at least 1, got {self.num_frames}")
+            raise ValueError(f"num_frames (--frames) must be at least 1, got {self.num_frames}")
         for switch in self.switches:
             if switch.seconds * self.fps >= self.total_frames:
                 raise ValueError(

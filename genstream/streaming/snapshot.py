@@ -106,6 +106,8 @@ def _check(meta: dict[str, Any], path: str | Path, fingerprint: str) -> None:
 
 def _meta(state: StreamState, fingerprint: str) -> dict[str, Any]:
     request = state.request
+    with state.lock:
+        pending = tuple(state.pending)
     return {
         "format": FORMAT,
         "model": fingerprint,
@@ -128,7 +130,7 @@ def _meta(state: StreamState, fingerprint: str) -> dict[str, Any]:
         "vae": None if state.vae is None else state.vae.meta(),
         "blend": None if state.blend is None else _blend_meta(state.blend),
         "log": [{**asdict(item), "control": to_json(item.control)} for item in state.log],
-        "pending": [{**asdict(item), "control": to_json(item.control)} for item in tuple(state.pending)],
+        "pending": [{**asdict(item), "control": to_json(item.control)} for item in pending],
     }
 
 

@@ -124,6 +124,8 @@ class StreamState:
         fork = copy.copy(self)
         fork.kv = self.kv.clone()
         fork.vae = None if self.vae is None else self.vae.clone()
-        fork.pending = deque(self.pending)
+        with self.lock:
+            fork.pending = deque(self.pending)
+            fork.sequence = self.sequence
         fork.lock = Lock()
         return fork

@@ -32,6 +32,8 @@ def check_error(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts
         (["generate"], ["prompt"]),
         (["generate", ""], ["prompt must not be empty"]),
         (["generate", "  "], ["prompt must not be empty"]),
+        (["generate", PROMPT, "--fram", "5"], ["unrecognized arguments: --fram 5"]),
+        (["evaluate", "toyworld", "--prom", "5"], ["unrecognized arguments: --prom 5"]),
         (["generate", PROMPT, "--colour", "red"], ["unrecognized arguments: --colour"]),
         (["generate", PROMPT, "--size", "big"], ["--size", "WIDTHxHEIGHT", "'big'"]),
         (
@@ -44,7 +46,7 @@ def check_error(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts
             ["generate", PROMPT, "--seconds", "0.01"],
             ["seconds must be long enough for one frame at 16 fps, got 0.01"],
         ),
-        (["generate", PROMPT, "--frames", "0"], ["num_frames must be at least 1, got 0"]),
+        (["generate", PROMPT, "--frames", "0"], ["num_frames (--frames) must be at least 1", "got 0"]),
         (["generate", PROMPT, "--fps", "0"], ["fps must be a positive number, got 0.0"]),
         (
             ["generate", PROMPT, "--switch", "at four: blue"],
