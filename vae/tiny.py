@@ -20,6 +20,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from genstream.vae.checks import channel_values, check_size, check_state, check_tensor
+from genstream.vae.chunks import cut_clip
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 from genstream.vae.tiny_blocks import (
     BLOCKS_PER_STAGE,
@@ -215,32 +216,43 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
         latents: Tensor = self.encode_chunk(pending[:, :, -1:].expand(-1, -1, missing, -1, -1), state)
         return latents
 
-    def encode(self, frames: Tensor) -> Tensor:
+    def encode(self, frames: Tensor, chunk_latents: int | None = None) -> Tensor:
         """Latents [B, C, T, h, w] of a whole clip [B, 3, F, H, W].
 
-        With `first_frame_copies` F must be 1 + r (T - 1). Without, T = ceil(F / r).
+        With `first_frame_copies` F must be 1 + r (T - 1). Without, T = ceil(F / r). The result is the same
+        for any `chunk_latents`: groups of frames that go together, None for all. Fewer take less memory.
         """
         count, ratio = frames.shape[2], self.spec.temporal_ratio
         if self.config.first_frame_copies and count % ratio != 1:
             raise ValueError(f"frames must be {ratio}n + 1 along dimension 2, got {count}")
         state = self.init_state("encode", frames.shape[0], frames.shape[3], frames.shape[4])
-        return torch.cat([self.encode_chunk(frames, state), self.flush(state)], dim=2)
+        latents = [self.encode_chunk(part, state) for part in cut_clip(frames, chunk_latents, ratio)]
+        return torch.cat([*latents, self.flush(state)], dim=2)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Frames [B, 3, 1 + r (T - 1), H, W] in [-1, 1] of a whole clip [B, C, T, h, w]."""
-        return self.decode_unclamped(latents).clamp(-1, 1)
+    def decode(self, latents: Tensor, chunk_latents: int | None = None) -> Tensor:
+        """Frames [B, 3, 1 + r (T - 1), H, W] in [-1, 1] of a whole clip [B, C, T, h, w].
+
+        The result is the same for any `chunk_latents`: latent frames that go together, None for all.
+        """
+        state = self._state_of_clip(latents)
+        frames = [self.decode_chunk(part, state) for part in cut_clip(latents, chunk_latents, 1)]
+        return torch.cat(frames, dim=2)
 
     def decode_unclamped(self, latents: Tensor) -> Tensor:
         """`decode` before the clamp."""
-        ratio = self.spec.spatial_ratio
-        batch_size, _, _, height, width = latents.shape
-        state = self.init_state("decode", batch_size, height * ratio, width * ratio)
-        frames: Tensor = self.decode_chunk_unclamped(latents, state)
+        frames: Tensor = self.decode_chunk_unclamped(latents, self._state_of_clip(latents))
         return frames
 
     def forward(self, sample: Tensor) -> Tensor:
         """Reconstruction of a clip."""
         return self.decode(self.encode(sample))
+
+    def _state_of_clip(self, latents: Tensor) -> VAEState:
+        """A decoding state for latents of this batch and size."""
+        ratio = self.spec.spatial_ratio
+        batch_size, _, _, height, width = latents.shape
+        state: VAEState = self.init_state("decode", batch_size, height * ratio, width * ratio)
+        return state
 
     def _encode_groups(self, frames: Tensor, state: VAEState) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents of whole groups of frames, and the next slots."""

@@ -19,6 +19,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from genstream.vae.checks import channel_values, check_size, check_state, check_tensor
+from genstream.vae.chunks import cut_clip
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 from genstream.vae.wan_blocks import (
     SCALE,
@@ -287,28 +288,28 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
         missing = -pending.shape[2] % self.spec.temporal_ratio
         return self.encode_chunk(pending[:, :, -1:].expand(-1, -1, missing, -1, -1), state)
 
-    def encode(self, frames: Tensor, chunk_latents: int = 1) -> Tensor:
+    def encode(self, frames: Tensor, chunk_latents: int | None = 1) -> Tensor:
         """Latents [B, C, T, h, w] of a whole clip [B, 3, 1 + r (T - 1), H, W].
 
-        `chunk_latents` groups of frames go together: more is faster on a GPU and takes as much more memory.
+        `chunk_latents` groups of frames go together, None for all: more take as much more memory.
         """
         ratio = self.spec.temporal_ratio
         if frames.shape[2] % ratio != 1:
             raise ValueError(f"frames must be {ratio}n + 1 along dimension 2, got {frames.shape[2]}")
         state = self.init_state("encode", frames.shape[0], frames.shape[3], frames.shape[4])
-        chunks = frames.split(chunk_latents * ratio, dim=2)
-        return torch.cat([self.encode_chunk(chunk, state) for chunk in chunks], dim=2)
+        latents = [self.encode_chunk(part, state) for part in cut_clip(frames, chunk_latents, ratio)]
+        return torch.cat(latents, dim=2)
 
-    def decode(self, latents: Tensor, chunk_latents: int = 1) -> Tensor:
+    def decode(self, latents: Tensor, chunk_latents: int | None = 1) -> Tensor:
         """Frames [B, 3, 1 + r (T - 1), H, W] in [-1, 1] of a whole clip [B, C, T, h, w].
 
-        `chunk_latents` latent frames go together: more is faster on a GPU and takes as much more memory.
+        `chunk_latents` latent frames go together, None for all: more take as much more memory.
         """
         ratio = self.spec.spatial_ratio
         batch_size, _, _, height, width = latents.shape
         state = self.init_state("decode", batch_size, height * ratio, width * ratio)
-        chunks = latents.split(chunk_latents, dim=2)
-        return torch.cat([self.decode_chunk(chunk, state) for chunk in chunks], dim=2)
+        frames = [self.decode_chunk(part, state) for part in cut_clip(latents, chunk_latents, 1)]
+        return torch.cat(frames, dim=2)
 
     def forward(self, sample: Tensor) -> Tensor:
         """Reconstruction of a clip."""

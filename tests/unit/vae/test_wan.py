@@ -6,6 +6,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 
 from genstream.vae.protocol import VAEState
+from genstream.vae.tiny import TinyVideoVAE
 from genstream.vae.wan import WanVideoVAE
 from genstream.vae.wan_weights import load_wan_vae
 
@@ -217,6 +218,22 @@ def test_latents_are_normalised_once(vae):
     latents = vae.encode(frames)
     torch.testing.assert_close(latents * std + mean, raw.encode(frames), rtol=0, atol=1e-6)
     torch.testing.assert_close(vae.decode(latents), raw.decode(latents * std + mean), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "version, channels, patch_size", [("2.1", 16, 1), ("2.2", 48, 2)], ids=["taew2_1", "taew2_2"]
+)
+def test_tiny_vae_previews_the_same_latents(version, channels, patch_size):
+    """A preview and the final frames come from one latent stream, frame for frame."""
+    final = build(version, latent_channels=channels, latents_mean=None, latents_std=None).float()
+    preview = TinyVideoVAE(
+        latent_channels=channels, patch_size=patch_size, encoder_width=4, decoder_widths=[4, 4, 4, 4]
+    )
+    latents = final.encode(random_frames(9).float())
+    states = [vae.init_state("decode", 2, HEIGHT, WIDTH) for vae in (preview, final)]
+    for part in latents.split([1, 2], dim=2):
+        previewed, decoded = preview.decode_chunk(part, states[0]), final.decode_chunk(part, states[1])
+        assert previewed.shape == decoded.shape
 
 
 def test_save_pretrained_round_trip(tmp_path):
