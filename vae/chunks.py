@@ -9,4 +9,5 @@ def cut_clip(clip: Tensor, chunk_latents: int | None, frames_per_latent: int) ->
         return (clip,)
     if chunk_latents < 1:
         raise ValueError(f"chunk_latents must be None or 1 or more, got {chunk_latents}")
-    return clip.split(chunk_latents * frames_per_latent, dim=2)
+    parts: tuple[Tensor, ...] = clip.split(chunk_latents * frames_per_latent, dim=2)
+    return parts

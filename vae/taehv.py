@@ -47,7 +47,7 @@ def load_taehv(
     published = [_stride(tensors, f"decoder.{index}.conv.weight") for index in grows]
     strides = list(published if decoder_temporal_strides is None else decoder_temporal_strides)
     encoder_width, patch_channels = shape_of(tensors, "encoder.0.weight")[:2]
-    vae = TinyVideoVAE(
+    vae: TinyVideoVAE = TinyVideoVAE(
         latent_channels=shape_of(tensors, "encoder.17.weight")[0],
         patch_size=math.isqrt(patch_channels // RGB),
         encoder_width=encoder_width,
@@ -64,7 +64,8 @@ def load_taehv(
     )
     _keep_last_frames(tensors, grows, published, strides)
     fill(vae, tensors)
-    return vae.eval()
+    vae.eval()
+    return vae
 
 
 def _decoder_block(tensors: Mapping[str, Tensor]) -> BlockKind:

@@ -288,7 +288,7 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
         """Whether the decoder gives fewer or smaller frames than the encoder takes."""
         config = self.config
         in_time = math.prod(config.decoder_temporal_strides) < math.prod(config.encoder_temporal_strides)
-        return in_time or min(config.decoder_spatial_strides) < HALVING
+        return bool(in_time or min(config.decoder_spatial_strides) < HALVING)
 
     def _per_channel(self, values: Tensor) -> Tensor:
         return values.view(1, -1, 1, 1, 1)

@@ -138,7 +138,7 @@ class TemporalGrow(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B*F, C, h, w] to [B*F*stride, C, s*h, s*w]; the oldest frame's channels come first."""
         grown = self.conv(x).permute(0, 2, 3, 1).unflatten(3, (self.stride, -1))  # [N, h, w, s, C]
-        frames = grown.permute(0, 3, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2)  # [N*s, C, h, w]
+        frames: Tensor = grown.permute(0, 3, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2)  # [N*s, C, h, w]
         if self.spatial_stride == 1:
             return frames
         return F.interpolate(frames, scale_factor=float(self.spatial_stride), mode="nearest")

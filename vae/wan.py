@@ -144,13 +144,13 @@ class WanDecoder(StreamingLayer):
 
 def _to_patches(frames: Tensor, size: int) -> Tensor:
     """[B, 3, F, H, W] to [B, 3 p^2, F, H/p, W/p]; in a patch, columns come before rows."""
-    patches = frames.unflatten(4, (-1, size)).unflatten(3, (-1, size))  # [B, 3, F, H/p, p, W/p, p]
+    patches: Tensor = frames.unflatten(4, (-1, size)).unflatten(3, (-1, size))  # [B, 3, F, H/p, p, W/p, p]
     return patches.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
 
 
 def _from_patches(patches: Tensor, size: int) -> Tensor:
     """The inverse of `_to_patches`."""
-    frames = patches.unflatten(1, (-1, size, size)).permute(0, 1, 4, 5, 3, 6, 2)
+    frames: Tensor = patches.unflatten(1, (-1, size, size)).permute(0, 1, 4, 5, 3, 6, 2)
     return frames.flatten(5, 6).flatten(3, 4)
 
 
@@ -158,7 +158,8 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
     """Video VAE of Wan 2.1 or Wan 2.2 that satisfies `StreamingVAE`, exactly for any chunking.
 
     Frames are [B, 3, F, H, W] in [-1, 1], latents [B, C, T, h, w] normalised, with F = 1 + 4 (T - 1).
-    Encoding gives the mean of the posterior.
+    Encoding gives the mean of the posterior. It wants float32; bfloat16 is enough for decoding Wan 2.1
+    (https://github.com/hao-ai-lab/FastVideo, 1181 and 1472).
 
     Args:
         version: "2.1", or "2.2" with shortcuts around the stages.
@@ -294,7 +295,7 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
         `chunk_latents` groups of frames go together, None for all: more take as much more memory.
         """
         ratio = self.spec.temporal_ratio
-        if frames.shape[2] % ratio != 1:
+        if (frames.shape[2] - 1) % ratio:
             raise ValueError(f"frames must be {ratio}n + 1 along dimension 2, got {frames.shape[2]}")
         state = self.init_state("encode", frames.shape[0], frames.shape[3], frames.shape[4])
         latents = [self.encode_chunk(part, state) for part in cut_clip(frames, chunk_latents, ratio)]
@@ -342,7 +343,8 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
     def _no_latents(self, state: VAEState, channels: int) -> Tensor:
         ratio = self.spec.spatial_ratio
         size = (state.height // ratio, state.width // ratio)
-        return next(self.parameters()).new_zeros((state.batch_size, channels, 0, *size))
+        latents: Tensor = next(self.parameters()).new_zeros((state.batch_size, channels, 0, *size))
+        return latents
 
     def _per_channel(self, values: Tensor) -> Tensor:
         return values.view(1, -1, 1, 1, 1)

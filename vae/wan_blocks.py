@@ -73,6 +73,7 @@ class Pass:
         if x.shape[2] == 0:
             self._remember(layer, past)
             return x
+        y: Tensor
         y, remembered = layer(x, past)
         self._remember(layer, remembered)
         return y
@@ -96,7 +97,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Like `x`."""
-        return F.normalize(x, dim=1) * x.shape[1] ** 0.5 * self.gamma
+        y: Tensor = F.normalize(x, dim=1) * x.shape[1] ** 0.5 * self.gamma
+        return y
 
 
 class ResidualBlock(StreamingLayer):
@@ -209,7 +211,8 @@ def average_down(x: Tensor, outputs: int, stride: int, scale: int) -> Tensor:
     x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % stride, 0))
     x = x.unflatten(4, (-1, scale)).unflatten(3, (-1, scale)).unflatten(2, (-1, stride))
     stacked = x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)  # [B, C*stride*scale^2, F', h', w']
-    return stacked.unflatten(1, (outputs, -1)).mean(dim=2)
+    groups: Tensor = stacked.unflatten(1, (outputs, -1))
+    return groups.mean(dim=2)
 
 
 def duplicate_up(x: Tensor, outputs: int, stride: int, scale: int) -> Tensor:

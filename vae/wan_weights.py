@@ -49,7 +49,7 @@ def load_wan_vae(
     """
     tensors = _published_names(read_weights(source))
     version: Version = "2.2" if "encoder.downsamples.0.downsamples.0.residual.2.weight" in tensors else "2.1"
-    vae = WanVideoVAE(
+    vae: WanVideoVAE = WanVideoVAE(
         version=version,
         latent_channels=shape_of(tensors, "conv2.weight")[0],
         patch_size=math.isqrt(shape_of(tensors, "encoder.conv1.weight")[1] // RGB),
@@ -60,7 +60,8 @@ def load_wan_vae(
         latents_std=latents_std,
     )
     fill(vae, tensors)
-    return vae.eval()
+    vae.eval()
+    return vae
 
 
 def _published_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
