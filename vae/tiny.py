@@ -195,7 +195,8 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
         if latents.shape[2] == 0:
             return latents.new_zeros((state.batch_size, RGB, 0, state.height, state.width))
         raw = latents * self._per_channel(self._latents_std) + self._per_channel(self._latents_mean)
-        images, slots = _run(self.decoder, _to_images(raw), state)
+        # The statistics may be float32 in a VAE that was loaded in half precision.
+        images, slots = _run(self.decoder, _to_images(raw.to(latents.dtype)), state)
         frames = _to_video(F.pixel_shuffle(images, self.config.patch_size), state.batch_size)
         # A first latent frame grows into r frames like every other, of which only the last is real.
         surplus = spec.temporal_ratio - 1 if state.steps == 0 else 0
@@ -265,7 +266,7 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
         raw, slots = _run(self.encoder, images.contiguous(memory_format=torch.channels_last), state)
         latents = _to_video(raw, state.batch_size)
         mean, std = self._per_channel(self._latents_mean), self._per_channel(self._latents_std)
-        return (latents - mean) / std, slots
+        return ((latents - mean) / std).to(frames.dtype), slots
 
     def _memories(self, direction: Direction) -> dict[str, tuple[int, int]]:
         """For each MemBlock of one direction: channels and pixels per feature pixel."""

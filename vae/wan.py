@@ -234,8 +234,9 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
     def encode_chunk(self, frames: Tensor, state: VAEState) -> Tensor:
         """Latents [B, C, T, h, w] that become complete with `frames` [B, 3, F, H, W]; the rest waits."""
         moments: Tensor = self.encode_chunk_moments(frames, state)
-        mean = moments.chunk(2, dim=1)[0]
-        return (mean - self._per_channel(self._latents_mean)) / self._per_channel(self._latents_std)
+        mean, std = self._per_channel(self._latents_mean), self._per_channel(self._latents_std)
+        # The statistics may be float32 in a VAE that was loaded in half precision.
+        return ((moments.chunk(2, dim=1)[0] - mean) / std).to(frames.dtype)
 
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def encode_chunk_moments(self, frames: Tensor, state: VAEState) -> Tensor:
@@ -274,7 +275,8 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
             return latents.new_zeros((state.batch_size, RGB, 0, state.height, state.width))
         raw = latents * self._per_channel(self._latents_std) + self._per_channel(self._latents_mean)
         run = Pass(past=state.slots, at_start=state.steps == 0)
-        frames = _from_patches(self.decoder(self.conv2(raw), run), self.config.patch_size)
+        patches = self.decoder(self.conv2(raw.to(latents.dtype)), run)
+        frames = _from_patches(patches, self.config.patch_size)
         state.advance(latents.shape[2], run.remembered)
         return frames
 

@@ -171,6 +171,16 @@ def test_save_pretrained_round_trip(tmp_path):
     assert loaded.config.latents_mean == [0.1, -0.2, 0.0, 0.3]
 
 
+def test_works_when_loaded_in_half_precision(tmp_path):
+    vae = small_vae().float()
+    vae.save_pretrained(tmp_path)
+    half = TinyVideoVAE.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    frames = clip(5).float()
+    latents = half.encode(frames.bfloat16())
+    assert latents.dtype == half.decode(latents).dtype == torch.bfloat16
+    torch.testing.assert_close(latents.float(), vae.encode(frames), rtol=0.05, atol=0.05)
+
+
 def test_latents_are_normalised_once():
     raw, normalised = small_vae(latents_mean=None, latents_std=None), small_vae()
     latents = normalised.encode(clip(5))

@@ -244,6 +244,30 @@ def test_save_pretrained_round_trip(tmp_path):
     assert torch.equal(loaded.encode(frames), vae.encode(frames))
 
 
+def test_works_when_loaded_in_half_precision(tmp_path):
+    vae = build("2.2").float()
+    vae.save_pretrained(tmp_path)
+    half = WanVideoVAE.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    frames = random_frames(5).float()
+    latents = half.encode(frames.bfloat16())
+    decoded = half.decode(latents)
+    assert latents.dtype == decoded.dtype == torch.bfloat16
+    torch.testing.assert_close(latents.float(), vae.encode(frames), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_memory_stays_in_float32_under_autocast(version):
+    vae = build(version).float()
+    latents, frames = random_latents(vae, 3).float(), random_frames(5).float()
+    states = [vae.init_state(direction, 2, HEIGHT, WIDTH) for direction in ("decode", "encode")]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        decoded = [vae.decode_chunk(part, states[0]) for part in latents.split(1, dim=2)]
+        encoded = [vae.encode_chunk(part, states[1]) for part in frames.split([1, 4], dim=2)]
+    assert {slot.dtype for state in states for slot in state.slots.values()} == {torch.float32}
+    assert (torch.cat(decoded, dim=2) - vae.decode(latents)).abs().mean() < 0.02
+    assert (torch.cat(encoded, dim=2) - vae.encode(frames)).abs().mean() < 0.02
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_files_say_what_they_are(version, suffix, tmp_path):
