@@ -8,11 +8,19 @@ from torch import Tensor
 from genstream.shapes import check_divides
 from genstream.vae.protocol import Direction, VAEState
 
+_CLIP_DIMENSIONS = 5
+
 
 def check_size(height: int, width: int, ratio: int) -> None:
     """Height and width in pixels must be whole latent pixels."""
     check_divides("height", height, ratio)
     check_divides("width", width, ratio)
+
+
+def check_clip(name: str, clip: Tensor) -> None:
+    """A whole clip, from which a state of its size is made."""
+    if clip.ndim != _CLIP_DIMENSIONS:
+        raise ValueError(f"{name} must be [B, C, T, h, w], got {list(clip.shape)}")
 
 
 def check_tensor(name: str, tensor: Tensor, expected: tuple[int | None, ...], like: Tensor) -> None:

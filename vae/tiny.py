@@ -19,7 +19,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from genstream.vae.checks import channel_values, check_size, check_state, check_tensor
+from genstream.vae.checks import channel_values, check_clip, check_size, check_state, check_tensor
 from genstream.vae.chunks import cut_clip
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 from genstream.vae.tiny_blocks import (
@@ -223,6 +223,7 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
         With `first_frame_copies` F must be 1 + r (T - 1). Without, T = ceil(F / r). The result is the same
         for any `chunk_latents`: groups of frames that go together, None for all. Fewer take less memory.
         """
+        check_clip("frames", frames)
         count, ratio = frames.shape[2], self.spec.temporal_ratio
         if self.config.first_frame_copies and count % ratio != 1:
             raise ValueError(f"frames must be {ratio}n + 1 along dimension 2, got {count}")
@@ -250,6 +251,7 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
 
     def _state_of_clip(self, latents: Tensor) -> VAEState:
         """A decoding state for latents of this batch and size."""
+        check_clip("latents", latents)
         ratio = self.spec.spatial_ratio
         batch_size, _, _, height, width = latents.shape
         state: VAEState = self.init_state("decode", batch_size, height * ratio, width * ratio)

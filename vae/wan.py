@@ -18,7 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from genstream.vae.checks import channel_values, check_size, check_state, check_tensor
+from genstream.vae.checks import channel_values, check_clip, check_size, check_state, check_tensor
 from genstream.vae.chunks import cut_clip
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 from genstream.vae.wan_blocks import (
@@ -296,6 +296,7 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
 
         `chunk_latents` groups of frames go together, None for all: more take as much more memory.
         """
+        check_clip("frames", frames)
         ratio = self.spec.temporal_ratio
         if (frames.shape[2] - 1) % ratio:
             raise ValueError(f"frames must be {ratio}n + 1 along dimension 2, got {frames.shape[2]}")
@@ -308,6 +309,7 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
 
         `chunk_latents` latent frames go together, None for all: more take as much more memory.
         """
+        check_clip("latents", latents)
         ratio = self.spec.spatial_ratio
         batch_size, _, _, height, width = latents.shape
         state = self.init_state("decode", batch_size, height * ratio, width * ratio)
