@@ -165,6 +165,15 @@ def test_reduced_decoders_stream_exactly(reduction):
         vae.init_state("encode", 1, ratio, ratio)
 
 
+@pytest.mark.parametrize("block", ["base", "wide", "super"])
+def test_reducing_the_last_stage_leaves_out_every_second_frame(block):
+    """No block remembers anything behind it, so the frames that stay are the same ones."""
+    full = build(latent_channels=16, decoder_block=block).double()
+    reduced = load_taehv(full.state_dict(), decoder_temporal_strides=[1, 2, 1]).double()
+    latents = random_latents(full, 3)
+    torch.testing.assert_close(reduced.decode(latents), full.decode(latents)[:, :, ::2], rtol=0, atol=1e-6)
+
+
 def test_statistics_for_weights_trained_on_raw_latents():
     weights = build(latent_channels=4).state_dict()
     mean, std = [0.1, -0.2, 0.0, 0.3], [0.5, 0.7, 1.2, 0.9]
