@@ -25,12 +25,23 @@ class VAESpec:
         spatial_ratio: pixels per latent pixel, along each of height and width.
         latent_channels: channels of a latent.
         memory_latents: how many latent frames back a decoded frame depends on; None if without bound.
+        first_frames: frames of the first latent frame.
+        first_latents: latent frames that are decoded together at a stream's start.
+        chunk_latents: latent frames that are decoded together afterwards, where the model fixes that.
+        lookahead_latents: latent frames that must be known behind a frame before it can be decoded.
+        exactness: "exact": any chunking equals the whole clip. "partition": equals the whole clip, which is
+            itself defined by `first_latents` and `chunk_latents`. "approximate": differs from the whole clip.
     """
 
     temporal_ratio: int
     spatial_ratio: int
     latent_channels: int
     memory_latents: int | None
+    first_frames: int = 1
+    first_latents: int = 1
+    chunk_latents: int = 1
+    lookahead_latents: int = 0
+    exactness: Literal["exact", "partition", "approximate"] = "exact"
 
 
 @dataclass(kw_only=True)

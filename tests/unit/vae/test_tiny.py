@@ -171,6 +171,16 @@ def test_save_pretrained_round_trip(tmp_path):
     assert loaded.config.latents_mean == [0.1, -0.2, 0.0, 0.3]
 
 
+def test_works_when_loaded_in_half_precision(tmp_path):
+    vae = small_vae().float()
+    vae.save_pretrained(tmp_path)
+    half = TinyVideoVAE.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    frames = clip(5).float()
+    latents = half.encode(frames.bfloat16())
+    assert latents.dtype == half.decode(latents).dtype == torch.bfloat16
+    torch.testing.assert_close(latents.float(), vae.encode(frames), rtol=0.05, atol=0.05)
+
+
 def test_latents_are_normalised_once():
     raw, normalised = small_vae(latents_mean=None, latents_std=None), small_vae()
     latents = normalised.encode(clip(5))
@@ -194,10 +204,16 @@ def test_state_of_another_stream_is_refused():
 
 def test_sizes_and_counts_that_do_not_divide_are_refused():
     vae = small_vae()
-    with pytest.raises(ValueError, match=r"width must be a positive multiple of 16 .* got 40"):
+    with pytest.raises(ValueError, match=r"width must be a positive multiple of 16, got 40"):
         vae.init_state("encode", 1, 32, 40)
     with pytest.raises(ValueError, match="frames must be 4n \\+ 1 along dimension 2, got 8"):
         vae.encode(clip(8))
+    with pytest.raises(ValueError, match=r"frames must be \[B, C, T, h, w\], got \[3, 16, 16\]"):
+        vae.encode(torch.zeros((3, 16, 16), dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"latents must be \[B, C, T, h, w\], got \[4, 2, 2\]"):
+        vae.decode(torch.zeros((4, 2, 2), dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"latents must be torch.float64 like the VAE, got torch.float32"):
+        vae.decode(torch.zeros((1, 4, 1, 2, 2)))
     with pytest.raises(ValueError, match="first_frame_copies must be 0 or 3, got 2"):
         small_vae(first_frame_copies=2)
 

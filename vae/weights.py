@@ -1,0 +1,55 @@
+"""Published checkpoints: reading them and putting them into a module, with nothing left over."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+Weights = str | Path | Mapping[str, Tensor]
+"""A checkpoint file, or the tensors by name."""
+
+
+def read_weights(source: Weights) -> dict[str, Tensor]:
+    """Tensors by name, on CPU, from a .safetensors file, a torch file or a mapping.
+
+    A torch file is read as data only and never runs code. It may hold its tensors under "state_dict".
+    """
+    if isinstance(source, Mapping):
+        return dict(source)
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"source must be a checkpoint file, got {str(path)!r}")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"source must hold tensors by name, got {str(path)!r}")
+    return dict(tensors)
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """Shape of a tensor that every checkpoint of an architecture has."""
+    if name not in tensors:
+        raise ValueError(f"source must hold {name!r}, got {len(tensors)} tensors without it")
+    return tuple(tensors[name].shape)
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors` into `module`; names and shapes must be the same on both sides."""
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"source must hold the weights of {type(module).__name__}: "
+            f"{len(missing)} missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
+        )
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise ValueError(
+                f"{name} must be {list(tensor.shape)} in {type(module).__name__}, "
+                f"got {list(tensors[name].shape)}"
+            )
+    module.load_state_dict(dict(tensors))
