@@ -54,15 +54,16 @@ class Posterior:
 class CausalVideoVAE(ModelMixin, ConfigMixin):
     """Causal video VAE for images and videos of any length that satisfies `StreamingVAE`.
 
-    Frames are [B, 3, F, H, W] in [-1, 1], latents [B, C, T, h, w] with F = 1 + r (T - 1). The default is 4x8x8.
+    Frames are [B, 3, F, H, W] in [-1, 1], latents [B, C, T, h, w] with F = 1 + r (T - 1).
+    The default is 4x8x8.
 
     Args:
         latent_channels: channels of a latent.
         block_out_channels: channels of each level; each level but the last halves height and width.
         layers_per_block: residual blocks of an encoder level; the decoder has one more.
         temporal_levels: for each level but the last, whether the frame rate halves behind it too.
-        encoder_temporal_kernels: for each level, 3 for causal 3-D convolutions or 1 for 2-D ones, which cost a
-            third.
+        encoder_temporal_kernels: for each level, 3 for causal 3-D convolutions or 1 for 2-D ones, which cost
+            a third.
         decoder_temporal_kernels: likewise.
         norm: "group" over each frame, as image VAEs have, or "channel", which is exact in tiles too.
         norm_num_groups: groups of "group".
@@ -124,7 +125,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
     ) -> "CausalVideoVAE":
         """A video VAE that does to one frame what `image_vae` does to an image (tail initialisation, OD-VAE).
 
-        Its latents are normalised as diffusion models use those of `image_vae`: by its shift and scaling factor.
+        Its latents are normalised as diffusion models expect those of `image_vae`.
         """
         image = image_vae.config
         _check_image_config(image)
@@ -145,10 +146,12 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
             latents_std=std,
         )
         without_source = inflate(image_vae, vae)
-        unknown = [name for name in without_source if "temporal" not in name and "text_attentions" not in name]
+        unknown = [
+            name for name in without_source if "temporal" not in name and "text_attentions" not in name
+        ]
         if unknown:
             raise ValueError(f"image_vae must have weights for {', '.join(unknown)}")
-        return vae.to(device=image_vae.device, dtype=image_vae.dtype)
+        return vae.to(image_vae.device).type(image_vae.dtype)
 
     @property
     def spec(self) -> VAESpec:
@@ -222,7 +225,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
 
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def decode_window(self, latents: Tensor, state: VAEState) -> Tensor:
-        """`decode_chunk` for training: not clamped, and gradient flows through the state to earlier windows."""
+        """`decode_chunk` for training: not clamped, and gradient flows as in `encode_window`."""
         frames, slots = self._decode(latents, state)
         state.advance(latents.shape[2], slots)
         return frames
@@ -319,7 +322,13 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
     def _no_latents(self, state: VAEState) -> Tensor:
         """[B, C, 0, h, w]."""
         ratio = self.spec.spatial_ratio
-        shape = (state.batch_size, self.config.latent_channels, 0, state.height // ratio, state.width // ratio)
+        shape = (
+            state.batch_size,
+            self.config.latent_channels,
+            0,
+            state.height // ratio,
+            state.width // ratio,
+        )
         return self._weight.new_zeros(shape)
 
     def _network(self, temporal_kernels: Sequence[int]) -> NetworkSettings:
@@ -396,7 +405,8 @@ def _check_config(config: FrozenDict) -> None:
     groups = config.norm_num_groups
     if config.norm == "group" and any(width % groups for width in config.block_out_channels):
         raise ValueError(
-            f"block_out_channels must divide by norm_num_groups = {groups}, got {list(config.block_out_channels)}"
+            f"block_out_channels must divide by norm_num_groups = {groups}, "
+            f"got {list(config.block_out_channels)}"
         )
     if config.text_dim is not None and config.block_out_channels[-1] % config.text_heads:
         raise ValueError(
@@ -431,4 +441,6 @@ def _image_statistics(config: FrozenDict) -> tuple[list[float], list[float]]:
 
 def _check_video(name: str, video: Tensor) -> None:
     if video.dim() != 5:
-        raise ValueError(f"{name} must have 5 dimensions [B, C, frames, height, width], got {list(video.shape)}")
+        raise ValueError(
+            f"{name} must have 5 dimensions [B, C, frames, height, width], got {list(video.shape)}"
+        )

@@ -4,6 +4,7 @@ Layers are named as in diffusers' AutoencoderKL, so that its weights find their 
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -190,8 +191,7 @@ class DownBlock(nn.Module):
         channels = settings.channels[level]
         widths = [settings.channels[max(0, level - 1)]] + [channels] * settings.layers_per_block
         self.resnets = nn.ModuleList(
-            ResnetBlock(settings, inputs, outputs, level)
-            for inputs, outputs in zip(widths, widths[1:], strict=False)
+            ResnetBlock(settings, inputs, outputs, level) for inputs, outputs in pairwise(widths)
         )
         is_last = level == len(settings.channels) - 1
         self.downsamplers = nn.ModuleList([] if is_last else [HalvedSize(channels)])
@@ -216,8 +216,7 @@ class UpBlock(nn.Module):
         channels = settings.channels[level]
         widths = [settings.channels[min(last, level + 1)]] + [channels] * (settings.layers_per_block + 1)
         self.resnets = nn.ModuleList(
-            ResnetBlock(settings, inputs, outputs, level)
-            for inputs, outputs in zip(widths, widths[1:], strict=False)
+            ResnetBlock(settings, inputs, outputs, level) for inputs, outputs in pairwise(widths)
         )
         # Time before space, which is where the convolution in time costs a quarter.
         faster = level > 0 and settings.temporal_levels[level - 1]

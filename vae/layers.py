@@ -1,8 +1,8 @@
-"""Layers of causal video networks. Those that look back in time are handed their past and return the next one.
+"""Layers of causal video networks. Those that look back in time get their past and return the next one.
 
-Video is [B, C, F, h, w]. The past of a layer is empty at the start of a stream; the first frame then stands in
-for the missing ones, as if the video had stood still before (OD-VAE, 2409.01199). An image is the first frame
-of such a video.
+Video is [B, C, F, h, w]. The past of a layer is empty at the start of a stream; the first frame then stands
+in for the missing ones, as if the video had stood still before (OD-VAE, 2409.01199). An image is the first
+frame of such a video.
 """
 
 from collections.abc import Mapping
@@ -28,12 +28,14 @@ class Memory:
 
     Attributes:
         slots: what the layers that have run remember, by name.
+        at_start: whether no layer has a past.
     """
 
     def __init__(self, network: nn.Module, past: Mapping[str, Tensor]) -> None:
         self._names = remembering_layers(network)
         self._past = past
         self.slots: dict[str, Tensor] = {}
+        self.at_start = all(past[name].numel() == 0 for name in self._names.values())
 
     def __call__(self, layer: nn.Module, x: Tensor) -> Tensor:
         """The output of a layer, with its past if it has one."""
@@ -49,7 +51,7 @@ def with_past(x: Tensor, past: Tensor, kernel: int, stride: int) -> tuple[Tensor
     """Put in front of `x` [B, C, F, h, w] what a causal kernel over `kernel` frames needs.
 
     Returns:
-        The longer video, and its last kernel - stride frames, which the next step needs, in the dtype of `past`.
+        The longer video, and its last kernel - stride frames for the next step, in the dtype of `past`.
     """
     before = x[:, :, :1].expand(-1, -1, kernel - 1, -1, -1) if past.numel() == 0 else past.to(x.dtype)
     video = torch.cat([before, x], dim=2)
@@ -69,6 +71,19 @@ class CausalConv3d(Remembering, nn.Conv3d):
         """[B, C, F, h, w] to the same number of frames, and the last `kernel - 1` inputs."""
         video, kept = with_past(x, past, self.kernel_size[0], stride=1)
         return super().forward(video), kept
+
+
+class CentredConv3d(nn.Conv3d):
+    """3-D convolution that looks as far ahead as back in time; copies of the outer frames stand in beyond."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 3, *, groups: int = 1) -> None:
+        side = kernel // 2
+        super().__init__(inputs, outputs, kernel, padding=(0, side, side), groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, F, h, w] to the same number of frames."""
+        beyond = self.kernel_size[0] // 2
+        return super().forward(F.pad(x, (0, 0, 0, 0, beyond, beyond), mode="replicate"))
 
 
 class FrameConv(nn.Conv2d):
@@ -163,7 +178,7 @@ def pass_last_frame(conv: nn.Conv3d) -> None:
 
 
 def rms_normalised(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean over channels of x^2 + eps), for [B, C, ...]."""
+    """Divide by sqrt(mean of squares over channels + eps); [B, C, ...], same shape."""
     return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + eps)
 
 
