@@ -46,9 +46,10 @@ def haar_bands(frames: Tensor) -> Tensor:
 
 
 def wavelet_loss(reconstruction: Tensor, frames: Tensor, levels: int = 2) -> Tensor:
-    """Frequency-aware loss: the mean absolute error of every band of a Haar pyramid, added up (FA-VAE, 2509.05441).
+    """Frequency-aware loss: the mean absolute errors of the bands of a Haar pyramid, added up.
 
-    Each band counts alike, however small its coefficients are, so that fine detail is not outvoted.
+    After FA-VAE (2509.05441), which treats bands apart: each band counts alike, however small its coefficients
+    are, so that fine detail is not outvoted.
 
     Args:
         reconstruction: [..., H, W].
@@ -108,6 +109,7 @@ class VisionAlignment(nn.Module):
     Args:
         latent_channels: of the VAE.
         feature_channels: of the vision encoder.
+        temporal_ratio: of the VAE.
         vision_encoder: frozen; its features are resampled to the latents' size.
         cosine_margin: of `marginal_cosine_loss`.
         distance_margin: of `distance_matrix_loss`.
@@ -117,12 +119,14 @@ class VisionAlignment(nn.Module):
         self,
         latent_channels: int,
         feature_channels: int,
+        temporal_ratio: int,
         vision_encoder: VisionEncoder,
         cosine_margin: float = 0.5,
         distance_margin: float = 0.25,
     ) -> None:
         super().__init__()
         self.projection = nn.Conv2d(latent_channels, feature_channels, 1, bias=False)
+        self.temporal_ratio = temporal_ratio
         # In a tuple: an encoder that is a module must not become a part of this one, which is trained.
         self._vision_encoder = (vision_encoder,)
         self.cosine_margin = cosine_margin
@@ -135,20 +139,14 @@ class VisionAlignment(nn.Module):
             latents: [B, C, T, h, w].
             frames: [B, 3, F, H, W]; each latent frame is compared with the last frame of its group.
         """
-        count = latents.shape[2]
-        ends = _group_ends(frames.shape[2], count)
+        last = frames.shape[2] - 1
+        ends = [last - self.temporal_ratio * index for index in reversed(range(latents.shape[2]))]
         places = to_images(latents)
         with torch.no_grad():
             features = self._vision_encoder[0](to_images(frames[:, :, ends]))
         features = F.interpolate(features, places.shape[2:], mode="bilinear", antialias=True)
         cosine = marginal_cosine_loss(self.projection(places), features, self.cosine_margin)
         return cosine + distance_matrix_loss(places, features, self.distance_margin)
-
-
-def _group_ends(frames: int, latents: int) -> list[int]:
-    """The last frame of each latent frame: r per group, but one in the first group of a clip."""
-    ratio = -(-frames // latents)
-    return [frames - 1 - ratio * index for index in reversed(range(latents))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +202,9 @@ class VAEObjective:
 
     def __call__(self, window: Window) -> tuple[Tensor, dict[str, float]]:
         """Loss of a window, and its parts without their weights."""
-        frames, reconstruction, weights = window.frames, window.reconstruction.float(), self.weights
+        frames, reconstruction, weights = window.frames, window.reconstruction, self.weights
+        # Losses are taken in the precision of the frames, also where autocast made the rest coarser.
+        reconstruction = reconstruction.to(frames.dtype)
         parts = {"reconstruction": (reconstruction - frames).abs().mean()}
         if weights.perceptual > 0 and self.perceptual is not None:
             parts["perceptual"] = self.perceptual(to_images(reconstruction), to_images(frames)).mean()
@@ -219,5 +219,5 @@ class VAEObjective:
 
     def _alignment(self, window: Window, reference: Tensor) -> Tensor:
         assert self.alignment is not None
-        loss: Tensor = self.alignment(window.posterior.mean.float(), window.frames)
+        loss: Tensor = self.alignment(window.posterior.mean.to(window.frames.dtype), window.frames)
         return adaptive_weight(reference, loss, self.vae.encoder.conv_out.weight) * loss
