@@ -154,7 +154,7 @@ class TurboVAED(ModelMixin, ConfigMixin):
     def flush(self, state: VAEState) -> Tensor:
         """Frames of the latents that still wait for later ones; the stream is then at its end."""
         check_state(state, "decode", self._describe(), self._weight)
-        if self.is_causal or state.steps == 0:
+        if self.is_causal or state.slots[_WAITING].shape[2] == 0:
             return self._no_frames(state)
         waiting, done = state.slots[_WAITING], self._decoded_latents(state.steps)
         windows = self._windows(waiting, range(done, state.steps, self.config.chunk_latents), state.steps)

@@ -237,11 +237,10 @@ def _captured(vae: Student | Teacher, names: Sequence[str]) -> Iterator[dict[str
 
     def keep(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
         def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-            if not isinstance(output, Tensor):
-                raise ValueError(
-                    f"{name} must be a layer that puts out one tensor, got {type(output).__name__}"
-                )
-            outputs[name].append(output)
+            # Layers with a memory put it out behind their result.
+            value = output[0] if isinstance(output, tuple) else output
+            assert isinstance(value, Tensor)
+            outputs[name].append(value)
 
         return hook
 

@@ -48,8 +48,8 @@ def haar_bands(frames: Tensor) -> Tensor:
 def wavelet_loss(reconstruction: Tensor, frames: Tensor, levels: int = 2) -> Tensor:
     """Frequency-aware loss: the mean absolute errors of the bands of a Haar pyramid, added up.
 
-    After FA-VAE (2509.05441), which treats bands apart: each counts alike, however small its coefficients
-    are, so that fine detail is not outvoted.
+    After FA-VAE (2509.05441), which treats bands apart: each counts alike, however small its coefficients,
+    so that fine detail is not outvoted.
 
     Args:
         reconstruction: [..., H, W].
