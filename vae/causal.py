@@ -151,7 +151,8 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
         ]
         if unknown:
             raise ValueError(f"image_vae must have weights for {', '.join(unknown)}")
-        return vae.to(image_vae.device).type(image_vae.dtype)
+        vae.to(image_vae.device).type(image_vae.dtype)
+        return vae
 
     @property
     def spec(self) -> VAESpec:
@@ -345,7 +346,8 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
 
     @property
     def _weight(self) -> Tensor:
-        return next(self.parameters())
+        weight: Tensor = next(self.parameters())
+        return weight
 
     def _per_channel(self, values: Tensor) -> Tensor:
         return values.view(1, -1, 1, 1, 1)

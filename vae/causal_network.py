@@ -128,8 +128,8 @@ class TextAttention(nn.Module):
         k, v = (F.pad(self._split(layer(text)), (0, 0, 0, 1)) for layer in (self.to_k, self.to_v))
         visible = F.pad(mask != 0, (0, 1), value=True)[:, None, None]  # [B, 1, 1, L + 1]
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        told = self.to_out(mixed.transpose(1, 2).flatten(2)).transpose(1, 2)  # [B, C, F*h*w]
-        return x + told.unflatten(2, x.shape[2:])
+        told: Tensor = self.to_out(mixed.transpose(1, 2).flatten(2)).transpose(1, 2)  # [B, C, F*h*w]
+        return x + told.reshape(x.shape)
 
     def _split(self, tokens: Tensor) -> Tensor:
         """[B, L, C] to [B, N, L, D]."""
@@ -245,6 +245,13 @@ class Encoder(nn.Module):
         self.mid_block = MidBlock(settings)
         self.conv_norm_out = settings.normalisation(settings.channels[-1])
         self.conv_out = settings.conv(settings.channels[-1], outputs, last)
+
+    @property
+    def last_weight(self) -> Tensor:
+        """Weight of the last layer, where the gradients of losses are compared."""
+        weight = self.conv_out.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def forward(self, frames: Tensor, memory: Memory) -> Tensor:
         """[B, 3, F, H, W] to [B, outputs, T, h, w]."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 _FIRST_BLEND = 2.0  # sigmoid(2) = 0.88 of the average, as in OD-VAE
 
 
-class Remembering:
+class Remembering(nn.Module):
     """Marks layers with forward(x, past) -> (y, next past)."""
 
 
@@ -67,7 +67,9 @@ class CausalConv3d(Remembering, nn.Conv3d):
         side = kernel // 2
         super().__init__(inputs, outputs, kernel, padding=(0, side, side), groups=groups)
 
-    def forward(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, past: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """[B, C, F, h, w] to the same number of frames, and the last `kernel - 1` inputs."""
         video, kept = with_past(x, past, self.kernel_size[0], stride=1)
         return super().forward(video), kept
@@ -115,7 +117,7 @@ class ChannelNorm(nn.Module):
         return rms_normalised(x, self.eps) * self.weight.view(-1, 1, 1, 1)
 
 
-class CausalInterpolation(Remembering, nn.Module):
+class CausalInterpolation(Remembering):
     """Doubles the frame rate linearly between a frame and the one before it; the first frame stays one."""
 
     def forward(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +128,7 @@ class CausalInterpolation(Remembering, nn.Module):
         return frames[:, :, 1 if past.numel() == 0 else 0 :], kept
 
 
-class BlendedDownsample(Remembering, nn.Module):
+class BlendedDownsample(Remembering):
     """Halves the frame rate by a learned blend of average and convolution over three frames (OD-VAE).
 
     1 + 2k frames become 1 + k at the start of a stream, 2k become k afterwards.

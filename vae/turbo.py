@@ -234,7 +234,7 @@ class TurboVAED(ModelMixin, ConfigMixin):
     def _decoded_latents(self, known: int) -> int:
         """How many of `known` latent frames are in windows whose look-ahead is known too."""
         ready = max(0, known - self.config.lookahead_latents)
-        return ready - ready % self.config.chunk_latents
+        return ready - ready % self.spec.chunk_latents
 
     def _windows(self, waiting: Tensor, starts: range, known: int) -> list[Tensor]:
         """Frames of the windows that start at these latent frames.
@@ -264,7 +264,8 @@ class TurboVAED(ModelMixin, ConfigMixin):
 
     @property
     def _weight(self) -> Tensor:
-        return next(self.parameters())
+        weight: Tensor = next(self.parameters())
+        return weight
 
     def _describe(self) -> str:
         """Names the architecture, so that a state tells which VAE it belongs to."""

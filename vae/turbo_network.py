@@ -72,8 +72,8 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """[B, C, F, h, w] to [B, C', F, h, w]."""
-        hidden = self.conv1(self.activation(rms_normalised(x, _RMS_EPS)), memory)
-        hidden = self.conv2(F.silu(rms_normalised(hidden, _RMS_EPS)), memory)
+        first = self.conv1(self.activation(rms_normalised(x, _RMS_EPS)), memory)
+        hidden: Tensor = self.conv2(F.silu(rms_normalised(first, _RMS_EPS)), memory)
         shortcut: Tensor = self.conv_shortcut(self.norm3(x), memory) if self.widens else x
         return shortcut + hidden
 

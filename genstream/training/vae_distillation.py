@@ -5,7 +5,6 @@ pixels, while small heads keep some of its features near the teacher's. The publ
 features at weight 1 each, clips of 17 frames at 256x256, AdamW at 1e-4, an average over weights at 0.999.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genstream.training.vae_losses import Perceptual
+from genstream.training.vae_losses import Perceptual, psnr_db
+from genstream.training.vae_windows import ClipSource
 from genstream.vae.causal import CausalVideoVAE
 from genstream.vae.layers import FrameConv, to_images, to_video
 from genstream.vae.protocol import VAESpec
@@ -78,19 +78,6 @@ class DistillationSettings:
                 raise ValueError(f"{name} must be at least 0, got {value}")
         if self.head_channels < 1:
             raise ValueError(f"head_channels must be at least 1, got {self.head_channels}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipSource:
-    """Clips [B, 3, 1 + r (T - 1), H, W] in [-1, 1].
-
-    Attributes:
-        training: the clips of a step, which follow from its number.
-        evaluation: clips that are never trained on.
-    """
-
-    training: Callable[[int], Tensor]
-    evaluation: Sequence[Tensor]
 
 
 class FeatureHead(nn.Module):
@@ -178,8 +165,8 @@ class DecoderDistillation:
         for clip in self.clips.evaluation:
             frames = clip.to(module.student.device)
             latents = self.teacher.encode(frames)
-            students.append(_psnr_db(module.student.decode(latents) - frames))
-            teachers.append(_psnr_db(self.teacher.decode(latents) - frames))
+            students.append(psnr_db(module.student.decode(latents) - frames))
+            teachers.append(psnr_db(self.teacher.decode(latents) - frames))
         count = len(self.clips.evaluation)
         return {"psnr_db": sum(students) / count, "teacher_psnr_db": sum(teachers) / count}
 
@@ -262,8 +249,3 @@ def _check_specs(student: VAESpec, teacher: VAESpec) -> None:
         ours, theirs = getattr(student, name), getattr(teacher, name)
         if ours != theirs:
             raise ValueError(f"student must have the teacher's {name} = {theirs}, got {ours}")
-
-
-def _psnr_db(error: Tensor) -> float:
-    """Peak signal-to-noise ratio of errors between frames in [-1, 1], whose peak is 2."""
-    return 10 * math.log10(4 / max(error.square().mean().item(), 1e-12))

@@ -1,5 +1,6 @@
 """Losses of video VAEs. Each stands alone; `VAEObjective` adds up those that are switched on."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -94,7 +95,13 @@ def adaptive_weight(reference: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
     VA-VAE (2501.01423) takes the encoder's last layer. At most 1e8, and no gradient flows through the factor.
     """
     norms = [torch.autograd.grad(value, weight, retain_graph=True)[0].norm() for value in (reference, loss)]
-    return (norms[0] / (norms[1] + _ADAPTIVE_EPS)).clamp(max=_LARGEST_ADAPTIVE_WEIGHT).detach()
+    factor: Tensor = (norms[0] / (norms[1] + _ADAPTIVE_EPS)).clamp(max=_LARGEST_ADAPTIVE_WEIGHT)
+    return factor.detach()
+
+
+def psnr_db(error: Tensor) -> float:
+    """Peak signal-to-noise ratio of errors between frames in [-1, 1], whose peak is 2."""
+    return 10 * math.log10(4 / max(error.detach().square().mean().item(), 1e-12))
 
 
 def _cosines(vectors: Tensor) -> Tensor:
@@ -220,4 +227,4 @@ class VAEObjective:
     def _alignment(self, window: Window, reference: Tensor) -> Tensor:
         assert self.alignment is not None
         loss: Tensor = self.alignment(window.posterior.mean.to(window.frames.dtype), window.frames)
-        return adaptive_weight(reference, loss, self.vae.encoder.conv_out.weight) * loss
+        return adaptive_weight(reference, loss, self.vae.encoder.last_weight) * loss

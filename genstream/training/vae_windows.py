@@ -4,13 +4,26 @@ OD-VAE (2409.01199) works its temporal rollback windows off with an overlap that
 streams exactly needs none: the windows of a clip give what the whole clip gives.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from genstream.vae.causal import CausalVideoVAE, Posterior, detach_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSource:
+    """Clips [B, 3, 1 + r (T - 1), H, W] in [-1, 1].
+
+    Attributes:
+        training: the clips of a step, which follow from its number.
+        evaluation: clips that are never trained on.
+    """
+
+    training: Callable[[int], Tensor]
+    evaluation: Sequence[Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)

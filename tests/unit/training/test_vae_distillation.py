@@ -5,11 +5,11 @@ import torch
 
 from genstream.training.loop import LoopSettings, run
 from genstream.training.vae_distillation import (
-    ClipSource,
     DecoderDistillation,
     DistillationSettings,
     FeaturePair,
 )
+from genstream.training.vae_windows import ClipSource
 from genstream.vae.causal import CausalVideoVAE
 from genstream.vae.tiny import TinyVideoVAE
 from genstream.vae.turbo import TurboVAED
@@ -47,8 +47,7 @@ def training_clips(step: int) -> torch.Tensor:
 
 CLIPS = ClipSource(training=training_clips, evaluation=[training_clips(2)[:1]])
 MIDDLE = FeaturePair(student="decoder.mid_block", teacher="decoder.mid_block")
-# The teacher's layer has twice the student's size.
-LATER = FeaturePair(student="decoder.up_blocks.1.conv_in", teacher="decoder.up_blocks.0.upsamplers.0")
+LATER = FeaturePair(student="decoder.up_blocks.1", teacher="decoder.up_blocks.0")
 
 
 def squared(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from genstream.training.vae_losses import (
     haar_bands,
     kl_divergence,
     marginal_cosine_loss,
+    psnr_db,
     wavelet_loss,
 )
 from genstream.training.vae_windows import Caption, WindowSettings, last_window, rollback_windows
@@ -182,6 +183,11 @@ def test_a_few_steps_lower_each_loss_alone(weights, part):
         loss.backward()
         optimizer.step()
     assert history[-1][0] < history[0][0]
+
+
+@pytest.mark.parametrize(("error", "expected"), [(2.0, 0.0), (0.2, 20.0), (0.0, 126.0)])
+def test_psnr(error, expected):
+    assert psnr_db(torch.full((2, 3), error)) == pytest.approx(expected, abs=0.1)
 
 
 def test_a_loss_that_lacks_its_part_is_refused():
