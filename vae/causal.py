@@ -108,6 +108,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
         )
         network = self._network(decoder_temporal_kernels)
         self.decoder = Decoder(network, latent_channels, text_dim, text_heads)
+        self._memory_latents = _memory_latents(self.decoder)
         mean = channel_values("latents_mean", latents_mean, latent_channels, 0.0)
         std = channel_values("latents_std", latents_std, latent_channels, 1.0)
         self.register_buffer("_latents_mean", mean, persistent=False)
@@ -161,7 +162,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
             temporal_ratio=2 ** sum(self.config.temporal_levels),
             spatial_ratio=2 ** len(self.config.temporal_levels),
             latent_channels=self.config.latent_channels,
-            memory_latents=_memory_latents(self.decoder),
+            memory_latents=self._memory_latents,
         )
 
     @apply_forward_hook  # type: ignore[untyped-decorator]

@@ -79,6 +79,7 @@ class TurboVAED(ModelMixin, ConfigMixin):
             self.register_to_config(decoder_spatio_only=[False] * len(decoder_block_out_channels))
         _check_config(self.config)
         self.decoder = TurboDecoder(self.config)
+        self._reach = reach_latents(self.decoder)
         self.register_buffer("latents_mean", torch.zeros(latent_channels))
         self.register_buffer("latents_std", torch.ones(latent_channels))
 
@@ -111,7 +112,7 @@ class TurboVAED(ModelMixin, ConfigMixin):
     @property
     def reach_latents(self) -> tuple[int, int]:
         """How many latent frames back and ahead a frame of `decode` depends on."""
-        return reach_latents(self.decoder)
+        return self._reach
 
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def init_state(self, direction: Direction, batch_size: int, height: int, width: int) -> VAEState:
@@ -233,8 +234,9 @@ class TurboVAED(ModelMixin, ConfigMixin):
 
     def _decoded_latents(self, known: int) -> int:
         """How many of `known` latent frames are in windows whose look-ahead is known too."""
-        ready = max(0, known - self.config.lookahead_latents)
-        return ready - ready % self.spec.chunk_latents
+        ready: int = max(0, known - self.config.lookahead_latents)
+        ready -= ready % self.config.chunk_latents
+        return ready
 
     def _windows(self, waiting: Tensor, starts: range, known: int) -> list[Tensor]:
         """Frames of the windows that start at these latent frames.

@@ -108,6 +108,9 @@ class Distilled(nn.Module):
 class DecoderDistillation:
     """A student's decoder with the objective to replace its teacher's; a `Trainee`.
 
+    The student decodes the latents that its teacher gives out, which are normalised: one made for this
+    purpose needs no statistics of its own.
+
     Args:
         settings: of the losses.
         student: whose decoder is trained, on the teacher's latents.

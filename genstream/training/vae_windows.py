@@ -25,6 +25,10 @@ class ClipSource:
     training: Callable[[int], Tensor]
     evaluation: Sequence[Tensor]
 
+    def __post_init__(self) -> None:
+        if not self.evaluation:
+            raise ValueError("evaluation must hold at least one clip, got none")
+
 
 @dataclass(frozen=True, kw_only=True)
 class WindowSettings:

@@ -16,7 +16,7 @@ from genstream.training.vae_losses import (
     psnr_db,
     wavelet_loss,
 )
-from genstream.training.vae_windows import Caption, WindowSettings, last_window, rollback_windows
+from genstream.training.vae_windows import Caption, ClipSource, WindowSettings, last_window, rollback_windows
 from genstream.vae.causal import CausalVideoVAE, Posterior
 
 TINY = {"block_out_channels": (4, 4, 8, 8), "layers_per_block": 1, "norm_num_groups": 2}
@@ -142,12 +142,27 @@ def test_gradient_flows_through_as_many_windows_as_asked():
     assert (apart - whole).norm() > 1e-3 * whole.norm()
 
 
+def test_no_gradient_leaves_the_windows_of_a_group():
+    vae, frames = small_vae(latents="deterministic"), clip(17).requires_grad_()
+    settings = WindowSettings(window_frames=4, gradient_windows=2)
+    bounds = [(0, 9), (9, 17)]
+    for window, (start, stop) in zip(rollback_windows(vae, frames, settings), bounds, strict=True):
+        (gradient,) = torch.autograd.grad(window.reconstruction.square().sum(), frames)
+        reached = gradient.abs().sum(dim=(0, 1, 3, 4)).nonzero().flatten().tolist()
+        assert reached == list(range(start, stop))
+    (gradient,) = torch.autograd.grad(last_window(vae, frames, settings).reconstruction.sum(), frames)
+    assert gradient[:, :, :9].abs().sum() == 0
+    assert gradient[:, :, 9:].abs().sum() > 0
+
+
 def test_windows_that_do_not_fit_are_refused():
     vae = small_vae()
     with pytest.raises(ValueError, match=r"window_frames must be a multiple of 4 .* got 6"):
         next(rollback_windows(vae, clip(9), WindowSettings(window_frames=6)))
     with pytest.raises(ValueError, match=r"frames must be 4n \+ 1 .* got 8"):
         last_window(vae, clip(8), WindowSettings())
+    with pytest.raises(ValueError, match="evaluation must hold at least one clip, got none"):
+        ClipSource(training=clip, evaluation=[])
     with pytest.raises(ValueError, match="gradient_windows must be at least 1, got 0"):
         WindowSettings(gradient_windows=0)
 
