@@ -178,8 +178,8 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
             state.slots[name] = like.new_zeros((batch_size, 0))
         if direction == "encode":
             state.slots[_PENDING] = like.new_zeros((batch_size, _RGB, 0, height, width))
-        elif self.config.text_dim is not None:
-            state.slots[_TEXT] = like.new_zeros((batch_size, 0, self.config.text_dim))
+        else:
+            state.slots[_TEXT] = like.new_zeros((batch_size, 0, self.config.text_dim or 0))
             state.slots[_TEXT_MASK] = like.new_zeros((batch_size, 0))
         return state
 
@@ -307,12 +307,10 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
             shape = (state.batch_size, _RGB, 0, state.height, state.width)
             return latents.new_zeros(shape), dict(state.slots)
         raw = latents * self._per_channel(self._latents_std) + self._per_channel(self._latents_mean)
-        told = {name: state.slots[name] for name in (_TEXT, _TEXT_MASK) if name in state.slots}
-        none = latents.new_zeros((0,))
+        text, mask = state.slots[_TEXT], state.slots[_TEXT_MASK]
         memory = Memory(self.decoder, state.slots)
-        text, mask = told.get(_TEXT, none), told.get(_TEXT_MASK, none)
         frames = self.decoder(self.post_quant_conv(raw), memory, text, mask)
-        return frames, {**memory.slots, **told}
+        return frames, {**memory.slots, _TEXT: text, _TEXT_MASK: mask}
 
     def _complete_frames(self, waiting: int, state: VAEState) -> int:
         """How many of the waiting frames fill whole groups; the first group of a stream is one frame."""

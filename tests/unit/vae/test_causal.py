@@ -238,6 +238,20 @@ def test_a_new_text_module_changes_nothing():
     assert torch.equal(with_text.decode_chunk(latents, state), without.decode(latents))
 
 
+def test_a_vae_without_time_works_frame_by_frame():
+    flat = (1, 1, 1, 1)
+    vae = small_vae(
+        temporal_levels=(False,) * 3, encoder_temporal_kernels=flat, decoder_temporal_kernels=flat
+    )
+    assert (vae.spec.temporal_ratio, vae.spec.memory_latents) == (1, 0)
+    frames = clip(3)
+    latents = torch.cat([vae.encode(frame) for frame in frames.split(1, dim=2)], dim=2)
+    torch.testing.assert_close(vae.encode(frames), latents, rtol=0, atol=1e-11)
+    state = vae.init_state("decode", 2, 16, 24)
+    decoded = torch.cat([vae.decode_chunk(latent, state) for latent in latents.split(1, dim=2)], dim=2)
+    torch.testing.assert_close(vae.decode(latents), decoded, rtol=0, atol=1e-11)
+
+
 def test_flush_completes_the_last_group(vae):
     frames = clip(7)
     state = vae.init_state("encode", 2, 16, 24)
