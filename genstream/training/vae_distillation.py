@@ -1,0 +1,254 @@
+"""Distils the decoder of a video VAE into a smaller one (Turbo-VAED, 2508.09136).
+
+The teacher stays as it is and encodes the clips. The student learns to decode its latents to the clips'
+pixels, while small heads keep some of its features near the teacher's. The published recipe is L1, LPIPS and
+features at weight 1 each, clips of 17 frames at 256x256, AdamW at 1e-4, an average over weights at 0.999.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genstream.training.vae_losses import Perceptual, psnr_db
+from genstream.training.vae_windows import ClipSource
+from genstream.vae.causal import CausalVideoVAE
+from genstream.vae.layers import FrameConv, to_images, to_video
+from genstream.vae.protocol import VAESpec
+from genstream.vae.tiny import TinyVideoVAE
+from genstream.vae.turbo import TurboVAED
+
+Student = TurboVAED | TinyVideoVAE | CausalVideoVAE
+
+
+class Teacher(Protocol):
+    """What distillation asks of a teacher: any of the video VAEs, on the student's device."""
+
+    @property
+    def spec(self) -> VAESpec:
+        """Ratios and channels."""
+        ...
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Latents of a whole clip."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames of a whole clip."""
+        ...
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """A layer by its dotted name."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturePair:
+    """Dotted names of two layers whose outputs are brought together, such as "decoder.mid_block"."""
+
+    student: str
+    teacher: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationSettings:
+    """How much each loss counts; 0 switches it off.
+
+    Attributes:
+        pixel_weight: of the mean absolute error of pixels.
+        perceptual_weight: of the distance that the caller passes in; the published recipe has LPIPS at 1.
+        feature_weight: of the sum over `pairs` of the mean squared error of features.
+        pairs: layers that are brought together.
+        head_channels: width of the heads between them.
+    """
+
+    pixel_weight: float = 1.0
+    perceptual_weight: float = 0.0
+    feature_weight: float = 1.0
+    pairs: tuple[FeaturePair, ...] = ()
+    head_channels: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("pixel_weight", "perceptual_weight", "feature_weight"):
+            if not (value := getattr(self, name)) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
+        if self.head_channels < 1:
+            raise ValueError(f"head_channels must be at least 1, got {self.head_channels}")
+
+
+class FeatureHead(nn.Module):
+    """Two 1x1 convolutions and a pixel shuffle from a student's features to the size of a teacher's."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, upscale: int) -> None:
+        super().__init__()
+        self.upscale = upscale
+        self.layers = nn.Sequential(
+            FrameConv(inputs, hidden, 1), nn.SiLU(), FrameConv(hidden, outputs * upscale**2, 1)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, C, F, h, w] to [B, C', F, h * upscale, w * upscale]."""
+        images = F.pixel_shuffle(to_images(self.layers(features)), self.upscale)
+        return to_video(images, features.shape[0])
+
+
+class Distilled(nn.Module):
+    """A student and the heads that are trained with it and thrown away afterwards."""
+
+    def __init__(self, student: Student, heads: Sequence[FeatureHead]) -> None:
+        super().__init__()
+        self.student = student
+        self.heads = nn.ModuleList(heads)
+
+
+class DecoderDistillation:
+    """A student's decoder with the objective to replace its teacher's; a `Trainee`.
+
+    The student decodes the latents that its teacher gives out, which are normalised: one made for this
+    purpose needs no statistics of its own.
+
+    Args:
+        settings: of the losses.
+        student: whose decoder is trained, on the teacher's latents.
+        teacher: frozen.
+        clips: to train on and to be judged by.
+        perceptual: distance of images, needed for its weight above 0.
+    """
+
+    def __init__(
+        self,
+        settings: DistillationSettings,
+        student: Student,
+        teacher: Teacher,
+        clips: ClipSource,
+        perceptual: Perceptual | None = None,
+    ) -> None:
+        if settings.perceptual_weight > 0 and perceptual is None:
+            raise ValueError(
+                f"perceptual must be given for perceptual_weight = {settings.perceptual_weight}, got None"
+            )
+        _check_specs(student.spec, teacher.spec)
+        self.settings = settings
+        self.teacher = teacher
+        self.clips = clips
+        self.perceptual = perceptual
+        self.pairs = settings.pairs if settings.feature_weight > 0 else ()
+        self.module = Distilled(student, [self._head(student, pair) for pair in self.pairs])
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Weighted sum of the losses that are switched on, and its parts without their weights."""
+        settings, student = self.settings, self.module.student
+        frames = self.clips.training(step).to(student.device)
+        with torch.no_grad(), _captured(self.teacher, [pair.teacher for pair in self.pairs]) as targets:
+            latents = self.teacher.encode(frames)
+            if self.pairs:
+                self.teacher.decode(latents)
+        with _captured(student, [pair.student for pair in self.pairs]) as features:
+            decoded = _decoded_like(student, latents, frames)
+        parts = {"pixel": (decoded - frames).abs().mean()}
+        if settings.perceptual_weight > 0 and self.perceptual is not None:
+            parts["perceptual"] = self.perceptual(to_images(decoded), to_images(frames)).mean()
+        if self.pairs:
+            parts["feature"] = self._feature_distance(features, targets, len(frames))
+        total = sum(
+            (getattr(settings, f"{name}_weight") * part for name, part in parts.items()),
+            decoded.new_zeros(()),
+        )
+        return total, {name: part.item() for name, part in parts.items()}
+
+    @torch.no_grad()
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        """PSNR in dB on clips that were never trained on, of the student and of its teacher."""
+        assert isinstance(module, Distilled)
+        students, teachers = [], []
+        for clip in self.clips.evaluation:
+            frames = clip.to(module.student.device)
+            latents = self.teacher.encode(frames)
+            students.append(psnr_db(module.student.decode(latents) - frames))
+            teachers.append(psnr_db(self.teacher.decode(latents) - frames))
+        count = len(self.clips.evaluation)
+        return {"psnr_db": sum(students) / count, "teacher_psnr_db": sum(teachers) / count}
+
+    def _feature_distance(
+        self, features: dict[str, list[Tensor]], targets: dict[str, list[Tensor]], batch_size: int
+    ) -> Tensor:
+        total = torch.zeros((), device=self.module.student.device)
+        for pair, head in zip(self.pairs, self.module.heads, strict=True):
+            ours = head(_as_video(features[pair.student], batch_size))
+            theirs = _as_video(targets[pair.teacher], batch_size)
+            # Some decoders drop the surplus of the first group late and some early: the ends are the same.
+            count = min(ours.shape[2], theirs.shape[2])
+            total = total + F.mse_loss(ours[:, :, -count:].to(theirs.dtype), theirs[:, :, -count:])
+        return total
+
+    @torch.no_grad()
+    def _head(self, student: Student, pair: FeaturePair) -> FeatureHead:
+        """A head of the sizes that two layers turn out to have."""
+        spec = student.spec
+        # So many latent frames that layers of different frame rates differ by more than the surplus.
+        latents = torch.zeros(
+            (1, spec.latent_channels, spec.temporal_ratio + 1, 2, 2),
+            device=student.device,
+            dtype=student.dtype,
+        )
+        with (
+            _captured(student, [pair.student]) as features,
+            _captured(self.teacher, [pair.teacher]) as targets,
+        ):
+            student.decode(latents)
+            self.teacher.decode(latents)
+        ours, theirs = _as_video(features[pair.student], 1), _as_video(targets[pair.teacher], 1)
+        upscale = theirs.shape[3] // ours.shape[3]
+        surplus = abs(theirs.shape[2] - ours.shape[2])
+        if theirs.shape[3] != upscale * ours.shape[3] or surplus >= spec.temporal_ratio:
+            raise ValueError(
+                f"{pair} must join layers of one frame rate, the teacher's a multiple in size, "
+                f"got {list(ours.shape)} and {list(theirs.shape)}"
+            )
+        return FeatureHead(ours.shape[1], self.settings.head_channels, theirs.shape[1], upscale)
+
+
+def _decoded_like(student: Student, latents: Tensor, frames: Tensor) -> Tensor:
+    """The student's frames, which must be as many and as large as the clip's."""
+    decoded: Tensor = student.decode_unclamped(latents)
+    if decoded.shape != frames.shape:
+        raise ValueError(f"clips must be {list(decoded.shape)} like the student's, got {list(frames.shape)}")
+    return decoded.to(frames.dtype)
+
+
+@contextmanager
+def _captured(vae: Student | Teacher, names: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """What the named layers put out meanwhile, in the order of their runs."""
+    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+        def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+            # Layers with a memory put it out behind their result.
+            value = output[0] if isinstance(output, tuple) else output
+            assert isinstance(value, Tensor)
+            outputs[name].append(value)
+
+        return hook
+
+    handles = [vae.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _as_video(outputs: list[Tensor], batch_size: int) -> Tensor:
+    """Outputs of a layer that works on videos or on batches of images, as one [B, C, F, h, w]."""
+    return torch.cat([to_video(part, batch_size) if part.dim() == 4 else part for part in outputs], dim=2)
+
+
+def _check_specs(student: VAESpec, teacher: VAESpec) -> None:
+    for name in ("temporal_ratio", "spatial_ratio", "latent_channels"):
+        ours, theirs = getattr(student, name), getattr(teacher, name)
+        if ours != theirs:
+            raise ValueError(f"student must have the teacher's {name} = {theirs}, got {ours}")
