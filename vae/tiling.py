@@ -116,18 +116,19 @@ class TiledVAE:
     def decode(self, latents: Tensor) -> Tensor:
         """Frames of a whole clip [B, C, T, h, w]."""
         ratio = self.spec.spatial_ratio
-        state = self.init_state("decode", latents.shape[0], latents.shape[3] * ratio, latents.shape[4] * ratio)
+        state = self.init_state(
+            "decode", latents.shape[0], latents.shape[3] * ratio, latents.shape[4] * ratio
+        )
         return torch.cat([self.decode_chunk(latents, state), self.flush(state)], dim=2)
 
-    def _run(
-        self, state: VAEState, step: Callable[[VAEState, Callable[[Tensor], Tensor]], Tensor]
-    ) -> Tensor:
+    def _run(self, state: VAEState, step: Callable[[VAEState, Callable[[Tensor], Tensor]], Tensor]) -> Tensor:
         """Let each tile take `step` with its state and its part of the input, and blend what comes out."""
         ratio = self.spec.spatial_ratio
         unit_in, unit_out = (1, ratio) if state.direction == "encode" else (ratio, 1)
         places_in = [(row, column) for _, row, column in self._tiles(state, unit_in)]
         size = state.height // unit_out, state.width // unit_out
-        result, steps, slots = None, 0, {}
+        result, steps = None, 0
+        slots: dict[str, Tensor] = {}
         for (name, row, column), place in zip(self._tiles(state, unit_out), places_in, strict=True):
             inner = self._state_of(name, state)
             output = step(inner, partial(_cut, row=place[0], column=place[1]))
@@ -141,7 +142,9 @@ class TiledVAE:
 
     def _state_of(self, name: str, state: VAEState) -> VAEState:
         prefix = name + _SEPARATOR
-        slots = {key.removeprefix(prefix): slot for key, slot in state.slots.items() if key.startswith(prefix)}
+        slots = {
+            key.removeprefix(prefix): slot for key, slot in state.slots.items() if key.startswith(prefix)
+        }
         height, width = min(state.height, self.tiling.height_px), min(state.width, self.tiling.width_px)
         return replace(state, vae=self._inner, height=height, width=width, slots=slots)
 
@@ -174,7 +177,7 @@ class TiledVAE:
 def _places(length: int, tile: int, overlap: int) -> list[_Tile]:
     """Tiles along one dimension, whose weights sum to 1 everywhere."""
     tile = min(tile, length)
-    starts = list(range(0, length - tile, max(1, tile - overlap))) + [length - tile]
+    starts = [*range(0, length - tile, tile - overlap), length - tile]
     weights = [torch.ones(tile, dtype=torch.float64) for _ in starts]
     for index, (start, following) in enumerate(itertools.pairwise(starts)):
         shared = start + tile - following

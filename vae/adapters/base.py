@@ -3,10 +3,11 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from dataclasses import replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor
 
 from genstream.vae.adapters.memory import Memory
@@ -19,6 +20,27 @@ _RGB = 3
 _PENDING = "pending"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a probe found out about an adapter on random latents and frames.
+
+    Attributes:
+        decode_error: largest difference of a frame's value between the stream and the whole clip.
+        encode_error: the same for latents.
+        decode_scale: largest absolute value of a frame of the whole clip, which the error compares with.
+        encode_scale: the same for latents.
+        lookahead_latents: latent frames behind a frame that change it when the whole clip is decoded at once.
+        exactness: for the specification.
+    """
+
+    decode_error: float
+    encode_error: float
+    decode_scale: float
+    encode_scale: float
+    lookahead_latents: int
+    exactness: Exactness
+
+
 class Adapter(ABC):
     """Gives a diffusers VAE the `StreamingVAE` protocol; the VAE itself is never written to.
 
@@ -27,16 +49,17 @@ class Adapter(ABC):
 
     Args:
         vae: the diffusers model.
-        exactness: what `probe` has measured.
+        measured: by `probe`. Without it nothing is known of the exactness: it counts as approximate.
 
     Attributes:
         scale: the statistics of the latents; nothing else normalises them.
     """
 
-    def __init__(self, vae: Any, exactness: Exactness = "approximate") -> None:
+    def __init__(self, vae: ModelMixin, measured: Measured | None = None) -> None:
         self.vae = vae
+        self.measured = measured
         self.scale = self._latent_scale()
-        self._spec = replace(self._layout(), exactness=exactness)
+        self._spec = replace(self._layout(), exactness=measured.exactness if measured else "approximate")
         self._description = self._describe()
 
     @abstractmethod
@@ -134,9 +157,9 @@ class Adapter(ABC):
         return self._decode_pieces(waiting, self._ready("decode", waiting.shape[2], state.steps), state)
 
     def flush(self, state: VAEState) -> Tensor:
-        """What still waits: the last latent frames, their last group filled up with its last frame, or frames.
+        """What still waits: latents, their last group filled up with its last frame, or frames.
 
-        A rest that is too short for the VAE is filled up with its last latent frame, whose frames are cut off.
+        A rest that is too short for the VAE is filled up with its last latent frame, and cut off again.
         """
         rest = self.flush_unclamped(state)
         return rest if state.direction == "encode" else rest.clamp(-1, 1)
@@ -237,7 +260,7 @@ class Adapter(ABC):
     def _describe(self) -> str:
         """Names the VAE's class and settings, so that a state tells which VAE it belongs to."""
         config = {name: value for name, value in self.vae.config.items() if not name.startswith("_")}
-        settings = json.dumps([config, type(self).__name__], sort_keys=True, default=str)
+        settings = json.dumps([config, repr(self._layout())], sort_keys=True, default=str)
         return f"{type(self.vae).__name__}[{hashlib.sha256(settings.encode()).hexdigest()[:12]}]"
 
     def _check_state(self, state: VAEState, direction: Direction) -> None:
@@ -250,16 +273,15 @@ class Adapter(ABC):
     def _check_tensor(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         """Compare with the shape that the state was made for; the third dimension may have any length."""
         if tensor.ndim != len(shape) or _sized(tuple(tensor.shape), 0) != shape:
-            wanted = [*shape[:2], "any", *shape[3:]]
-            raise ValueError(
-                f"{name} must have the shape of its state [{', '.join(map(str, wanted))}], got {list(tensor.shape)}"
-            )
+            wanted = ", ".join(map(str, [*shape[:2], "any", *shape[3:]]))
+            raise ValueError(f"{name} must have the shape of its state [{wanted}], got {list(tensor.shape)}")
         self._check_kind(name, tensor)
 
     def _check_kind(self, name: str, tensor: Tensor) -> None:
         if (tensor.dtype, tensor.device) != (self.dtype, self.device):
             raise ValueError(
-                f"{name} must be {self.dtype} on {self.device} like the VAE, got {tensor.dtype} on {tensor.device}"
+                f"{name} must be {self.dtype} on {self.device} like the VAE, "
+                f"got {tensor.dtype} on {tensor.device}"
             )
 
 

@@ -1,4 +1,4 @@
-"""HunyuanVideo: the windows in which the model itself decodes by default, and HunyuanVideo 1.5, which is causal.
+"""HunyuanVideo in the windows in which the model decodes by default, and HunyuanVideo 1.5, which is causal.
 
 HunyuanVideo 1.0 normalises over all frames of a clip, so each frame depends on every other. Its own class
 avoids that with overlapping windows; streams use the same ones.
@@ -26,7 +26,7 @@ from genstream.vae.protocol import Direction, VAESpec
 
 
 class HunyuanVideoAdapter(Adapter):
-    """Streams `AutoencoderKLHunyuanVideo` in the model's own windows, a latent frame of look-ahead by default."""
+    """Streams `AutoencoderKLHunyuanVideo` in its own windows, one latent frame of look-ahead by default."""
 
     def _layout(self) -> VAESpec:
         window = self._window()
@@ -34,7 +34,7 @@ class HunyuanVideoAdapter(Adapter):
             temporal_ratio=self.vae.temporal_compression_ratio,
             spatial_ratio=self.vae.spatial_compression_ratio,
             latent_channels=self.vae.config.latent_channels,
-            memory_latents=window.context + window.piece + window.lookahead,
+            memory_latents=window.memory,
             first_latents=window.first,
             chunk_latents=window.piece,
             lookahead_latents=window.lookahead,
@@ -103,11 +103,7 @@ class _Attention(Layer):
             project(normed).permute(0, 2, 3, 4, 1).flatten(2, 3)
             for project in (block.to_q, block.to_k, block.to_v)
         )  # [B, F, h w, C]
-        past_key, past_value = self.memory.recall(f"{self.name}.key"), self.memory.recall(f"{self.name}.value")
-        if past_key is not None and past_value is not None:
-            key, value = torch.cat([past_key, key], dim=1), torch.cat([past_value, value], dim=1)
-        self.memory.remember(f"{self.name}.key", key)
-        self.memory.remember(f"{self.name}.value", value)
+        key, value = with_past(key, value, 1, self.name, self.memory)
         before = key.shape[1] - query.shape[1]
         attended = [
             F.scaled_dot_product_attention(
@@ -130,9 +126,9 @@ class _Downsample(Layer):
         if not (self.memory.started and layer.add_temporal_downsample):
             started: Tensor = layer(x)
             return started
-        folded: Tensor = layer._dcae_downsample_rearrange(layer.conv(x), r1=2)
         pooled = layer._dcae_downsample_rearrange(x, r1=2).unflatten(1, (-1, layer.group_size)).mean(dim=2)
-        return folded + pooled
+        output: Tensor = layer._dcae_downsample_rearrange(layer.conv(x), r1=2) + pooled
+        return output
 
 
 class _Upsample(Layer):
@@ -170,7 +166,7 @@ class HunyuanVideo15Adapter(RewiredAdapter):
         return LatentScale.uniform(self.vae.config.scaling_factor)
 
     def _encode_piece(self, frames: Tensor, memory: Memory) -> Tensor:
-        moments = self._rewired(self.vae.encoder, memory)(frames)
+        moments: Tensor = self._rewired(self.vae.encoder, memory)(frames)
         return moments[:, : self.spec.latent_channels]
 
     def _decode_piece(self, raw: Tensor, memory: Memory) -> Tensor:

@@ -1,12 +1,13 @@
 """LTX-Video and LTX-2: exact where the weights are causal, windowed where they are not.
 
-Both have a causal encoder. As released their decoders look ahead (`decoder_causal=False`): those are decoded in
-windows.
+Both have a causal encoder. As released their decoders look ahead (`decoder_causal=False`): those are decoded
+in windows.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from diffusers import ModelMixin
 from diffusers.models.autoencoders.autoencoder_kl_ltx import (
     LTXVideoCausalConv3d,
     LTXVideoDownsampler3d,
@@ -19,14 +20,13 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx2 import (
 )
 from torch import Tensor, nn
 
-from genstream.vae.adapters.base import Exactness
+from genstream.vae.adapters.base import Measured
 from genstream.vae.adapters.memory import Memory
 from genstream.vae.adapters.rewired import Layer, RewiredAdapter
 from genstream.vae.adapters.scale import LatentScale
 from genstream.vae.adapters.windowed import Window, run_window
 from genstream.vae.protocol import Direction, VAESpec
 
-# Latent frames; the error of other sizes is in the tests of this module.
 _WINDOW = Window(context=2, piece=2, lookahead=2)
 
 
@@ -48,7 +48,7 @@ class _Downsampler(Layer):
         if not self.memory.started:
             started: Tensor = layer(x)
             return started
-        pooled = _folded(x, layer.stride).unflatten(1, (-1, layer.group_size)).mean(dim=2)
+        pooled: Tensor = _folded(x, layer.stride).unflatten(1, (-1, layer.group_size)).mean(dim=2)
         return _folded(layer.conv(x), layer.stride) + pooled
 
 
@@ -70,7 +70,13 @@ class _Upsampler(Layer):
 class LTXAdapter(RewiredAdapter):
     """Streams `AutoencoderKLLTXVideo` and `AutoencoderKLLTX2Video`.
 
-    Weights that are conditioned on a noise level decode at level 0, as the pipelines do unless told otherwise.
+    Weights that are conditioned on a noise level decode at level 0, as the pipelines do by default.
+
+    Args:
+        vae: the diffusers model.
+        measured: by `probe`.
+        window: for decoders that look ahead. Pieces are decoded together with their surroundings, so the cost
+            is (context + piece + lookahead) / piece, and the error falls with the context and the look-ahead.
     """
 
     _layers: ClassVar[Mapping[type[nn.Module], type[Layer]]] = {
@@ -82,27 +88,30 @@ class LTXAdapter(RewiredAdapter):
         LTX2VideoUpsampler3d: _Upsampler,
     }
 
-    def __init__(self, vae: Any, exactness: Exactness = "approximate") -> None:
+    def __init__(self, vae: ModelMixin, measured: Measured | None = None, window: Window = _WINDOW) -> None:
         noise = vae.config.decoder_inject_noise
         if noise if isinstance(noise, bool) else any(noise):
             raise ValueError(
-                f"{type(vae).__name__} cannot stream with decoder_inject_noise={noise}: its decoder draws noise anew "
-                f"in every call"
+                f"{type(vae).__name__} cannot stream with decoder_inject_noise={noise}: "
+                f"its decoder draws noise anew in every call"
             )
         if not vae.config.encoder_causal:
-            raise ValueError(f"{type(vae).__name__} cannot stream with encoder_causal=False: its encoder looks ahead")
-        super().__init__(vae, exactness)
+            raise ValueError(
+                f"{type(vae).__name__} cannot stream with encoder_causal=False: its encoder looks ahead"
+            )
+        self.window = None if vae.config.decoder_causal else window
+        super().__init__(vae, measured)
 
     def _layout(self) -> VAESpec:
-        causal = self.vae.config.decoder_causal
+        window = self.window
         return VAESpec(
             temporal_ratio=self.vae.temporal_compression_ratio,
             spatial_ratio=self.vae.spatial_compression_ratio,
             latent_channels=self.vae.config.latent_channels,
-            memory_latents=None,
-            first_latents=1 if causal else _WINDOW.first,
-            chunk_latents=1 if causal else _WINDOW.piece,
-            lookahead_latents=0 if causal else _WINDOW.lookahead,
+            memory_latents=None if window is None else window.memory,
+            first_latents=1 if window is None else window.first,
+            chunk_latents=1 if window is None else window.piece,
+            lookahead_latents=0 if window is None else window.lookahead,
         )
 
     def _latent_scale(self) -> LatentScale:
@@ -119,26 +128,26 @@ class LTXAdapter(RewiredAdapter):
         return self.spec.lookahead_latents if direction == "decode" else 0
 
     def _ready(self, direction: Direction, count: int, steps: int) -> list[int]:
-        if self._lookahead(direction):
-            return _WINDOW.ready(count, steps)
-        return super()._ready(direction, count, steps)
+        if self.window is None or direction == "encode":
+            return super()._ready(direction, count, steps)
+        return self.window.ready(count, steps)
 
     def _rest(self, direction: Direction, count: int, steps: int) -> list[int]:
-        if self._lookahead(direction):
-            return _WINDOW.rest(count, steps)
-        return super()._rest(direction, count, steps)
+        if self.window is None or direction == "encode":
+            return super()._rest(direction, count, steps)
+        return self.window.rest(count, steps)
 
     def _encode_piece(self, frames: Tensor, memory: Memory) -> Tensor:
-        moments = self._rewired(self.vae.encoder, memory)(frames)
+        moments: Tensor = self._rewired(self.vae.encoder, memory)(frames)
         return moments[:, : self.spec.latent_channels]
 
     def _decode_piece(self, raw: Tensor, memory: Memory) -> Tensor:
         level = self._noise_level(raw)
-        if not self.spec.lookahead_latents:
+        if self.window is None:
             frames: Tensor = self._rewired(self.vae.decoder, memory)(raw, level)
             return frames
         ratio = self.spec.temporal_ratio
-        return run_window(raw, memory, lambda window: self.vae.decoder(window, level), _WINDOW, 1, ratio)
+        return run_window(raw, memory, lambda x: self.vae.decoder(x, level), self.window, 1, ratio)
 
     def _noise_level(self, raw: Tensor) -> Tensor | None:
         return raw.new_zeros(raw.shape[0]) if self.vae.config.timestep_conditioning else None

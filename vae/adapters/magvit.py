@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from typing import ClassVar
 
-from diffusers.models.autoencoders.autoencoder_kl_magvit import EasyAnimateCausalConv3d, EasyAnimateUpsampler3D
+from diffusers.models.autoencoders.autoencoder_kl_magvit import (
+    EasyAnimateCausalConv3d,
+    EasyAnimateUpsampler3D,
+)
 from torch import Tensor, nn
 
 from genstream.vae.adapters.memory import Memory
@@ -54,7 +57,7 @@ class MagvitAdapter(RewiredAdapter):
         return [1] * count
 
     def _encode_piece(self, frames: Tensor, memory: Memory) -> Tensor:
-        moments = self.vae.quant_conv(self._rewired(self.vae.encoder, memory)(frames))
+        moments: Tensor = self.vae.quant_conv(self._rewired(self.vae.encoder, memory)(frames))
         return moments[:, : self.spec.latent_channels]
 
     def _decode_piece(self, raw: Tensor, memory: Memory) -> Tensor:

@@ -1,14 +1,15 @@
 """Mochi: causal convolutions with replicated padding, and attention over all past frames in the encoder."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch.nn.functional as F
+from diffusers import ModelMixin
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
 from torch import Tensor, nn
 
-from genstream.vae.adapters.base import Exactness
+from genstream.vae.adapters.base import Measured
 from genstream.vae.adapters.memory import Memory
 from genstream.vae.adapters.rewired import Layer, RewiredAdapter, attend
 from genstream.vae.adapters.scale import LatentScale
@@ -44,8 +45,8 @@ class _Attention(Layer):
         )  # [pixels, N, T, D]
         query, key = attention.norm_q(query), attention.norm_k(key)
         attended = attend(query, key, value, name, self.memory).transpose(1, 2).flatten(2)
-        output: Tensor = attention.to_out[0](attended)
-        return output / attention.rescale_output_factor
+        output: Tensor = attention.to_out[0](attended) / attention.rescale_output_factor
+        return output
 
 
 class MochiAdapter(RewiredAdapter):
@@ -56,10 +57,10 @@ class MochiAdapter(RewiredAdapter):
         Attention: _Attention,
     }
 
-    def __init__(self, vae: Any, exactness: Exactness = "approximate") -> None:
+    def __init__(self, vae: ModelMixin, measured: Measured | None = None) -> None:
         if not vae.drop_last_temporal_frames:
             raise ValueError("AutoencoderKLMochi.drop_last_temporal_frames must be True to stream, got False")
-        super().__init__(vae, exactness)
+        super().__init__(vae, measured)
 
     def _layout(self) -> VAESpec:
         return VAESpec(
@@ -78,9 +79,9 @@ class MochiAdapter(RewiredAdapter):
         )
 
     def _encode_piece(self, frames: Tensor, memory: Memory) -> Tensor:
-        moments, _ = self._rewired(self.vae.encoder, memory)(frames)
+        moments: Tensor = self._rewired(self.vae.encoder, memory)(frames)[0]
         return moments[:, : self.spec.latent_channels]
 
     def _decode_piece(self, raw: Tensor, memory: Memory) -> Tensor:
-        frames, _ = self._rewired(self.vae.decoder, memory)(raw)
+        frames: Tensor = self._rewired(self.vae.decoder, memory)(raw)[0]
         return frames if memory.started else frames[:, :, self.spec.temporal_ratio - 1 :]

@@ -19,6 +19,8 @@ _WITHOUT_MEMORY = ("conv_y", "conv_b")
 _KVAE_SEGMENT_FRAMES = 16
 _SEPARATOR = "/"
 
+_Tree = dict[Any, Any] | list[Any]
+
 
 class PartitionAdapter(Adapter):
     """Streams in pieces of `first_latents`, then of `chunk_latents`."""
@@ -60,6 +62,7 @@ class CogVideoXAdapter(PartitionAdapter):
         return [self.spec.chunk_latents if steps else self.spec.first_latents]
 
     def _encode_piece(self, frames: Tensor, memory: Memory) -> Tensor:
+        moments: Tensor
         moments, cache = self.vae.encoder(frames, conv_cache=_nested(memory.past))
         _remember_nested(cache, memory)
         if self.vae.quant_conv is not None:
@@ -69,6 +72,7 @@ class CogVideoXAdapter(PartitionAdapter):
     def _decode_piece(self, raw: Tensor, memory: Memory) -> Tensor:
         if self.vae.post_quant_conv is not None:
             raw = self.vae.post_quant_conv(raw)
+        frames: Tensor
         frames, cache = self.vae.decoder(raw, conv_cache=_nested(memory.past))
         _remember_nested(cache, memory)
         return frames
@@ -98,7 +102,7 @@ class KVAEAdapter(PartitionAdapter):
 
     def _encode_piece(self, frames: Tensor, memory: Memory) -> Tensor:
         cache = _segment_cache(self.vae._make_encoder_cache(), memory)
-        moments = self.vae.encoder(frames, cache)
+        moments: Tensor = self.vae.encoder(frames, cache)
         _remember_segment(cache, memory)
         return moments[:, : self.spec.latent_channels]
 
@@ -129,7 +133,7 @@ def _remember_nested(tree: dict[str, Any], memory: Memory, path: str = "") -> No
             memory.remember(f"{path}{name}", entry)
 
 
-def _segment_cache(tree: Any, memory: Memory, path: str = "") -> Any:
+def _segment_cache(tree: _Tree, memory: Memory, path: str = "") -> _Tree:
     """Fill an empty cache of KVAE: frames to look back at, and marks that the first segment is past."""
     for name, entry in _entries(tree):
         if isinstance(entry, dict | list):
@@ -141,7 +145,7 @@ def _segment_cache(tree: Any, memory: Memory, path: str = "") -> Any:
     return tree
 
 
-def _remember_segment(tree: Any, memory: Memory, path: str = "") -> None:
+def _remember_segment(tree: _Tree, memory: Memory, path: str = "") -> None:
     for name, entry in _entries(tree):
         if isinstance(entry, dict | list):
             _remember_segment(entry, memory, f"{path}{name}{_SEPARATOR}")
@@ -149,5 +153,5 @@ def _remember_segment(tree: Any, memory: Memory, path: str = "") -> None:
             memory.remember(f"{path}{name}", entry)
 
 
-def _entries(tree: dict[Any, Any] | list[Any]) -> list[tuple[Any, Any]]:
+def _entries(tree: _Tree) -> list[tuple[Any, Any]]:
     return list(tree.items() if isinstance(tree, dict) else enumerate(tree))

@@ -6,7 +6,7 @@ those that look back in time. The copy belongs to one call: threads and streams 
 
 import copy
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ class Layer(nn.Module):
         name: path of the layer in the network.
         memory: the stream's.
     """
+
+    module: Any
 
     def __init__(self, module: nn.Module, name: str, memory: Memory) -> None:
         super().__init__()
@@ -69,6 +71,16 @@ def rewired(
     return twin if layer is None else layer(twin, name.removeprefix("."), memory)
 
 
+def with_past(key: Tensor, value: Tensor, dim: int, name: str, memory: Memory) -> tuple[Tensor, Tensor]:
+    """Keys and values behind those of all frames before, along `dim`; all are remembered as `name`."""
+    past_key, past_value = memory.recall(f"{name}.key"), memory.recall(f"{name}.value")
+    if past_key is not None and past_value is not None:
+        key, value = torch.cat([past_key, key], dim=dim), torch.cat([past_value, value], dim=dim)
+    memory.remember(f"{name}.key", key)
+    memory.remember(f"{name}.value", value)
+    return key, value
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, name: str, memory: Memory) -> Tensor:
     """Attention to the current frame and all frames before it.
 
@@ -83,11 +95,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, name: str, memory: Memory)
         Like `query`.
     """
     frames = query.shape[2]
-    past_key, past_value = memory.recall(f"{name}.key"), memory.recall(f"{name}.value")
-    if past_key is not None and past_value is not None:
-        key, value = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
-    memory.remember(f"{name}.key", key)
-    memory.remember(f"{name}.value", value)
+    key, value = with_past(key, value, 2, name, memory)
     mask = torch.ones(frames, key.shape[2], dtype=torch.bool, device=query.device)
     mask = mask.tril(diagonal=key.shape[2] - frames)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)

@@ -12,7 +12,7 @@ class LatentScale:
     """Maps a VAE's raw latents to those of the diffusion model and back: latent = (raw - mean) / std.
 
     Attributes:
-        mean: [1, C, N, 1, 1] or [1, 1, 1, 1, 1]; with N > 1 for latent frames 0 to N - 1, the last from then on.
+        mean: [1, C or 1, N, 1, 1], for latent frames 0 to N - 1; the last one counts from then on.
         std: like `mean`.
     """
 
@@ -21,7 +21,9 @@ class LatentScale:
 
     def __post_init__(self) -> None:
         if self.mean.shape != self.std.shape:
-            raise ValueError(f"mean must have the shape of std {list(self.std.shape)}, got {list(self.mean.shape)}")
+            raise ValueError(
+                f"mean must have the shape of std {list(self.std.shape)}, got {list(self.mean.shape)}"
+            )
         if bool((self.std == 0).any()):
             raise ValueError("std must not be 0 for any channel")
 
@@ -34,7 +36,7 @@ class LatentScale:
     def per_channel(
         cls, mean: Sequence[float], std: Sequence[float], channels: int, factor: float = 1.0
     ) -> "LatentScale":
-        """Statistics of each channel, or of each channel and latent frame: latent = (raw - mean) * factor / std."""
+        """Of each channel, or of each channel and latent frame: latent = (raw - mean) * factor / std."""
         shape = (1, channels, -1, 1, 1)
         means = torch.tensor(mean, dtype=torch.float64).reshape(shape)
         return cls(means, torch.tensor(std, dtype=torch.float64).reshape(shape) / factor)

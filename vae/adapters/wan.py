@@ -37,7 +37,7 @@ class WanAdapter(Adapter):
         return [1] * count
 
     def _encode_piece(self, frames: Tensor, memory: Memory) -> Tensor:
-        moments = self.vae.quant_conv(self._encoded(self._patched(frames), memory))
+        moments: Tensor = self.vae.quant_conv(self._encoded(self._patched(frames), memory))
         return moments[:, : self.spec.latent_channels]
 
     def _decode_piece(self, raw: Tensor, memory: Memory) -> Tensor:
@@ -51,9 +51,7 @@ class WanAdapter(Adapter):
 
     def _decoded(self, x: Tensor, memory: Memory) -> Tensor:
         cache = _cache(memory, self.vae.decoder)
-        decoded: Tensor = self.vae.decoder(
-            x, feat_cache=cache, feat_idx=[0], first_chunk=not memory.started
-        )
+        decoded: Tensor = self.vae.decoder(x, feat_cache=cache, feat_idx=[0], first_chunk=not memory.started)
         _keep(cache, memory)
         return decoded
 
@@ -107,7 +105,7 @@ def _keep(cache: list[Any], memory: Memory) -> None:
 
 
 def _reach(decoder: nn.Module) -> int:
-    """Latent frames back that a frame depends on: the frames each convolution looks back at, at its own rate."""
+    """Latent frames back that a frame depends on: what each convolution looks back at, at its own rate."""
     reach, rate = 0.0, 1
     for name, module in decoder.named_modules():
         if isinstance(module, nn.Conv3d):

@@ -31,10 +31,24 @@ class Window:
     piece: int
     lookahead: int
 
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("context", self.context, 1),
+            ("piece", self.piece, 1),
+            ("lookahead", self.lookahead, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+
     @property
     def first(self) -> int:
         """Latent frames of a stream's first piece."""
         return self.piece + 1
+
+    @property
+    def memory(self) -> int:
+        """Latent frames back that a frame depends on, through the window before its own."""
+        return self.context + self.piece
 
     def ready(self, count: int, steps: int) -> list[int]:
         """Latent frames of each piece that may run when `count` wait after `steps`."""
