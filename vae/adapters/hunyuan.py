@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from genstream.vae.adapters.base import Adapter
 from genstream.vae.adapters.memory import Memory
-from genstream.vae.adapters.rewired import Layer, RewiredAdapter
+from genstream.vae.adapters.rewired import Layer, RewiredAdapter, with_past
 from genstream.vae.adapters.scale import LatentScale
 from genstream.vae.adapters.windowed import Window, run_window
 from genstream.vae.protocol import Direction, VAESpec
@@ -145,7 +145,10 @@ class _Upsample(Layer):
 
 
 class HunyuanVideo15Adapter(RewiredAdapter):
-    """Streams `AutoencoderKLHunyuanVideo15`; its state grows by the keys and values of every latent frame."""
+    """Streams `AutoencoderKLHunyuanVideo15`; its state grows by the keys and values of every latent frame.
+
+    Batches stream, although the model's own mask fits a batch of one only.
+    """
 
     _layers: ClassVar[Mapping[type[nn.Module], type[Layer]]] = {
         HunyuanVideo15CausalConv3d: _Conv,
@@ -164,6 +167,14 @@ class HunyuanVideo15Adapter(RewiredAdapter):
 
     def _latent_scale(self) -> LatentScale:
         return LatentScale.uniform(self.vae.config.scaling_factor)
+
+    def whole_decode(self, raw: Tensor) -> Tensor:
+        """Frames of a whole clip of raw latents as the VAE's own class decodes it, one clip at a time."""
+        return torch.cat([self.vae.decode(clip, return_dict=False)[0] for clip in raw.split(1)])
+
+    def whole_encode(self, frames: Tensor) -> Tensor:
+        """Raw latents of a whole clip as the VAE's own class encodes it, one clip at a time."""
+        return torch.cat([self.vae.encode(clip, return_dict=False)[0].mode() for clip in frames.split(1)])
 
     def _encode_piece(self, frames: Tensor, memory: Memory) -> Tensor:
         moments: Tensor = self._rewired(self.vae.encoder, memory)(frames)

@@ -37,8 +37,9 @@ class PartitionAdapter(Adapter):
 class CogVideoXAdapter(PartitionAdapter):
     """Streams `AutoencoderKLCogVideoX`, 3 latent frames first and 2 at a time after that.
 
-    The model's own `decode` cuts clips of an even number of latent frames differently and gives r frames for
-    the first one. Here they are filled up to the next odd number, so that every stream begins alike.
+    How the model's own `decode` and `encode` cut a clip depends on its whole length, unless that is an odd number
+    of latent frames or 8n + 1 frames; for an even number its first latent frame gives r frames. A stream does
+    not know its length: it begins alike whatever it is, and an incomplete last piece is filled up for decoding.
     """
 
     def _layout(self) -> VAESpec:
@@ -57,8 +58,8 @@ class CogVideoXAdapter(PartitionAdapter):
         return LatentScale.uniform(self.vae.config.scaling_factor)
 
     def _rest(self, direction: Direction, count: int, steps: int) -> list[int]:
-        if count == 0 or (count == 1 and steps == 0):
-            return [count] if count else []
+        if direction == "encode" or count == 0 or (count == 1 and steps == 0):
+            return super()._rest(direction, count, steps)
         return [self.spec.chunk_latents if steps else self.spec.first_latents]
 
     def _encode_piece(self, frames: Tensor, memory: Memory) -> Tensor:

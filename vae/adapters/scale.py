@@ -30,7 +30,7 @@ class LatentScale:
     @classmethod
     def uniform(cls, factor: float, shift: float = 0.0) -> "LatentScale":
         """One factor for all channels: latent = (raw - shift) * factor."""
-        return cls(torch.full((1, 1, 1, 1, 1), shift), torch.full((1, 1, 1, 1, 1), 1 / factor))
+        return cls.per_channel([shift], [1.0], 1, factor)
 
     @classmethod
     def per_channel(

@@ -20,6 +20,7 @@ STATISTICS = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 2.0, 1
 COSMOS_MEAN = torch.linspace(-0.3, 0.3, 4 * 3).tolist()
 COSMOS_STD = torch.linspace(0.5, 1.5, 4 * 3).tolist()
 WAN = {"base_dim": 4, "z_dim": 4, "num_res_blocks": 1, **STATISTICS}
+SMALL = {"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2}
 LTX = {
     "latent_channels": 4,
     "block_out_channels": (4, 4, 8, 8),
@@ -119,7 +120,7 @@ MODELS = {
     ),
     "hunyuan15": (
         diffusers.AutoencoderKLHunyuanVideo15,
-        {"latent_channels": 4, "block_out_channels": (8, 8, 16, 16, 16), "layers_per_block": 1},
+        {"latent_channels": 4, "block_out_channels": (8, 8, 8, 8, 8), "layers_per_block": 1},
     ),
     "ltx_released": (diffusers.AutoencoderKLLTXVideo, LTX),
     "hunyuan": (
@@ -207,14 +208,14 @@ def start(name: str, direction: str) -> VAEState:
 
 
 def restored(state: VAEState) -> VAEState:
-    """The state after a trip through its parts; the old one is spoilt, so that nothing may still point there."""
+    """The state after a trip through its parts; the old one is spoilt, so that nothing may point there."""
     copy = VAEState.restore({key: slot.clone() for key, slot in state.tensors().items()}, state.meta())
     for slot in state.slots.values():
         slot.fill_(torch.nan)
     return copy
 
 
-def decoded(name: str, latents: Tensor, parts: list[int]) -> Tensor:
+def decoded(name: str, latents: Tensor, parts: int | list[int]) -> Tensor:
     vae, state, frames = adapter(name), start(name, "decode"), []
     for part in latents.split(parts, dim=2):
         state = restored(state)
@@ -222,7 +223,7 @@ def decoded(name: str, latents: Tensor, parts: list[int]) -> Tensor:
     return torch.cat([*frames, vae.flush_unclamped(state)], dim=2)
 
 
-def encoded(name: str, frames: Tensor, parts: list[int]) -> Tensor:
+def encoded(name: str, frames: Tensor, parts: int | list[int]) -> Tensor:
     vae, state, latents = adapter(name), start(name, "encode"), []
     for part in frames.split(parts, dim=2):
         state = restored(state)
@@ -272,21 +273,20 @@ def test_encoding_in_chunks_equals_the_models_own_encoding(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("parts", [[1] * 9, [2] * 5, [3] * 3, [1, 0, 4, 2, 3]])
-def test_any_chunking_decodes_alike(name, parts):
-    count = min(sum(parts), latent_count(name))
+def test_any_chunking_decodes_alike(name):
+    count = latent_count(name)
     latents = random_latents(name, count)
-    cut = [len(part) for part in torch.arange(sum(parts)).split(parts)]
-    sizes = [max(0, min(size, count - sum(cut[:index]))) for index, size in enumerate(cut)]
-    assert_same(decoded(name, latents, sizes), adapter(name).decode_unclamped(latents), name)
+    whole = adapter(name).decode_unclamped(latents)
+    for parts in (1, 2, 3, random_parts(count, 3, 4)):
+        assert_same(decoded(name, latents, parts), whole, name)
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("seed", range(2))
-def test_any_chunking_encodes_alike(name, seed):
+def test_any_chunking_encodes_alike(name):
     frames = random_frames(name, frame_count(name, latent_count(name)))
-    parts = random_parts(frames.shape[2], seed, 9)
-    assert_same(encoded(name, frames, parts), adapter(name).encode(frames), name)
+    whole = adapter(name).encode(frames)
+    for parts in (1, 5, random_parts(frames.shape[2], 3, 9)):
+        assert_same(encoded(name, frames, parts), whole, name)
 
 
 def test_windows_of_hunyuan_video_are_the_models_own():
@@ -446,13 +446,16 @@ def test_latents_are_normalised_exactly_once(name):
     vae, frames = adapter(name), random_frames(name, frame_count(name, 2))
     config = vae.vae.config
     raw = vae.whole_encode(frames)
-    mean = getattr(vae.vae, "latents_mean", config.get("latents_mean"))
+    buffers = dict(vae.vae.named_buffers())
+    mean, std = (buffers.get(key, config.get(key)) for key in ("latents_mean", "latents_std"))
     factor = config.get("scaling_factor") or 1.0
     if mean is None:
         expected = (raw - (config.get("shift_factor") or 0.0)) * factor
     else:
-        std = getattr(vae.vae, "latents_std", config.get("latents_std"))
-        table = [torch.as_tensor(values).double().reshape(1, 4, -1, 1, 1)[:, :, :2] for values in (mean, std)]
+        table = [
+            torch.as_tensor(values, dtype=torch.float64).reshape(1, 4, -1, 1, 1)[:, :, :2]
+            for values in (mean, std)
+        ]
         expected = (raw - table[0]) * factor / table[1]
     torch.testing.assert_close(vae.encode(frames), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(vae.scale.raw(expected, 0), raw, rtol=1e-9, atol=1e-9)
@@ -530,9 +533,7 @@ def test_bad_input_is_refused_with_both_sides(message):
 
 def test_states_of_other_vaes_are_refused():
     state = start("qwen_image", "decode")
-    with pytest.raises(
-        ValueError, match="must come from AutoencoderKLWan.*got one from AutoencoderKLQwenImage"
-    ):
+    with pytest.raises(ValueError, match=r"from AutoencoderKLWan.*got one from AutoencoderKLQwenImage"):
         adapter("wan21").decode_chunk(random_latents("wan21", 1), state)
     other = LTXAdapter(model("ltx_released"), window=Window(context=1, piece=1, lookahead=1))
     ratio = other.spec.spatial_ratio
@@ -546,9 +547,7 @@ def test_states_of_other_vaes_are_refused():
 def test_states_of_another_precision_are_refused():
     state = start("wan21", "decode")
     state.slots = {key: slot.float() for key, slot in state.slots.items()}
-    with pytest.raises(
-        ValueError, match=r"state must be torch.float64 on cpu like the VAE, got torch.float32"
-    ):
+    with pytest.raises(ValueError, match=r"must be torch\.float64 on cpu like the VAE, got torch\.float32"):
         adapter("wan21").decode_chunk(random_latents("wan21", 1), state)
 
 
