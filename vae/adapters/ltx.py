@@ -21,7 +21,7 @@ from diffusers.models.autoencoders.autoencoder_kl_ltx2 import (
 from torch import Tensor, nn
 
 from genstream.vae.adapters.base import Measured
-from genstream.vae.adapters.memory import Memory
+from genstream.vae.adapters.memory import Memory, reach
 from genstream.vae.adapters.rewired import Layer, RewiredAdapter
 from genstream.vae.adapters.scale import LatentScale
 from genstream.vae.adapters.windowed import Window, run_window
@@ -108,7 +108,7 @@ class LTXAdapter(RewiredAdapter):
             temporal_ratio=self.vae.temporal_compression_ratio,
             spatial_ratio=self.vae.spatial_compression_ratio,
             latent_channels=self.vae.config.latent_channels,
-            memory_latents=None if window is None else window.memory,
+            memory_latents=reach(self.vae.decoder, _growth) if window is None else window.memory,
             first_latents=1 if window is None else window.first,
             chunk_latents=1 if window is None else window.piece,
             lookahead_latents=0 if window is None else window.lookahead,
@@ -151,6 +151,10 @@ class LTXAdapter(RewiredAdapter):
 
     def _noise_level(self, raw: Tensor) -> Tensor | None:
         return raw.new_zeros(raw.shape[0]) if self.vae.config.timestep_conditioning else None
+
+
+def _growth(module: nn.Module) -> int:
+    return module.stride[0] if isinstance(module, LTXVideoUpsampler3d | LTX2VideoUpsampler3d) else 1
 
 
 def _folded(x: Tensor, stride: tuple[int, int, int]) -> Tensor:

@@ -9,7 +9,7 @@ from diffusers.models.autoencoders.autoencoder_kl_magvit import (
 )
 from torch import Tensor, nn
 
-from genstream.vae.adapters.memory import Memory
+from genstream.vae.adapters.memory import Memory, reach
 from genstream.vae.adapters.rewired import Layer, RewiredAdapter
 from genstream.vae.adapters.scale import LatentScale
 from genstream.vae.protocol import Direction, VAESpec
@@ -47,7 +47,7 @@ class MagvitAdapter(RewiredAdapter):
             temporal_ratio=self.vae.temporal_compression_ratio,
             spatial_ratio=self.vae.spatial_compression_ratio,
             latent_channels=self.vae.config.latent_channels,
-            memory_latents=None,
+            memory_latents=reach(self.vae.decoder, _growth),
         )
 
     def _latent_scale(self) -> LatentScale:
@@ -63,3 +63,7 @@ class MagvitAdapter(RewiredAdapter):
     def _decode_piece(self, raw: Tensor, memory: Memory) -> Tensor:
         frames: Tensor = self._rewired(self.vae.decoder, memory)(self.vae.post_quant_conv(raw))
         return frames
+
+
+def _growth(module: nn.Module) -> int:
+    return 2 if isinstance(module, EasyAnimateUpsampler3D) and module.temporal_upsample else 1

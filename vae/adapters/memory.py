@@ -1,8 +1,9 @@
 """What a stream remembers, while a network reads and writes it."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Memory:
@@ -39,3 +40,24 @@ class Memory:
         """The current piece of `steps` latent frames is done."""
         self.steps += steps
         self.past, self.future = self.future, {}
+
+
+def reach(decoder: nn.Module, growth: Callable[[nn.Module], int]) -> int:
+    """Latent frames back that a frame depends on: what each convolution looks back at, at its own rate.
+
+    Args:
+        decoder: causal, its modules in the order in which they work.
+        growth: frames that a module makes of one.
+    """
+    total, rate = 0.0, 1
+
+    def visit(module: nn.Module) -> None:
+        nonlocal total, rate
+        for child in module.children():
+            visit(child)
+        if isinstance(module, nn.Conv3d):
+            total += (module.kernel_size[0] - 1) / rate
+        rate *= growth(module)
+
+    visit(decoder)
+    return math.ceil(total)

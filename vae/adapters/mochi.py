@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
+from diffusers.models.autoencoders.autoencoder_kl_mochi import MochiUpBlock3D
 from torch import Tensor, nn
 
 from genstream.vae.adapters.base import Measured
-from genstream.vae.adapters.memory import Memory
+from genstream.vae.adapters.memory import Memory, reach
 from genstream.vae.adapters.rewired import Layer, RewiredAdapter, attend
 from genstream.vae.adapters.scale import LatentScale
 from genstream.vae.protocol import VAESpec
@@ -67,7 +68,7 @@ class MochiAdapter(RewiredAdapter):
             temporal_ratio=self.vae.temporal_compression_ratio,
             spatial_ratio=self.vae.spatial_compression_ratio,
             latent_channels=self.vae.config.latent_channels,
-            memory_latents=None,
+            memory_latents=reach(self.vae.decoder, _growth),
         )
 
     def _latent_scale(self) -> LatentScale:
@@ -85,3 +86,7 @@ class MochiAdapter(RewiredAdapter):
     def _decode_piece(self, raw: Tensor, memory: Memory) -> Tensor:
         frames: Tensor = self._rewired(self.vae.decoder, memory)(raw)[0]
         return frames if memory.started else frames[:, :, self.spec.temporal_ratio - 1 :]
+
+
+def _growth(module: nn.Module) -> int:
+    return module.temporal_expansion if isinstance(module, MochiUpBlock3D) else 1

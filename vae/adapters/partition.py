@@ -37,9 +37,9 @@ class PartitionAdapter(Adapter):
 class CogVideoXAdapter(PartitionAdapter):
     """Streams `AutoencoderKLCogVideoX`, 3 latent frames first and 2 at a time after that.
 
-    How the model's own `decode` and `encode` cut a clip depends on its whole length, unless that is an odd number
-    of latent frames or 8n + 1 frames; for an even number its first latent frame gives r frames. A stream does
-    not know its length: it begins alike whatever it is, and an incomplete last piece is filled up for decoding.
+    How the model's own `decode` and `encode` cut a clip depends on its length, unless that is an odd number
+    of latent frames or 8n + 1 frames; for an even number the first latent frame gives r frames. A stream does
+    not know its length: it always begins alike, and an incomplete last piece is filled up for decoding.
     """
 
     def _layout(self) -> VAESpec:

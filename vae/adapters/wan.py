@@ -1,19 +1,20 @@
 """Wan 2.1, Wan 2.2 and Qwen-Image: the model's own feature cache, held in the stream's state."""
 
-import math
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageResample
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
 from torch import Tensor, nn
 
 from genstream.vae.adapters.base import Adapter
-from genstream.vae.adapters.memory import Memory
+from genstream.vae.adapters.memory import Memory, reach
 from genstream.vae.adapters.scale import LatentScale
 from genstream.vae.protocol import Direction, VAESpec
 
 # What the model writes into its cache for an upsampler that has seen the first latent frame only.
 _SEEN_FIRST = "Rep"
+_RESAMPLERS = (WanResample, QwenImageResample)
 
 
 class WanAdapter(Adapter):
@@ -26,7 +27,7 @@ class WanAdapter(Adapter):
             temporal_ratio=2 ** sum(config.temperal_downsample),
             spatial_ratio=2 ** (len(config.dim_mult) - 1) * patch_size,
             latent_channels=config.z_dim,
-            memory_latents=_reach(self.vae.decoder),
+            memory_latents=reach(self.vae.decoder, _growth),
         )
 
     def _latent_scale(self) -> LatentScale:
@@ -73,7 +74,7 @@ class QwenImageAdapter(WanAdapter):
             temporal_ratio=2 ** sum(config.temperal_downsample),
             spatial_ratio=2 ** (len(config.dim_mult) - 1),
             latent_channels=config.z_dim,
-            memory_latents=_reach(self.vae.decoder),
+            memory_latents=reach(self.vae.decoder, _growth),
         )
 
     def _decoded(self, x: Tensor, memory: Memory) -> Tensor:
@@ -104,12 +105,5 @@ def _keep(cache: list[Any], memory: Memory) -> None:
             memory.remember(str(index), torch.zeros(0) if isinstance(entry, str) else entry)
 
 
-def _reach(decoder: nn.Module) -> int:
-    """Latent frames back that a frame depends on: what each convolution looks back at, at its own rate."""
-    reach, rate = 0.0, 1
-    for name, module in decoder.named_modules():
-        if isinstance(module, nn.Conv3d):
-            reach += (module.kernel_size[0] - 1) / rate
-            if name.endswith("time_conv"):
-                rate *= 2
-    return math.ceil(reach)
+def _growth(module: nn.Module) -> int:
+    return 2 if isinstance(module, _RESAMPLERS) and module.mode == "upsample3d" else 1

@@ -152,5 +152,5 @@ def test_bad_sizes_are_refused():
     with pytest.raises(ValueError, match="state must be for 'encode', got one for 'decode'"):
         tiled.encode_chunk(clip(1), state)
     other = TiledVAE(small_vae(), Tiling(height_px=48, width_px=48, overlap_px=16))
-    with pytest.raises(ValueError, match="state must come from Tiling.*got one from Tiling"):
+    with pytest.raises(ValueError, match=r"state must come from Tiling.*got one from Tiling"):
         other.decode_chunk(latents(1), state)
