@@ -144,10 +144,14 @@ class LTXAdapter(RewiredAdapter):
     def _decode_piece(self, raw: Tensor, memory: Memory) -> Tensor:
         level = self._noise_level(raw)
         if self.window is None:
-            frames: Tensor = self._rewired(self.vae.decoder, memory)(raw, level)
+            causal: Tensor = self._rewired(self.vae.decoder, memory)(raw, level)
+            return causal
+
+        def network(window: Tensor) -> Tensor:
+            frames: Tensor = self.vae.decoder(window, level)
             return frames
-        ratio = self.spec.temporal_ratio
-        return run_window(raw, memory, lambda x: self.vae.decoder(x, level), self.window, 1, ratio)
+
+        return run_window(raw, memory, network, self.window, 1, self.spec.temporal_ratio)
 
     def _noise_level(self, raw: Tensor) -> Tensor | None:
         return raw.new_zeros(raw.shape[0]) if self.vae.config.timestep_conditioning else None

@@ -13,6 +13,7 @@ from genstream.vae.adapters.base import Adapter
 from genstream.vae.adapters.hunyuan import HunyuanVideoAdapter
 from genstream.vae.adapters.ltx import LTXAdapter
 from genstream.vae.adapters.scale import LatentScale
+from genstream.vae.adapters.wan import WanAdapter
 from genstream.vae.adapters.windowed import Window
 from genstream.vae.protocol import VAEState
 
@@ -421,6 +422,12 @@ def test_frames_forget_what_is_further_back_than_the_specification_says(name):
     known = frame_count(name, memory + 1)
     assert frames[:, :, known:].isfinite().all()
     assert frames[:, :, : frame_count(name, memory // 2)].isnan().all()
+
+
+def test_the_published_wan_decoder_looks_back_38_latent_frames():
+    with torch.device("meta"):
+        vae = diffusers.AutoencoderKLWan()
+    assert WanAdapter(vae).spec.memory_latents == 38
 
 
 @pytest.mark.parametrize("name", ["wan21", "cogvideox", "kvae", "cosmos"])

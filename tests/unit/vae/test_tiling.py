@@ -1,9 +1,11 @@
 import itertools
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
 
+from genstream.vae.adapters import stream_vae
 from genstream.vae.protocol import VAEState
 from genstream.vae.tiling import TiledVAE, Tiling
 from genstream.vae.tiny import TinyVideoVAE
@@ -59,6 +61,20 @@ def test_encoded_tiles_of_a_stream_equal_those_of_the_whole_clip(parts):
     whole = tiled.encode(frames)
     assert whole.shape == (2, 4, 4, HEIGHT // 16, WIDTH // 16)
     torch.testing.assert_close(torch.cat(chunks, dim=2), whole, rtol=0, atol=1e-12)
+
+
+def test_tiles_of_an_adapted_vae_stream_alike():
+    torch.manual_seed(0)
+    statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 2.0, 1.0, 1.5]}
+    wan = diffusers.AutoencoderKLWan(base_dim=4, z_dim=4, num_res_blocks=1, **statistics)
+    vae = stream_vae(wan.eval().requires_grad_(requires_grad=False))
+    tiled = TiledVAE(vae, Tiling(height_px=16, width_px=16, overlap_px=8))
+    clip = torch.randn(1, 4, 3, 2, 3)
+    state = tiled.init_state("decode", 1, 16, 24)
+    frames = [tiled.decode_chunk(part, state) for part in clip.split(1, dim=2)]
+    assert torch.equal(torch.cat(frames, dim=2), tiled.decode(clip))
+    with pytest.raises(ValueError, match=r"latents must be torch\.float32 on cpu like the VAE"):
+        tiled.decode_chunk(clip.double(), state)
 
 
 def test_inside_of_a_tile_nothing_changes_and_seams_are_blended():
