@@ -125,18 +125,15 @@ class TiledVAE:
         """Let each tile take `step` with its state and its part of the input, and blend what comes out."""
         ratio = self.spec.spatial_ratio
         unit_in, unit_out = (1, ratio) if state.direction == "encode" else (ratio, 1)
-        places_in = [(row, column) for _, row, column in self._tiles(state, unit_in)]
-        size = state.height // unit_out, state.width // unit_out
-        result, steps = None, 0
-        slots: dict[str, Tensor] = {}
-        for (name, row, column), place in zip(self._tiles(state, unit_out), places_in, strict=True):
+        steps, outputs, slots = 0, [], dict[str, Tensor]()
+        for name, row, column in self._tiles(state, unit_in):
             inner = self._state_of(name, state)
-            output = step(inner, partial(_cut, row=place[0], column=place[1]))
-            if result is None:
-                result = output.new_zeros((*output.shape[:3], *size))
-            _add(result, output, row, column)
+            outputs.append(step(inner, partial(_cut, row=row, column=column)))
             steps, slots = inner.steps - state.steps, slots | _prefixed(name, inner.slots)
-        assert result is not None, "a clip has at least one tile"
+        size = state.height // unit_out, state.width // unit_out
+        result = outputs[0].new_zeros((*outputs[0].shape[:3], *size))
+        for (_, row, column), output in zip(self._tiles(state, unit_out), outputs, strict=True):
+            _add(result, output, row, column)
         state.advance(steps, slots)
         return result
 

@@ -171,5 +171,5 @@ def _folded(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
 
 def _unfolded(x: Tensor, stride: tuple[int, int, int]) -> Tensor:
     """[B, C s u v, F, h, w] to [B, C, F s, h u, w v]; undoes `_folded`."""
-    split = x.unflatten(1, (-1, *stride))
+    split: Tensor = x.unflatten(1, (-1, *stride))
     return split.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
