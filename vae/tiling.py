@@ -173,8 +173,8 @@ class TiledVAE:
 
 def _places(length: int, tile: int, overlap: int) -> list[_Tile]:
     """Tiles along one dimension, whose weights sum to 1 everywhere."""
-    tile = min(tile, length)
-    starts = [*range(0, length - tile, tile - overlap), length - tile]
+    stride, tile = tile - overlap, min(tile, length)
+    starts = [*range(0, length - tile, stride), length - tile]
     weights = [torch.ones(tile, dtype=torch.float64) for _ in starts]
     for index, (start, following) in enumerate(itertools.pairwise(starts)):
         shared = start + tile - following

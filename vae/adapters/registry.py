@@ -44,7 +44,7 @@ def stream_vae(vae: ModelMixin) -> Adapter:
     Measuring decodes and encodes a clip of a few latent frames of 2x2 pixels.
 
     Args:
-        vae: a loaded diffusers VAE; its weights are shared, and nothing on it is changed.
+        vae: a loaded diffusers VAE; its weights are shared, and streaming changes nothing on it.
 
     Returns:
         A `StreamingVAE`; its `measured` holds the errors.
