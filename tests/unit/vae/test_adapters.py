@@ -6,6 +6,7 @@ from functools import cache
 import diffusers
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor
 
 from genstream.vae.adapters import probe, stream_vae
@@ -509,6 +510,24 @@ def test_a_failing_step_leaves_the_state_as_it_was(name):
         hook.remove()
     assert state.meta() == meta
     assert all(torch.equal(slot, state.slots[key]) for key, slot in before.items())
+
+
+def test_offloaded_models_are_loaded_first():
+    class Loads(ModelHook):
+        count = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.count += 1
+            return args, kwargs
+
+    kind, config = MODELS["tiny"]
+    vae, hook = stream_vae(kind(**config).requires_grad_(requires_grad=False)), Loads()
+    add_hook_to_module(vae.vae, hook)
+    states = [vae.init_state(direction, 1, 8, 8) for direction in ("encode", "decode")]
+    vae.encode_chunk(torch.zeros(1, 3, 1, 8, 8), states[0])
+    before = hook.count
+    vae.decode_chunk(torch.zeros(1, vae.spec.latent_channels, 1, 2, 2), states[1])
+    assert hook.count > before >= 3
 
 
 def test_nothing_gives_nothing():
