@@ -1,0 +1,82 @@
+"""Image VAEs: each frame on its own. Exact, but nothing holds neighbouring frames together."""
+
+import torch
+from torch import Tensor
+
+from genstream.vae.adapters.base import Adapter
+from genstream.vae.adapters.memory import Memory
+from genstream.vae.adapters.scale import LatentScale
+from genstream.vae.protocol import VAESpec
+
+
+class ImageAdapter(Adapter):
+    """Streams `AutoencoderKL`: one latent frame per frame."""
+
+    def _layout(self) -> VAESpec:
+        config = self.vae.config
+        return VAESpec(
+            temporal_ratio=1,
+            spatial_ratio=2 ** (len(config.block_out_channels) - 1),
+            latent_channels=config.latent_channels,
+            memory_latents=0,
+        )
+
+    def _latent_scale(self) -> LatentScale:
+        config = self.vae.config
+        if config.latents_mean is not None and config.latents_std is not None:
+            channels, factor = config.latent_channels, config.scaling_factor
+            return LatentScale.per_channel(config.latents_mean, config.latents_std, channels, factor)
+        return LatentScale.uniform(config.scaling_factor, config.shift_factor or 0.0)
+
+    def whole_encode(self, frames: Tensor) -> Tensor:
+        """Raw latents of a clip, frame by frame."""
+        return torch.stack([self._encoded(frame) for frame in frames.unbind(dim=2)], dim=2)
+
+    def whole_decode(self, raw: Tensor) -> Tensor:
+        """Frames of a clip of raw latents, frame by frame."""
+        return torch.stack([self._decoded(frame) for frame in raw.unbind(dim=2)], dim=2)
+
+    def _encode_piece(self, frames: Tensor, memory: Memory) -> Tensor:
+        return _to_video(self._encoded(_to_images(frames)), frames.shape[0])
+
+    def _decode_piece(self, raw: Tensor, memory: Memory) -> Tensor:
+        return _to_video(self._decoded(_to_images(raw)), raw.shape[0])
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        latents: Tensor = self.vae.encode(images, return_dict=False)[0].mode()
+        return latents
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        images: Tensor = self.vae.decode(latents, return_dict=False)[0]
+        return images
+
+
+class TinyImageAdapter(ImageAdapter):
+    """Streams `AutoencoderTiny`, whose latents have no distribution."""
+
+    def _layout(self) -> VAESpec:
+        config = self.vae.config
+        return VAESpec(
+            temporal_ratio=1,
+            spatial_ratio=2 ** (len(config.encoder_block_out_channels) - 1),
+            latent_channels=config.latent_channels,
+            memory_latents=0,
+        )
+
+    def _latent_scale(self) -> LatentScale:
+        return LatentScale.uniform(self.vae.config.scaling_factor, self.vae.config.shift_factor)
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        latents: Tensor = self.vae.encode(images, return_dict=False)[0]
+        return latents
+
+
+def _to_images(video: Tensor) -> Tensor:
+    """[B, C, F, H, W] to [B F, C, H, W]."""
+    return video.transpose(1, 2).flatten(0, 1)
+
+
+def _to_video(images: Tensor, batch_size: int) -> Tensor:
+    """[B F, C, H, W] to [B, C, F, H, W]."""
+    video: Tensor = images.unflatten(0, (batch_size, -1))
+    return video.transpose(1, 2)
