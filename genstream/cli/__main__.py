@@ -6,7 +6,6 @@ Commands import torch only when they run, so that help and wrong usage answer at
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 import genstream
 from genstream.cli import bench, evaluate, generate, models, train
@@ -22,9 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="genstream", description=genstream.__doc__, allow_abbrev=False)
     parser.epilog = "Add --debug to any command to see where an error comes from."
     parser.add_argument("--version", action="version", version=f"genstream {genstream.__version__}")
-    commands = parser.add_subparsers(
-        required=True, metavar="COMMAND", parser_class=partial(Parser, allow_abbrev=False)
-    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     for command in COMMANDS:
         command.add_parser(commands)
     parser.set_defaults(takes_more=False)

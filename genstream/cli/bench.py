@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Self
 
 from genstream.cli.figures import RunClock
 from genstream.cli.process import processor_name, resident_memory_bytes
-from genstream.io.markdown import write_section
 from genstream.io.model_folder import find_model
+from genstream.io.sections import write_section
 
 if TYPE_CHECKING:
     from genstream.pipelines.causal_video import CausalVideoPipeline
@@ -23,7 +23,9 @@ _MIB = 2**20
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the command line."""
-    parser = commands.add_parser("bench", help="measure one long stream", description=__doc__)
+    parser = commands.add_parser(
+        "bench", help="measure one long stream", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("--model", default="toyworld", help="installed model or model folder (toyworld)")
     parser.add_argument("--minutes", type=float, default=10.0, help="minutes of video, at least 2 (10)")
     parser.add_argument("--prompt", default="a red circle moving right", help="(a red circle moving right)")

@@ -4,13 +4,13 @@ import argparse
 import json
 from pathlib import Path
 
-from genstream.io.markdown import write_section
 from genstream.io.model_folder import find_model, read_card
+from genstream.io.sections import write_section
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the command line."""
-    parser = commands.add_parser("evaluate", help="score a model", description=__doc__)
+    parser = commands.add_parser("evaluate", help="score a model", description=__doc__, allow_abbrev=False)
     benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK")
     toyworld = benchmarks.add_parser(
         "toyworld", help="prompt adherence, drift, VAE quality and speed", allow_abbrev=False

@@ -15,7 +15,9 @@ EXIT_INTERRUPTED = 130
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the command line."""
-    parser = commands.add_parser("generate", help="make a video from a prompt", description=__doc__)
+    parser = commands.add_parser(
+        "generate", help="make a video from a prompt", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("prompt", help="what to show, such as: a red circle moving right")
     parser.add_argument(
         "-o",

@@ -10,7 +10,9 @@ _MEGA = 1e6
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the command line."""
-    parser = commands.add_parser("models", help="describe the installed models", description=__doc__)
+    parser = commands.add_parser(
+        "models", help="describe the installed models", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument(
         "folders", nargs="*", type=Path, metavar="FOLDER", help="other model folders to describe"
     )

@@ -8,7 +8,9 @@ from genstream.cli.settings import parse_settings
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the command line; the options of each part are its settings, listed by --help."""
-    parser = commands.add_parser("train", help="train the VAE or the student", description=__doc__)
+    parser = commands.add_parser(
+        "train", help="train the VAE or the student", description=__doc__, allow_abbrev=False
+    )
     parts = parser.add_subparsers(required=True, metavar="PART")
     for name, run, text in (
         ("vae", _train_vae, "train the video VAE"),

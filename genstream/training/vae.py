@@ -68,7 +68,7 @@ class VAETrainingSettings:
     """
 
     joint_steps: int = 4500
-    decoder_steps: int = 1500
+    decoder_steps: int = 500
     joint_learning_rate: float = 1.5e-3
     decoder_learning_rate: float = 5e-4
     clips: int = 8

@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from genstream.io.markdown import write_section
+from genstream.io.sections import write_section
 
 
 def test_sections_are_replaced_and_the_rest_stays(tmp_path: Path):
