@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 import genstream
+from genstream.cli.pipeline import frames_of_chunk
 from genstream.streaming.controls import PromptControl
 
 PROMPTS = (
@@ -31,8 +32,7 @@ def frames_of(
     state = pipe.start(pipe.request(prompt, seconds=SECONDS, seed=SEED))
     frames: list[Image.Image] = []
     for chunk in pipe.run(state):
-        pixels = ((chunk.frames[0] + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
-        frames += [Image.fromarray(frame) for frame in pixels]
+        frames += [Image.fromarray(frame) for frame in frames_of_chunk(chunk)]
         if switched_to is not None and len(frames) >= SECONDS / 2 * pipe.config.default_fps:
             state.submit(PromptControl(prompt=switched_to))
             switched_to = None

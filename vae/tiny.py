@@ -295,8 +295,7 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
         return bool(in_time or min(config.decoder_spatial_strides) < HALVING)
 
     def _per_channel(self, values: Tensor) -> Tensor:
-        # Loading in half precision casts parameters, but no buffers that are not stored.
-        return values.to(next(self.parameters()).dtype).view(1, -1, 1, 1, 1)
+        return values.view(1, -1, 1, 1, 1)
 
     def _describe(self) -> str:
         """Names the architecture, so that a state tells which VAE it belongs to."""

@@ -17,6 +17,7 @@ from genstream.data.toyworld import ToyWorld
 from genstream.evaluation.judge import Adherence, ClipScore, DriftWindow, drift, judge_clip
 from genstream.evaluation.quality import psnr
 from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.training.clips import to_tensor
 
 _VAE_CLIP_FRAMES = 65
 _METRICS = ("colour", "shape", "direction", "count")
@@ -203,7 +204,7 @@ def judge_reconstructions(pipe: CausalVideoPipeline, settings: BenchmarkSettings
     for seed in range(settings.vae_clips):
         scene = world.scene(seed, "eval")
         clip = world.frames(scene, _VAE_CLIP_FRAMES)
-        pixels = torch.from_numpy(clip).permute(3, 0, 1, 2)[None] / 127.5 - 1  # [1, 3, F, H, W]
+        pixels = to_tensor(clip[None])
         with torch.inference_mode():
             again = to_uint8(pipe.vae.decode(pipe.vae.encode(pixels.to(pipe.device, pipe.vae.dtype))))
         values.append(psnr(clip, again))

@@ -113,9 +113,14 @@ def encode_clips(clips: ClipSet, vae: TinyVideoVAE, folder: Path, precision: Pre
     return torch.cat(shards)
 
 
+def to_tensor(clips: NDArray[np.uint8]) -> Tensor:
+    """[B, F, H, W, 3] bytes to [B, 3, F, H, W] in [-1, 1]."""
+    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
 @torch.no_grad()
 def _encode(vae: TinyVideoVAE, clip: NDArray[np.uint8], precision: Precision) -> Tensor:
-    pixels = torch.from_numpy(clip).permute(3, 0, 1, 2)[None].float() / 127.5 - 1  # [1, 3, F, H, W]
+    pixels = to_tensor(clip[None])
     with torch.autocast(vae.device.type, torch.bfloat16, enabled=precision == "bf16"):
         return vae.encode(pixels.to(vae.device)).half().cpu()
 

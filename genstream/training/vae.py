@@ -5,7 +5,6 @@ diffusion model can be trained on them, while the decoder goes on alone.
 """
 
 import logging
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,11 @@ from torch import Tensor, nn
 
 from genstream.data.toyworld import ToyWorld
 from genstream.data.vocabulary import BACKGROUND_RGB
+from genstream.training.clips import to_tensor
 from genstream.training.initialisation import PASSED_CHANNELS, initialise
 from genstream.training.loop import LoopSettings, load_average, run
 from genstream.training.record import Training, claim_run, write_record
+from genstream.training.vae_losses import psnr_db
 from genstream.vae.tiny import TinyVideoVAE
 
 logger = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ class VAETrainee:
         error = decoded - frames
         distance = (weights * (error.square() + 1e-4).sqrt()).sum() / (3 * weights.sum())
         moments = _moments_penalty(latents)
-        parts = {"distance": distance.item(), "moments": moments.item(), "psnr_db": _psnr_db(error)}
+        parts = {"distance": distance.item(), "moments": moments.item(), "psnr_db": psnr_db(error)}
         return distance + settings.moments_weight * moments, parts
 
     @torch.no_grad()
@@ -179,11 +180,11 @@ class VAETrainee:
         for index in range(_EVALUATION_CLIPS):
             scene = self.world.scene(index, "eval")
             clip = self.world.frames(scene, _EVALUATION_FRAMES)
-            frames = _to_tensor(clip[None]).to(module.device)
+            frames = to_tensor(clip[None]).to(module.device)
             error = module(frames) - frames
             mask = _object_mask(clip, scene.background).to(module.device)
-            total.append(_psnr_db(error))
-            objects.append(_psnr_db(error[0].transpose(0, 1).masked_select(mask)))
+            total.append(psnr_db(error))
+            objects.append(psnr_db(error[0].transpose(0, 1).masked_select(mask)))
         return {"psnr_db": float(np.mean(total)), "object_psnr_db": float(np.mean(objects))}
 
     @property
@@ -205,7 +206,7 @@ class VAETrainee:
             clip = _crop_around_object(clip, scene.background, side, rng)
             mask = _object_mask(clip, scene.background).float()
             near = F.max_pool2d(mask, 2 * _EDGE_PX + 1, stride=1, padding=_EDGE_PX)
-            clips.append(_to_tensor(clip[None]))
+            clips.append(to_tensor(clip[None]))
             weights.append(1 + settings.object_weight * near.transpose(0, 1)[None])
         device = self.module.device
         return torch.cat(clips).to(device), torch.cat(weights).to(device)
@@ -218,7 +219,7 @@ def normalise_latents(vae: TinyVideoVAE, settings: VAETrainingSettings) -> TinyV
     with torch.no_grad():
         for index in range(_STATISTICS_CLIPS):
             clip = world.frames(world.scene(index, "train"), _EVALUATION_FRAMES)
-            latents.append(vae.encode(_to_tensor(clip[None]).to(vae.device)))
+            latents.append(vae.encode(to_tensor(clip[None]).to(vae.device)))
     values = torch.cat(latents).transpose(0, 1).flatten(1)  # [C, B*T*h*w]
     statistics = {"latents_mean": values.mean(dim=1).tolist(), "latents_std": values.std(dim=1).tolist()}
     # Private entries record which values were defaults, and would discard the statistics.
@@ -238,11 +239,6 @@ def _new_vae(settings: VAETrainingSettings) -> TinyVideoVAE:
     )
     initialise(vae)
     return vae
-
-
-def _to_tensor(clips: NDArray[np.uint8]) -> Tensor:
-    """[B, F, H, W, 3] bytes to [B, 3, F, H, W] in [-1, 1]."""
-    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 def _object_mask(clip: NDArray[np.uint8], background: str) -> Tensor:
@@ -269,8 +265,3 @@ def _moments_penalty(latents: Tensor) -> Tensor:
     values = latents.transpose(0, 1).flatten(1)  # [C, B*T*h*w]
     log_std = 0.5 * torch.log(values.var(dim=1) + 1e-6)
     return (values.mean(dim=1).square() + log_std.square()).mean()
-
-
-def _psnr_db(error: Tensor) -> float:
-    """Peak signal-to-noise ratio of errors between frames in [-1, 1], whose peak is 2."""
-    return 10 * math.log10(4 / max(error.detach().square().mean().item(), 1e-12))
