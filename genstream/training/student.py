@@ -42,6 +42,8 @@ _RESULT_FOLDER = "model"
 _EVALUATION_BATCHES = 4
 _SHARED_LEVELS = 0.5
 """Share of noisy chunks at the sampling steps' own noise levels; the others are anywhere between."""
+_REDRAWN_LEVEL = 0.8
+"""Largest noise under which a context is redrawn."""
 _TARGET_COPIES = 3
 _FIRST_CHUNKS = 4
 """First chunks of a step on them alone, in batch sizes."""
@@ -78,6 +80,8 @@ class StudentTrainingSettings:
             small errors of the student's own output do not grow.
         first: share of steps on first chunks alone, several times as many: all else follows from them, and
             nothing but the prompt tells what they show.
+        redrawn: share of steps whose context the student draws itself, from the true one under noise, so that
+            it learns to mend what it gets wrong while streaming.
         image_start: share of steps with a single first frame, so that a stream can start from an image.
         middle: share of steps with a target far from the start.
         switched: share of steps with a target behind a prompt switch.
@@ -107,6 +111,7 @@ class StudentTrainingSettings:
     shift: float = 3.0
     context_noise: float = 0.15
     first: float = 0.4
+    redrawn: float = 0.5
     image_start: float = 0.05
     middle: float = 0.25
     switched: float = 0.15
@@ -125,7 +130,7 @@ class StudentTrainingSettings:
             raise ValueError(f"clip_chunks must be at least {least}, got {self.clip_chunks}")
         if self.clips < SWITCHED_EVERY:
             raise ValueError(f"clips must be at least {SWITCHED_EVERY}, got {self.clips}")
-        for name in ("first", "image_start", "middle", "switched"):
+        for name in ("first", "redrawn", "image_start", "middle", "switched"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if (total := self.first + self.image_start + self.middle + self.switched) > 1:
@@ -188,7 +193,10 @@ class StudentTrainee:
         device = self.module.transformer.device
         clean = self.latents[clips].to(device, torch.float32)
         captions = [caption(clip, int(rng.integers(_CAPTIONS))) for clip in clips]
+        text = self._text(captions)
         context = clean[:, :, sequence.clean_frames]
+        if sequence.clean and rng.random() < self.settings.redrawn:
+            context = self._redraw(context, sequence, text.detach())
         disturbance = torch.rand(len(clean), 1, 1, 1, 1, device=device) * self.settings.context_noise
         context = context + disturbance * torch.randn_like(context)
         target = clean[:, :, sequence.noisy_frames]
@@ -200,13 +208,30 @@ class StudentTrainee:
         velocity = self.module.transformer(
             torch.cat([context, noisy], dim=2),
             timestep,
-            self._text(captions),
+            text,
             frame_positions=sequence.positions,
             attention_mask=torch.tensor(sequence.mask(), device=device),
             return_dict=False,
         )[0][:, :, context.shape[2] :]
         loss = (velocity.float() - (noise - target)).square().mean()
         return loss, {}
+
+    @torch.no_grad()
+    def _redraw(self, context: Tensor, sequence: ForcedSequence, text: Tensor) -> Tensor:
+        """The context as the student predicts it in one step from its noisy version."""
+        frames = context.shape[2]
+        level = torch.rand(len(context), 1, 1, 1, 1, device=context.device) * _REDRAWN_LEVEL
+        noisy = (1 - level) * context + level * torch.randn_like(context)
+        mask = torch.tensor(sequence.mask(), device=context.device)[:frames, :frames]
+        velocity = self.module.transformer(
+            noisy,
+            1000 * level.flatten(1).expand(-1, frames),
+            text,
+            frame_positions=sequence.positions[:frames],
+            attention_mask=mask,
+            return_dict=False,
+        )[0]
+        return noisy - level * velocity.float()
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:

@@ -80,6 +80,16 @@ def test_every_kind_of_sequence(kind):
         assert 0.1 < loss.item() < 20
 
 
+def test_a_redrawn_context_is_near_the_true_one_and_carries_no_gradient():
+    trainee = trainee_for(first=0.0, middle=1.0, switched=0.0, image_start=0.0)
+    sequence, clips, _ = trainee._draw(np.random.default_rng(0))
+    context = trainee.latents[clips][:, :, sequence.clean_frames]
+    redrawn = trainee._redraw(context, sequence, trainee._text(["a red circle"] * len(clips)))
+    assert redrawn.shape == context.shape
+    assert not redrawn.requires_grad
+    assert 0 < (redrawn - context).square().mean() < 4 * context.square().mean()
+
+
 def test_targets_behind_a_switch_carry_the_new_caption():
     trainee = trainee_for(first=0.0, middle=0.0, switched=0.5, clips=12)
     for step in range(30):
