@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -51,22 +51,16 @@ class ClipSet:
         """First chunk of the new scene in clips that change."""
         return self.chunks // 2
 
-    @cached_property
-    def switched(self) -> list[int]:
-        """Numbers of the clips that change their scene."""
-        return list(range(SWITCHED_EVERY - 1, self.count, SWITCHED_EVERY))
-
-    @cached_property
-    def steady(self) -> list[int]:
-        """Numbers of the clips that do not."""
-        return sorted(set(range(self.count)) - set(self.switched))
+    def switches(self, clip: int) -> bool:
+        """Whether the clip changes its scene."""
+        return clip % SWITCHED_EVERY == SWITCHED_EVERY - 1
 
     def frames(self, clip: int) -> NDArray[np.uint8]:
         """[F, H, W, 3]."""
         world = ToyWorld()
         count = frames_of(self.chunks * self.chunk_frames, self.temporal_ratio)
         frames = world.frames(world.scene(clip), count)
-        if clip in self.switched:
+        if self.switches(clip):
             kept = self._frames_before_switch
             frames[kept:] = world.frames(self._switch(clip).after, count - kept)
         return frames

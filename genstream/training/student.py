@@ -25,11 +25,13 @@ from genstream.data.toyworld import ToyWorld
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.schedulers.schedule import shifted
+from genstream.training.attention import MatmulAttention
 from genstream.training.clips import SWITCHED_EVERY, ClipSet, encode_clips
 from genstream.training.forcing import ForcedSequence, from_middle, from_start
 from genstream.training.loop import LoopSettings, load_average, run
 from genstream.training.record import RECORD_FOLDER, SETTINGS_NAME, Training, claim_run, write_record
 from genstream.training.text import tiny_text_encoder, word_tokenizer
+from genstream.transformer.attention import AttentionProcessor, CrossAttention, SelfAttention
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.vae.tiny import TinyVideoVAE
 
@@ -63,7 +65,8 @@ class StudentTrainingSettings:
         total_steps: optimiser steps.
         learning_rate: peak.
         batch_size: clips of a step.
-        clips: clips encoded once, before training.
+        clips: clips to train on, encoded once, before training.
+        evaluation_clips: further clips, for evaluation alone.
         clip_chunks: chunks of a clip.
         chunk_frames: latent frames of a chunk; the first chunk is the sink.
         window_chunks: chunks kept besides sink and current chunk.
@@ -82,6 +85,9 @@ class StudentTrainingSettings:
             nothing but the prompt tells what they show.
         redrawn: share of steps whose context the student draws itself, from the true one under noise, so that
             it learns to mend what it gets wrong while streaming.
+        without_text: share of clips whose prompt is empty, so that there is something to guide away from.
+        guidance: scale of the classifier-free guidance that is learned instead of applied while sampling (each
+            step then costs two more passes); 1 for none.
         image_start: share of steps with a single first frame, so that a stream can start from an image.
         middle: share of steps with a target far from the start.
         switched: share of steps with a target behind a prompt switch.
@@ -97,6 +103,7 @@ class StudentTrainingSettings:
     learning_rate: float = 1.5e-3
     batch_size: int = 16
     clips: int = 3072
+    evaluation_clips: int = 64
     clip_chunks: int = 8
     chunk_frames: int = 3
     window_chunks: int = 2
@@ -111,7 +118,9 @@ class StudentTrainingSettings:
     shift: float = 3.0
     context_noise: float = 0.15
     first: float = 0.4
-    redrawn: float = 0.5
+    redrawn: float = 0.35
+    without_text: float = 0.1
+    guidance: float = 1.0
     image_start: float = 0.05
     middle: float = 0.25
     switched: float = 0.15
@@ -128,18 +137,19 @@ class StudentTrainingSettings:
         least = 2 * (self.window_chunks + 2)
         if self.clip_chunks < least:
             raise ValueError(f"clip_chunks must be at least {least}, got {self.clip_chunks}")
-        if self.clips < SWITCHED_EVERY:
-            raise ValueError(f"clips must be at least {SWITCHED_EVERY}, got {self.clips}")
-        for name in ("first", "redrawn", "image_start", "middle", "switched"):
+        for name in ("clips", "evaluation_clips"):
+            if (count := getattr(self, name)) < SWITCHED_EVERY:
+                raise ValueError(f"{name} must be at least {SWITCHED_EVERY}, got {count}")
+        for name in ("first", "redrawn", "without_text", "image_start", "middle", "switched"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if (total := self.first + self.image_start + self.middle + self.switched) > 1:
             raise ValueError(f"first, image_start, middle and switched must add up to at most 1, got {total}")
 
     def clip_set(self, temporal_ratio: int) -> ClipSet:
-        """What it is trained on."""
+        """What it is trained and evaluated on."""
         return ClipSet(
-            count=self.clips,
+            count=self.clips + self.evaluation_clips,
             chunks=self.clip_chunks,
             chunk_frames=self.chunk_frames,
             temporal_ratio=temporal_ratio,
@@ -185,15 +195,20 @@ class StudentTrainee:
         self.tokenizer = word_tokenizer(vocabulary.words())
         self.latents = latents  # [clips, C, T, h, w]
         self.module = Student(settings, latents.shape[1], len(self.tokenizer))
+        if not torch.cuda.is_available():
+            _set_attention(self.module, MatmulAttention())
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of the velocity."""
-        rng = np.random.default_rng((self.settings.seed, step))
-        sequence, clips, caption = self._draw(rng)
+        return self._loss(np.random.default_rng((self.settings.seed, step)), range(self.settings.clips)), {}
+
+    def _loss(self, rng: np.random.Generator, among: range) -> Tensor:
+        sequence, clips, caption = self._draw(rng, among)
         device = self.module.transformer.device
         clean = self.latents[clips].to(device, torch.float32)
         captions = [caption(clip, int(rng.integers(_CAPTIONS))) for clip in clips]
-        text = self._text(captions)
+        prompted = rng.random(len(clips)) >= self.settings.without_text
+        text = self._text([text if kept else "" for text, kept in zip(captions, prompted, strict=True)])
         context = clean[:, :, sequence.clean_frames]
         if sequence.clean and rng.random() < self.settings.redrawn:
             context = self._redraw(context, sequence, text.detach())
@@ -205,16 +220,24 @@ class StudentTrainee:
         level = sigma[:, None, :, None, None]
         noisy = (1 - level) * target + level * noise
         timestep = torch.cat([sigma.new_zeros(len(clean), context.shape[2]), 1000 * sigma], dim=1)
-        velocity = self.module.transformer(
-            torch.cat([context, noisy], dim=2),
-            timestep,
-            text,
-            frame_positions=sequence.positions,
-            attention_mask=torch.tensor(sequence.mask(), device=device),
-            return_dict=False,
-        )[0][:, :, context.shape[2] :]
-        loss = (velocity.float() - (noise - target)).square().mean()
-        return loss, {}
+        mask = torch.tensor(sequence.mask(), device=device)
+
+        def predict(text: Tensor) -> Tensor:
+            velocity: Tensor = self.module.transformer(
+                torch.cat([context, noisy], dim=2),
+                timestep,
+                text,
+                frame_positions=sequence.positions,
+                attention_mask=mask,
+                return_dict=False,
+            )[0][:, :, context.shape[2] :]
+            return velocity.float()
+
+        wanted = noise - target
+        if self.settings.guidance != 1:
+            with torch.no_grad():
+                wanted += (self.settings.guidance - 1) * (predict(text) - predict(self._text([""] * len(clips))))
+        return (predict(text) - wanted).square().mean()
 
     @torch.no_grad()
     def _redraw(self, context: Tensor, sequence: ForcedSequence, text: Tensor) -> Tensor:
@@ -235,35 +258,36 @@ class StudentTrainee:
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
-        """Loss of the averaged weights on fixed batches."""
+        """Loss of the averaged weights on fixed batches of clips that are never trained on."""
         trained, self.module = self.module, module  # type: ignore[assignment]
         try:
             torch.manual_seed(self.settings.seed)
-            # Steps behind the last: their data are never trained on.
-            steps = range(self.settings.total_steps, self.settings.total_steps + _EVALUATION_BATCHES)
-            losses = [self.loss(step)[0].item() for step in steps]
+            among = range(self.settings.clips, self.clips.count)
+            rngs = [np.random.default_rng((self.settings.seed, batch)) for batch in range(_EVALUATION_BATCHES)]
+            losses = [self._loss(rng, among).item() for rng in rngs]
         finally:
             self.module = trained
         return {"loss": float(np.mean(losses))}
 
-    def _draw(self, rng: np.random.Generator) -> tuple[ForcedSequence, list[int], Caption]:
-        """The sequence of a step, its clips, and what gives the caption of its targets."""
+    def _draw(self, rng: np.random.Generator, among: range) -> tuple[ForcedSequence, list[int], Caption]:
+        """The sequence of a step, its clips out of `among`, and what gives the caption of its targets."""
         settings, clips, kind = self.settings, self.clips, rng.random()
         if kind < settings.first:
-            chosen = [clip for _ in range(_FIRST_CHUNKS) for clip in self._choose(range(clips.count), rng)]
+            chosen = [clip for _ in range(_FIRST_CHUNKS) for clip in self._choose(among, rng)]
             return from_start([settings.chunk_frames], settings.window_chunks), chosen, clips.caption
         kind -= settings.first
         if kind < settings.switched:
-            chosen = self._choose(clips.switched, rng)
+            chosen = self._choose([clip for clip in among if clips.switches(clip)], rng)
             return self._after_switch(rng), chosen, clips.caption_after_switch
         kind -= settings.switched
         if kind < settings.middle:
-            return self._middle(rng), self._choose(clips.steady, rng), clips.caption
+            chosen = self._choose([clip for clip in among if not clips.switches(clip)], rng)
+            return self._middle(rng), chosen, clips.caption
         kind -= settings.middle
         chunks = [settings.chunk_frames] * (settings.window_chunks + 2)
         if kind < settings.image_start:
             chunks[0] = 1
-        chosen = self._choose(range(clips.count), rng)
+        chosen = self._choose(among, rng)
         return from_start(chunks, settings.window_chunks), chosen, clips.caption
 
     def _choose(self, clips: Sequence[int], rng: np.random.Generator) -> list[int]:
@@ -304,6 +328,12 @@ class StudentTrainee:
         return embed_tokens(
             tokens.input_ids.to(device), tokens.attention_mask.to(device), self.module.text_encoder
         )
+
+
+def _set_attention(module: nn.Module, processor: AttentionProcessor) -> None:
+    for part in module.modules():
+        if isinstance(part, SelfAttention | CrossAttention):
+            part.set_processor(processor)
 
 
 def train_student(settings: StudentTrainingSettings, output: Path) -> None:

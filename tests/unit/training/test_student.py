@@ -16,6 +16,7 @@ TINY = {
     "total_steps": 4,
     "batch_size": 2,
     "clips": 5,
+    "evaluation_clips": 4,
     "clip_chunks": 6,
     "chunk_frames": 1,
     "window_chunks": 1,
@@ -37,7 +38,8 @@ def settings_for(**changes) -> StudentTrainingSettings:
 def trainee_for(latents=None, **changes) -> StudentTrainee:
     settings = settings_for(**changes)
     if latents is None:
-        latents = torch.randn(5, 4, 6 * settings.chunk_frames, 4, 4)
+        count = settings.clips + settings.evaluation_clips
+        latents = torch.randn(count, 4, 6 * settings.chunk_frames, 4, 4)
     return StudentTrainee(settings, settings.clip_set(temporal_ratio=4), latents)
 
 
@@ -58,7 +60,7 @@ def trained(vae_folder, tmp_path_factory):
 
 def test_loss_falls():
     torch.manual_seed(0)
-    trainee = trainee_for(torch.randn(5, 4, 1, 1, 1).expand(5, 4, 6, 4, 4), batch_size=4)
+    trainee = trainee_for(torch.randn(9, 4, 1, 1, 1).expand(9, 4, 6, 4, 4), batch_size=4)
     before = trainee.evaluate(trainee.module)["loss"]
     optimizer = torch.optim.AdamW(trainee.module.parameters(), lr=5e-3)
     for step in range(15):
@@ -82,7 +84,7 @@ def test_every_kind_of_sequence(kind):
 
 def test_a_redrawn_context_is_near_the_true_one_and_carries_no_gradient():
     trainee = trainee_for(first=0.0, middle=1.0, switched=0.0, image_start=0.0)
-    sequence, clips, _ = trainee._draw(np.random.default_rng(0))
+    sequence, clips, _ = trainee._draw(np.random.default_rng(0), range(5))
     context = trainee.latents[clips][:, :, sequence.clean_frames]
     redrawn = trainee._redraw(context, sequence, trainee._text(["a red circle"] * len(clips)))
     assert redrawn.shape == context.shape
@@ -93,7 +95,7 @@ def test_a_redrawn_context_is_near_the_true_one_and_carries_no_gradient():
 def test_targets_behind_a_switch_carry_the_new_caption():
     trainee = trainee_for(first=0.0, middle=0.0, switched=0.5, clips=12)
     for step in range(30):
-        sequence, clips, caption = trainee._draw(np.random.default_rng(step))
+        sequence, clips, caption = trainee._draw(np.random.default_rng(step), range(12))
         switched = sequence.noisy_frames[0] >= 3 and len(set(sequence.noisy_frames)) == 1
         assert (caption == trainee.clips.caption_after_switch) == switched
         if switched:
@@ -104,10 +106,33 @@ def test_targets_in_the_middle_never_stand_behind_a_switch():
     trainee = trainee_for(first=0.0, middle=1.0, switched=0.0, image_start=0.0, clips=12)
     starts = set()
     for step in range(60):
-        sequence, clips, _ = trainee._draw(np.random.default_rng(step))
+        sequence, clips, _ = trainee._draw(np.random.default_rng(step), range(12))
         assert not set(clips) & {3, 7, 11}
         starts.add(sequence.noisy_frames[0])
     assert starts == {3, 4, 5}
+
+
+def test_evaluation_knows_no_clip_of_the_training():
+    trainee = trainee_for()
+    before = trainee.evaluate(trainee.module)["loss"]
+    trainee.latents[:5] = torch.nan
+    assert trainee.evaluate(trainee.module)["loss"] == before
+    assert trainee.loss(0)[0].isnan()
+
+
+def test_guidance_is_learned_where_a_prompt_makes_a_difference():
+    """The target moves by the guided difference: twice the scale, twice the way."""
+    losses = {}
+    for guidance in (1.0, 2.0, 3.0):
+        torch.manual_seed(0)
+        trainee = trainee_for(guidance=guidance, without_text=0.0, redrawn=0.0, batch_size=8)
+        torch.manual_seed(1)
+        losses[guidance] = trainee.loss(0)[0].item()
+    # With target d further away by g - 1 times the difference, the loss is a parabola in g.
+    assert losses[3.0] - 2 * losses[2.0] + losses[1.0] > 0
+    torch.manual_seed(0)
+    empty = [trainee_for(guidance=g, without_text=1.0, redrawn=0.0).loss(0)[0].isfinite() for g in (1.0, 3.0)]
+    assert all(empty)
 
 
 def test_data_follow_from_the_step():
@@ -122,7 +147,7 @@ def test_data_follow_from_the_step():
 def test_training_noise_covers_the_sampling_steps():
     trainee = trainee_for(batch_size=200)
     rng = np.random.default_rng(0)
-    sigma = trainee._sigma(trainee._draw(rng)[0], 200, rng)
+    sigma = trainee._sigma(trainee._draw(rng, range(5))[0], 200, rng)
     assert 0 <= sigma.min() and sigma.max() <= 1
     for level in (1.0, 0.9, 0.75, 3 / 7):
         assert 0.1 < ((sigma - level).abs() < 1e-6).float().mean() < 0.25
@@ -149,7 +174,7 @@ def test_clips_are_encoded_once(trained):
     written = shard.stat().st_mtime_ns
     vae = TinyVideoVAE.from_pretrained(settings.vae)
     latents = encode_clips(settings.clip_set(4), vae, folder / "latents")
-    assert latents.shape == (5, 4, 6, 16, 16)
+    assert latents.shape == (9, 4, 6, 16, 16)
     assert torch.equal(latents, load_file(shard)["latents"])
     assert shard.stat().st_mtime_ns == written
 
@@ -162,8 +187,8 @@ def test_latents_of_another_vae_or_another_number_of_clips_are_not_mixed_in(buil
     whole = encode_clips(clips, first, tmp_path)
     assert not torch.equal(encode_clips(clips, second, tmp_path), whole)
     more = encode_clips(settings_for(clips=6).clip_set(4), first, tmp_path)
-    assert len(more) == 6
-    assert torch.equal(more[:4], whole)
+    assert len(more) == 10
+    assert torch.equal(more[:8], whole)
 
 
 def test_export_is_a_pipeline(trained, vae_folder, tmp_path):
@@ -193,6 +218,7 @@ def test_export_is_a_pipeline(trained, vae_folder, tmp_path):
         ({"width": 50}, "width must be a multiple of 48, got 50"),
         ({"clip_chunks": 5}, "clip_chunks must be at least 6, got 5"),
         ({"clips": 3}, "clips must be at least 4, got 3"),
+        ({"evaluation_clips": 0}, "evaluation_clips must be at least 4, got 0"),
         ({"middle": 1.5}, r"middle must be in \[0, 1\], got 1\.5"),
         ({"first": 0.8, "middle": 0.5}, "must add up to at most 1, got 1.5"),
         ({"image_start": -0.1}, r"image_start must be in \[0, 1\], got -0\.1"),
