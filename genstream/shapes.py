@@ -4,8 +4,6 @@ A causal video VAE with temporal ratio r turns the first latent frame into one f
 one into r frames: F = 1 + r (T - 1).
 """
 
-from dataclasses import dataclass
-
 
 def frames_of(latent_frames: int, temporal_ratio: int) -> int:
     """Frames that `latent_frames` (>= 1) decode to: F = 1 + r (T - 1)."""
@@ -63,47 +61,6 @@ def tokens_per_frame(height: int, width: int, spatial_ratio: int, patch: int) ->
     check_divides("height", height, pixels_per_token)
     check_divides("width", width, pixels_per_token)
     return (height // pixels_per_token) * (width // pixels_per_token)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoShape:
-    """Size of a clip in pixels, and the VAE and patch ratios that make it latent frames and tokens.
-
-    `frames` must be 1 + temporal_ratio k; `height` and `width` must divide by spatial_ratio x patch.
-    """
-
-    frames: int
-    height: int
-    width: int
-    temporal_ratio: int
-    spatial_ratio: int
-    patch: int
-
-    def __post_init__(self) -> None:
-        for name in ("temporal_ratio", "spatial_ratio", "patch"):
-            _check_positive(name, getattr(self, name))
-        latent_frames_of(self.frames, self.temporal_ratio)
-        tokens_per_frame(self.height, self.width, self.spatial_ratio, self.patch)
-
-    @property
-    def latent_frames(self) -> int:
-        """T."""
-        return latent_frames_of(self.frames, self.temporal_ratio)
-
-    @property
-    def latent_height(self) -> int:
-        """Latent pixels, h."""
-        return self.height // self.spatial_ratio
-
-    @property
-    def latent_width(self) -> int:
-        """Latent pixels, w."""
-        return self.width // self.spatial_ratio
-
-    @property
-    def tokens_per_frame(self) -> int:
-        """Tokens of one latent frame."""
-        return tokens_per_frame(self.height, self.width, self.spatial_ratio, self.patch)
 
 
 def _check_positive(name: str, value: int) -> None:

@@ -59,7 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Check all that needs no torch, then load, generate and report."""
     began_s = time.perf_counter()
     folder = find_model(arguments.model)
-    plan = make_plan(arguments, read_card(folder))
+    card = read_card(folder)
+    plan = make_plan(arguments, card)
     check_single_image(arguments.output, plan)
     from genstream.io.metadata import VideoMetadata
     from genstream.io.reader import read_image
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     from genstream.cli.pipeline import load_pipeline
 
     pipe = load_pipeline(folder, device=arguments.device, dtype=arguments.dtype)
-    generation = Generation(pipe=pipe, plan=plan, image=image)
+    generation = Generation(pipe=pipe, plan=plan, image=image, vocabulary=card.vocabulary)
     load_s = time.perf_counter() - began_s
     generation.run(
         lambda: open_writer(

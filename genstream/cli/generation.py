@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,11 +22,15 @@ from genstream.streaming.state import StreamState
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """A loaded pipeline and what it is to make; `image` is uint8 [H, W, 3] or None."""
+    """A loaded pipeline and what it is to make; `image` is uint8 [H, W, 3] or None.
+
+    `vocabulary` is what the model's card says it knows, by group.
+    """
 
     pipe: CausalVideoPipeline
     plan: GeneratePlan
     image: NDArray[np.uint8] | None
+    vocabulary: Mapping[str, Sequence[str]]
     clock: RunClock = field(default_factory=RunClock)
 
     def run(self, open_output: Callable[[], VideoWriter]) -> None:
@@ -91,9 +95,11 @@ class Generation:
         prompts = [self.plan.prompt, *(switch.prompt for switch in self.plan.switches)]
         unknown = dict.fromkeys(word for prompt in prompts for word in self.pipe.unknown_words(prompt))
         if unknown:
+            groups = self.vocabulary or {"words": self.pipe.known_words()}
+            known = [f"\n  {group}: {', '.join(words)}" for group, words in groups.items()]
             _warn(
                 f"the model never saw {', '.join(map(repr, unknown))} and will ignore or misread it;"
-                f" it knows: {', '.join(self.pipe.known_words())}"
+                f" it knows{''.join(known)}"
             )
 
 

@@ -1,6 +1,5 @@
 """Frames as png files."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,12 @@ from genstream.io.errors import OutputError
 from genstream.io.metadata import VideoMetadata
 
 FRAME_PATTERN = "frame_*.png"
+UNFINISHED_NAME = ".unfinished.png"
+"""In a folder of frames, the one that is being written."""
 
 
 class PngFolder:
-    """A folder with `frame_000000.png` and so on."""
+    """A folder with `frame_000000.png` and so on, each whole at any time, even after a kill."""
 
     def __init__(self, folder: Path, metadata: VideoMetadata) -> None:
         self._folder = folder
@@ -25,7 +26,8 @@ class PngFolder:
     def write(self, frames: NDArray[np.uint8]) -> None:
         """Append `frames` uint8 [F, H, W, 3]."""
         for frame in frames:
-            _write_png(self._folder / f"frame_{self._written:06d}.png", frame, self._info)
+            path = self._folder / f"frame_{self._written:06d}.png"
+            _write_png(path, frame, self._info, beside=self._folder / UNFINISHED_NAME)
             self._written += 1
 
     def close(self) -> None:
@@ -68,12 +70,12 @@ def _png_info(metadata: VideoMetadata) -> PngInfo:
     return info
 
 
-def _write_png(path: Path, frame: NDArray[np.uint8], info: PngInfo) -> None:
-    """Encode first, then write in one go, so that a kill hardly ever leaves half an image."""
-    encoded = io.BytesIO()
-    Image.fromarray(frame).save(encoded, format="PNG", pnginfo=info, compress_level=3)
+def _write_png(path: Path, frame: NDArray[np.uint8], info: PngInfo, beside: Path | None = None) -> None:
+    """Write at once, or first under the name `beside`."""
+    written = beside or path
     try:
-        path.write_bytes(encoded.getbuffer())
+        Image.fromarray(frame).save(written, format="PNG", pnginfo=info, compress_level=3)
+        written.rename(path)
     except OSError as error:
-        path.unlink(missing_ok=True)
+        written.unlink(missing_ok=True)
         raise OutputError(f"cannot write output path {str(path)!r}: {error.strerror}") from error

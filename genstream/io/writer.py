@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from genstream.io.encoder import VIDEO_SUFFIXES, Encoder
 from genstream.io.errors import OutputError
 from genstream.io.metadata import VideoMetadata
-from genstream.io.png import FRAME_PATTERN, PngFolder, PngImage
+from genstream.io.png import FRAME_PATTERN, UNFINISHED_NAME, PngFolder, PngImage
 
 ALLOWED_PATHS = ".mp4, .webm, .gif, .png (one frame), or no suffix for a folder of png files"
 
@@ -198,8 +198,8 @@ def check_replaceable(path: Path, *, overwrite: bool) -> None:
 
 def _check_only_frames(folder: Path) -> None:
     """Replacing a folder deletes what is in it: only our own frames may be."""
-    frames = set(folder.glob(FRAME_PATTERN))
-    if any(entry not in frames for entry in folder.iterdir()):
+    ours = {folder / UNFINISHED_NAME, *folder.glob(FRAME_PATTERN)}
+    if any(entry not in ours for entry in folder.iterdir()):
         raise OutputError(
             f"output path {str(folder)!r} is a folder that holds other things than {FRAME_PATTERN};"
             " choose an empty or a new one"

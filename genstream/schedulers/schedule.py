@@ -36,11 +36,6 @@ class Schedule:
         """Noise levels in (0, 1]."""
         return tuple(timestep / TRAIN_TIMESTEPS for timestep in self.timesteps)
 
-    @property
-    def needs_noise(self) -> bool:
-        """Whether `advance` draws noise."""
-        return False
-
     def advance(self, step: int, x: Tensor, velocity: Tensor, draw: Callable[[], Tensor]) -> Tensor:
         """The sample after step `step`: the next noisy one, or the clean one after the last step.
 
@@ -55,11 +50,6 @@ class Schedule:
 
 class FewStepSchedule(Schedule):
     """Predict the clean sample, then noise it afresh to the next level (DMD and Self Forcing students)."""
-
-    @property
-    def needs_noise(self) -> bool:
-        """Fresh noise between any two steps."""
-        return True
 
     def advance(self, step: int, x: Tensor, velocity: Tensor, draw: Callable[[], Tensor]) -> Tensor:
         """x0 = x - sigma v, then x' = (1 - sigma') x0 + sigma' noise unless it was the last step."""

@@ -15,11 +15,6 @@ class Timings:
     commit_s: float
     decode_s: float
 
-    @property
-    def total_s(self) -> float:
-        """Chunk latency."""
-        return self.denoise_s + self.commit_s + self.decode_s
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Chunk:

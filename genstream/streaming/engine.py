@@ -28,6 +28,7 @@ from genstream.streaming.noise import SeededNoise
 from genstream.streaming.request import StreamRequest
 from genstream.streaming.state import Blend, StreamState
 from genstream.transformer.causal_dit import CausalDiT
+from genstream.transformer.embeddings import timestep_dtype
 from genstream.vae.protocol import StreamingVAE, VAEState
 
 Predict = Callable[[Tensor, float], Tensor]
@@ -206,7 +207,7 @@ class CacheEngine:
         return self.transformer.text_cache(prompt_embeds, image)
 
     def _velocity(self, x: Tensor, timestep: float, positions: range, state: StreamState) -> Tensor:
-        timesteps = torch.full((x.shape[0],), timestep, dtype=torch.float64, device=x.device)
+        timesteps = torch.full((x.shape[0],), timestep, dtype=timestep_dtype(x.device), device=x.device)
         velocity: Tensor = self.transformer(
             x,
             timesteps,

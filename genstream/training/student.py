@@ -86,8 +86,8 @@ class StudentTrainingSettings:
         redrawn: share of steps whose context the student draws itself, from the true one under noise, so that
             it learns to mend what it gets wrong while streaming.
         without_text: share of clips whose prompt is empty, so that there is something to guide away from.
-        guidance: scale of the classifier-free guidance that is learned instead of applied while sampling (each
-            step then costs two more passes); 1 for none.
+        guidance: scale of the classifier-free guidance that is learned instead of applied while sampling; each
+            step then costs two more passes (1 for none).
         image_start: share of steps with a single first frame, so that a stream can start from an image.
         middle: share of steps with a target far from the start.
         switched: share of steps with a target behind a prompt switch.
@@ -236,7 +236,9 @@ class StudentTrainee:
         wanted = noise - target
         if self.settings.guidance != 1:
             with torch.no_grad():
-                wanted += (self.settings.guidance - 1) * (predict(text) - predict(self._text([""] * len(clips))))
+                wanted += (self.settings.guidance - 1) * (
+                    predict(text) - predict(self._text([""] * len(clips)))
+                )
         return (predict(text) - wanted).square().mean()
 
     @torch.no_grad()
@@ -263,7 +265,9 @@ class StudentTrainee:
         try:
             torch.manual_seed(self.settings.seed)
             among = range(self.settings.clips, self.clips.count)
-            rngs = [np.random.default_rng((self.settings.seed, batch)) for batch in range(_EVALUATION_BATCHES)]
+            rngs = [
+                np.random.default_rng((self.settings.seed, batch)) for batch in range(_EVALUATION_BATCHES)
+            ]
             losses = [self._loss(rng, among).item() for rng in rngs]
         finally:
             self.module = trained

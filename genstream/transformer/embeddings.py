@@ -7,11 +7,16 @@ from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 
 
+def timestep_dtype(device: torch.device) -> torch.dtype:
+    """float64 like Wan 2.1, but float32 on Apple's GPUs, which lack it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def sinusoid(timestep: Tensor, width: int) -> Tensor:
-    """Sinusoidal timestep embedding `[..., width]`, cosines first, computed in float64 like Wan 2.1."""
-    half = width // 2
-    frequencies = 10_000.0 ** -(torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
-    angles = timestep.double().unsqueeze(-1) * frequencies
+    """Sinusoidal timestep embedding `[..., width]`, cosines first, as exact as the device allows."""
+    half, dtype = width // 2, timestep_dtype(timestep.device)
+    frequencies = 10_000.0 ** -(torch.arange(half, dtype=dtype, device=timestep.device) / half)
+    angles = timestep.to(dtype).unsqueeze(-1) * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

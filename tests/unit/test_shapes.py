@@ -4,7 +4,6 @@ import sys
 import pytest
 
 from genstream.shapes import (
-    VideoShape,
     check_divides,
     frames_for_seconds,
     frames_of,
@@ -97,27 +96,6 @@ def test_tokens_per_frame():
     assert tokens_per_frame(480, 832, 8, 2) == 1560
     with pytest.raises(ValueError, match="width must be a positive multiple of 16, got 120"):
         tokens_per_frame(128, 120, 8, 2)
-
-
-def test_video_shape_of_the_published_students():
-    shape = VideoShape(frames=81, height=480, width=832, temporal_ratio=4, spatial_ratio=8, patch=2)
-    assert (shape.latent_frames, shape.latent_height, shape.latent_width) == (21, 60, 104)
-    assert shape.tokens_per_frame == 1560
-
-
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
-        ({"frames": 80}, "num_frames"),
-        ({"height": 100}, "height"),
-        ({"width": 8}, "width"),
-        ({"patch": 0}, "patch"),
-    ],
-)
-def test_video_shape_refuses_what_does_not_fit(changed, named):
-    sizes = {"frames": 81, "height": 480, "width": 832, "temporal_ratio": 4, "spatial_ratio": 8, "patch": 2}
-    with pytest.raises(ValueError, match=f"^{named} must be"):
-        VideoShape(**{**sizes, **changed})
 
 
 def test_the_converter_needs_no_torch():

@@ -190,6 +190,14 @@ def test_full_disk_for_png(tmp_path: Path):
     assert len(list(read_video(tmp_path / "frames.partial"))) == 1
 
 
+def test_a_folder_that_was_killed_in_the_middle_of_a_frame_can_be_written_again(tmp_path: Path):
+    (tmp_path / "frames.partial").mkdir()
+    (tmp_path / "frames.partial" / ".unfinished.png").write_bytes(b"half a fra")
+    with writer_to(tmp_path / "frames") as writer:
+        writer.write(clip(2))
+    assert sorted(os.listdir(tmp_path / "frames")) == ["frame_000000.png", "frame_000001.png"]
+
+
 SCRIPT = """
 import sys, time
 import numpy as np

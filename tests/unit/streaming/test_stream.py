@@ -160,7 +160,7 @@ def test_chunks_count_up(pipe):
         assert (chunk.index, chunk.first_frame) == (index, expected)
         assert chunk.frames.shape[2] == (9 if index == 0 else 12)
         assert chunk.frames.abs().max() <= 1
-        assert chunk.timings.total_s > 0
+        assert min(chunk.timings.denoise_s, chunk.timings.commit_s, chunk.timings.decode_s) > 0
         expected += chunk.frames.shape[2]
     assert expected == FRAMES
 
