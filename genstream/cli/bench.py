@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,12 +75,12 @@ class EnduranceFigures:
     chunk_latency_first_minute_s: float
     chunk_latency_last_minute_s: float
     chunk_latency_p95_s: float
-    memory_first_minute_bytes: int
-    memory_last_minute_bytes: int
+    memory_first_minute_bytes: float
+    memory_last_minute_bytes: float
 
     @classmethod
-    def of(cls, clock: RunClock, memory: tuple[int, int], hardware: str, fps: float) -> Self:
-        """Figures of a stream that `clock` watched."""
+    def of(cls, clock: RunClock, memory: Sequence[int], hardware: str, fps: float) -> Self:
+        """Figures of a stream that `clock` watched, and of the resident bytes after each of its chunks."""
         started, p95 = clock.start_to_first_frame_s, clock.chunk_latency_s(95)
         assert started is not None and p95 is not None
         minutes = clock.frames / fps / _MINUTE_S
@@ -96,8 +97,8 @@ class EnduranceFigures:
             chunk_latency_first_minute_s=statistics.median(clock.chunk_s[:per_minute]),
             chunk_latency_last_minute_s=statistics.median(clock.chunk_s[-per_minute:]),
             chunk_latency_p95_s=p95,
-            memory_first_minute_bytes=memory[0],
-            memory_last_minute_bytes=memory[1],
+            memory_first_minute_bytes=statistics.median(memory[:per_minute]),
+            memory_last_minute_bytes=statistics.median(memory[-per_minute:]),
         )
 
     def table(self) -> str:
@@ -118,10 +119,13 @@ class EnduranceFigures:
                 f"{1000 * self.chunk_latency_last_minute_s:.1f} ms ({latency})",
             ),
             ("chunk latency, 95th percentile", f"{1000 * self.chunk_latency_p95_s:.1f} ms"),
-            ("process memory after the first minute", f"{self.memory_first_minute_bytes / _MIB:.1f} MiB"),
             (
-                "process memory after the last minute",
-                f"{self.memory_last_minute_bytes / _MIB:.1f} MiB ({memory})",
+                "process memory, median of the first minute",
+                _mib(self.memory_first_minute_bytes),
+            ),
+            (
+                "process memory, median of the last minute",
+                f"{_mib(self.memory_last_minute_bytes)} ({memory})",
             ),
         )
         title = f"One stream of {self.minutes:.4g} minutes of video; {self.hardware}, {self.date}"
@@ -135,15 +139,14 @@ def measure(pipe: "CausalVideoPipeline", prompt: str, seed: int, minutes: float)
 
     fps = pipe.config.default_fps
     seconds = minutes * _MINUTE_S
-    clock, first_minute = RunClock(), 0
+    clock, memory = RunClock(), []
     with progress_for(round(seconds * fps), fps) as progress:
         clock.start()
         for chunk in pipe.stream(prompt, seconds=seconds, seed=seed):
             clock.chunk_done(len(frames_of_chunk(chunk)))
             progress.show(clock)
-            if not first_minute and clock.frames >= _MINUTE_S * fps:
-                first_minute = resident_memory_bytes()
-    return EnduranceFigures.of(clock, (first_minute, resident_memory_bytes()), _hardware(pipe), fps)
+            memory.append(resident_memory_bytes())
+    return EnduranceFigures.of(clock, memory, _hardware(pipe), fps)
 
 
 def _hardware(pipe: "CausalVideoPipeline") -> str:
@@ -154,6 +157,10 @@ def _hardware(pipe: "CausalVideoPipeline") -> str:
     else:
         processor = f"{processor_name()}, {torch.get_num_threads()} threads"
     return f"{processor}, {platform.system()}, torch {torch.__version__}"
+
+
+def _mib(size_bytes: float) -> str:
+    return f"{size_bytes / _MIB:.1f} MiB"
 
 
 def _change(before: float, after: float) -> str:

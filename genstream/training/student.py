@@ -86,8 +86,8 @@ class StudentTrainingSettings:
         redrawn: share of steps whose context the student draws itself, from the true one under noise, so that
             it learns to mend what it gets wrong while streaming.
         without_text: share of clips whose prompt is empty, so that there is something to guide away from.
-        guidance: scale of the classifier-free guidance that is learned instead of applied while sampling; each
-            step then costs two more passes (1 for none).
+        guidance: scale of the classifier-free guidance that is learned instead of applied while sampling;
+            each step then costs two more passes (1 for none).
         image_start: share of steps with a single first frame, so that a stream can start from an image.
         middle: share of steps with a target far from the start.
         switched: share of steps with a target behind a prompt switch.
