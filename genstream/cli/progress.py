@@ -29,6 +29,7 @@ class LiveBar:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
+        self._total = total
         self._fps = fps
         self._progress = Progress(
             BarColumn(bar_width=16),
@@ -40,7 +41,9 @@ class LiveBar:
 
     def show(self, clock: RunClock) -> None:
         """Redraw."""
-        self._progress.update(self._task, completed=clock.frames, figures=_figures(clock, self._fps))
+        self._progress.update(
+            self._task, completed=clock.frames, figures=_figures(clock, self._total, self._fps)
+        )
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -65,7 +68,7 @@ class PlainLines:
         if clock.elapsed_s >= self._next_line_s or clock.frames >= self._total:
             self._next_line_s = clock.elapsed_s + _LINE_EVERY_S
             print(
-                f"{clock.frames}/{self._total} frames, {_figures(clock, self._fps)}",
+                f"{clock.frames}/{self._total} frames, {_figures(clock, self._total, self._fps)}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -84,7 +87,8 @@ def progress_for(total: int, fps: float) -> Progress:
     return LiveBar(total, fps) if sys.stderr.isatty() else PlainLines(total, fps)
 
 
-def _figures(clock: RunClock, fps: float) -> str:
-    rate = clock.last_frame_rate
+def _figures(clock: RunClock, total: int, fps: float) -> str:
+    """The last chunk is cut to the wanted length, so its own rate says nothing: the end shows the whole run's."""
+    rate = clock.frame_rate if clock.frames >= total else clock.last_frame_rate
     first_s = clock.time_to_first_frame_s or 0.0
     return f"{rate:.1f} fps, {rate / fps:.2f}x real time, first frame after {first_s:.2f} s"

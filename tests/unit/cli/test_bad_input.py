@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -112,9 +111,7 @@ def test_debug_shows_where(model_folder: Path):
         main(["generate", "", "--model", str(model_folder), "--debug"])
 
 
-def test_help_is_quick_and_needs_no_torch():
+def test_help_needs_no_torch():
     code = "import sys; from genstream.cli.__main__ import build_parser; build_parser().format_help();"
     code += "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
-    began_s = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-    assert time.perf_counter() - began_s < 2
