@@ -88,7 +88,7 @@ def progress_for(total: int, fps: float) -> Progress:
 
 
 def _figures(clock: RunClock, total: int, fps: float) -> str:
-    """The last chunk is cut to the wanted length, so its own rate says nothing: the end shows the whole run's."""
+    """The last chunk is cut to the wanted length: its own rate says nothing, so the whole run's is shown."""
     rate = clock.frame_rate if clock.frames >= total else clock.last_frame_rate
     first_s = clock.time_to_first_frame_s or 0.0
     return f"{rate:.1f} fps, {rate / fps:.2f}x real time, first frame after {first_s:.2f} s"
