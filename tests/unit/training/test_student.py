@@ -120,21 +120,6 @@ def test_evaluation_knows_no_clip_of_the_training():
     assert trainee.loss(0)[0].isnan()
 
 
-def test_guidance_is_learned_where_a_prompt_makes_a_difference():
-    """The target moves by the guided difference: twice the scale, twice the way."""
-    losses = {}
-    for guidance in (1.0, 2.0, 3.0):
-        torch.manual_seed(0)
-        trainee = trainee_for(guidance=guidance, without_text=0.0, redrawn=0.0, batch_size=8)
-        torch.manual_seed(1)
-        losses[guidance] = trainee.loss(0)[0].item()
-    # With target d further away by g - 1 times the difference, the loss is a parabola in g.
-    assert losses[3.0] - 2 * losses[2.0] + losses[1.0] > 0
-    torch.manual_seed(0)
-    empty = [trainee_for(guidance=g, without_text=1.0, redrawn=0.0).loss(0)[0].isfinite() for g in (1.0, 3.0)]
-    assert all(empty)
-
-
 def test_data_follow_from_the_step():
     trainee = trainee_for()
     losses = []
@@ -149,7 +134,7 @@ def test_training_noise_covers_the_sampling_steps():
     rng = np.random.default_rng(0)
     sigma = trainee._sigma(trainee._draw(rng, range(5))[0], 200, rng)
     assert 0 <= sigma.min() and sigma.max() <= 1
-    for level in (1.0, 0.9, 0.75, 3 / 7):
+    for level in (1.0, 36 / 37, 12 / 13, 0.8):
         assert 0.1 < ((sigma - level).abs() < 1e-6).float().mean() < 0.25
 
 
