@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -335,7 +335,7 @@ def train_student(settings: StudentTrainingSettings, output: Path) -> None:
     if not (Path(settings.vae) / "config.json").is_file():
         raise ValueError(f"vae must be the folder of a trained VAE, got {settings.vae!r}")
     claim_run(output, settings)
-    vae = TinyVideoVAE.from_pretrained(settings.vae, dtype=torch.float32).to(Accelerator().device)
+    vae = TinyVideoVAE.from_pretrained(settings.vae, dtype=torch.float32).to(PartialState().device)
     clips = settings.clip_set(vae.spec.temporal_ratio)
     latents = encode_clips(clips, vae, output / _LATENTS_FOLDER, settings.precision)
     torch.manual_seed(settings.seed)
