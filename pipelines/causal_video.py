@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from genstream.cache.layout import PositionPolicy
-from genstream.conditioning.text import encode_prompts, unknown_words
+from genstream.conditioning.text import check_prompts, encode_prompts, unknown_words
 from genstream.io.model_folder import check_model_folder, installed_folder, installed_models, read_json
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.shapes import check_divides, check_whole, frames_for_seconds, frames_of, latent_frames_of
@@ -61,6 +61,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         positions: "absolute" or "window", temporal positions of the sinks.
         context_timestep: timestep of the pass that commits a finished chunk, in [0, 1000].
         independent_first_frame: the first chunk is a single latent frame.
+        guidance_scale: of classifier-free guidance, when a call names none; 1 is off.
         text_tokens: prompt length the transformer was trained with.
         default_height: pixels, when a call names none.
         default_width: pixels, when a call names none.
@@ -86,6 +87,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         positions: str = "absolute",
         context_timestep: float = 0.0,
         independent_first_frame: bool = False,
+        guidance_scale: float = 1.0,
         text_tokens: int = 512,
         default_height: int = 480,
         default_width: int = 832,
@@ -106,6 +108,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             positions=positions,
             context_timestep=context_timestep,
             independent_first_frame=independent_first_frame,
+            guidance_scale=guidance_scale,
             text_tokens=text_tokens,
             default_height=default_height,
             default_width=default_width,
@@ -146,6 +149,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             positions=PositionPolicy(self.config.positions),
             context_timestep=self.config.context_timestep,
             independent_first_frame=self.config.independent_first_frame,
+            guidance_scale=self.config.guidance_scale,
         )
 
     @property
@@ -164,6 +168,7 @@ class CausalVideoPipeline(DiffusionPipeline):
                 "prompt needs a text encoder, which this pipeline was loaded without; give prompt_embeds"
             )
         prompts = [prompt] if isinstance(prompt, str) else prompt
+        check_prompts(prompts, self.tokenizer, self.config.text_tokens)
         return encode_prompts(prompts, self.tokenizer, self.text_encoder, self.config.text_tokens)
 
     def unknown_words(self, prompt: str) -> list[str]:
@@ -192,6 +197,8 @@ class CausalVideoPipeline(DiffusionPipeline):
         prompt_embeds: Tensor | None = None,
         initial_latents: Tensor | None = None,
         num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
         settings: StreamSettings | None = None,
         decode: bool = True,
     ) -> StreamRequest:
@@ -210,6 +217,8 @@ class CausalVideoPipeline(DiffusionPipeline):
             prompt_embeds: `[B, text_tokens, text_dim]`, instead of `prompt`.
             initial_latents: clean latent frames to go on from, whole chunks; instead of `image`.
             num_inference_steps: denoising steps, where the scheduler leaves a choice.
+            guidance_scale: of classifier-free guidance; 1 is off, the model's own when None.
+            negative_prompt: what guidance leads away from; nothing in particular when None.
             settings: instead of the model's own.
             decode: give frames, not only latents.
 
@@ -229,6 +238,8 @@ class CausalVideoPipeline(DiffusionPipeline):
             num_frames = frames_for_seconds(seconds, self.config.default_fps if fps is None else fps)
         prompts, embeds = self._prompts(prompt, prompt_embeds)
         settings = settings or self.settings
+        if guidance_scale is not None:
+            settings = replace(settings, guidance_scale=guidance_scale)
         if image is not None:
             if initial_latents is not None:
                 raise ValueError("image and initial_latents exclude each other, got both")
@@ -246,6 +257,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             schedule=self.scheduler.schedule(num_inference_steps),
             settings=settings,
             initial_latents=initial_latents,
+            negative_embeds=self._negative_embeds(negative_prompt, settings, len(embeds)),
             decode=decode,
         )
 
@@ -268,6 +280,8 @@ class CausalVideoPipeline(DiffusionPipeline):
         fps: float | None = None,
         seed: int | list[int] | None = None,
         image: Image.Image | Tensor | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
     ) -> Iterator[Chunk]:
         """Chunks of frames as they are generated; arguments as for `request`, endless without a length.
 
@@ -284,6 +298,8 @@ class CausalVideoPipeline(DiffusionPipeline):
                     fps=fps,
                     seed=seed,
                     image=image,
+                    guidance_scale=guidance_scale,
+                    negative_prompt=negative_prompt,
                 )
             )
         )
@@ -314,6 +330,8 @@ class CausalVideoPipeline(DiffusionPipeline):
         seconds: float | None = None,
         fps: float | None = None,
         num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         seed: int | list[int] | None = None,
@@ -336,6 +354,8 @@ class CausalVideoPipeline(DiffusionPipeline):
             seconds: length, instead of `num_frames`.
             fps: frames per second that `seconds` counts in.
             num_inference_steps: denoising steps, where the scheduler leaves a choice.
+            guidance_scale: of classifier-free guidance; 1 is off, the model's own when None.
+            negative_prompt: what guidance leads away from.
             num_videos_per_prompt: videos for each prompt.
             generator: draws the seeds, one for each video; instead of `seed`.
             seed: one, or one for each video; 0 when None.
@@ -372,6 +392,8 @@ class CausalVideoPipeline(DiffusionPipeline):
             prompt_embeds=embeds,
             initial_latents=initial_latents,
             num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
             decode=output_type != "latent",
         )
         chunks: list[Tensor] = []
@@ -410,6 +432,24 @@ class CausalVideoPipeline(DiffusionPipeline):
         frames = pixels.unsqueeze(2).to(self.vae.device, self.vae.dtype)  # [B, 3, 1, H, W]
         latent: Tensor = self.vae.encode(frames)
         return latent.expand(batch_size, -1, -1, -1, -1)
+
+    def _negative_embeds(
+        self, prompt: str | None, settings: StreamSettings, batch_size: int
+    ) -> Tensor | None:
+        """What guidance leads away from, `[B, text_tokens, text_dim]`; None without guidance."""
+        scale = settings.guidance_scale
+        if scale == 1:
+            if prompt is not None:
+                raise ValueError(f"negative_prompt needs a guidance_scale above 1, got {scale}")
+            return None
+        if self.tokenizer is None or self.text_encoder is None:
+            raise ValueError(
+                f"guidance_scale above 1 needs a text encoder, which this pipeline lacks; got {scale}"
+            )
+        if prompt is not None:
+            return self.encode_prompt([prompt] * batch_size)
+        nothing = [""] * batch_size
+        return encode_prompts(nothing, self.tokenizer, self.text_encoder, self.config.text_tokens)
 
     def _check_size(self, height: int, width: int) -> None:
         _, patch_height, patch_width = self.transformer.config.patch_size

@@ -17,15 +17,11 @@ def encode_prompts(
     """Embeddings `[B, tokens, text_dim]`, zero behind each prompt's end, as Wan and Self Forcing feed them.
 
     Args:
-        prompts: one for each element of the batch, none empty.
+        prompts: one for each element of the batch, at most `tokens` long; an empty one says nothing.
         tokenizer: the encoder's tokenizer.
         encoder: the text encoder.
         tokens: length that the transformer was trained with.
-
-    Raises:
-        ValueError: a prompt is empty or longer than `tokens`.
     """
-    check_prompts(prompts, tokenizer, tokens)
     batch = tokenizer(list(prompts), padding="max_length", max_length=tokens, return_tensors="pt")
     return embed_tokens(batch.input_ids.to(encoder.device), batch.attention_mask.to(encoder.device), encoder)
 

@@ -85,6 +85,7 @@ class CacheEngine:
             noise=request.noise,
             prompt_embeds=embeds,
             text=self.text_cache(embeds, request),
+            negative_text=self._negative_text(request, embeds),
             kv=self.transformer.kv_cache(layout, request.batch_size, height, width),
             vae=self._vae_state(request),
             history=torch.zeros(request.batch_size, channels, 0, height, width, device=device, dtype=dtype),
@@ -168,13 +169,24 @@ class CacheEngine:
         return latents
 
     def predict(self, x: Tensor, timestep: float, state: StreamState) -> Tensor:
-        """Velocity of a noisy chunk in the context of the stream's past."""
+        """Velocity of a noisy chunk in the context of the stream's past, with classifier-free guidance.
+
+        Both passes see the same past. The one with the prompt comes last, so that its keys and values of the
+        chunk are those that stay (Ho and Salimans, arXiv 2207.12598, in the convention where 1 is off).
+        """
         positions = range(state.frame, state.frame + x.shape[2])
-        return self._velocity(x, timestep, positions, state)
+        if state.negative_text is None:
+            return self._velocity(x, timestep, positions, state, state.text)
+        away = self._velocity(x, timestep, positions, state, state.negative_text)
+        toward = self._velocity(x, timestep, positions, state, state.text)
+        return away + state.request.settings.guidance_scale * (toward - away)
 
     def commit(self, latents: Tensor, state: StreamState) -> None:
         """The pass on the clean chunk that makes its keys and values permanent."""
-        self.predict(latents, state.request.settings.context_timestep, state)
+        timestep = state.request.settings.context_timestep
+        self._velocity(
+            latents, timestep, range(state.frame, state.frame + latents.shape[2]), state, state.text
+        )
         kept = state.kv.layout.capacity_frames
         state.history = torch.cat([state.history, latents], dim=2)[:, :, -kept:]
 
@@ -197,7 +209,7 @@ class CacheEngine:
         latents = state.history[:, :, -(state.frame - start) :]
         state.kv = kv
         timestep = state.request.settings.context_timestep
-        self._velocity(latents, timestep, range(start, state.frame), state)
+        self._velocity(latents, timestep, range(start, state.frame), state, state.text)
 
     @torch.no_grad()
     def text_cache(self, prompt_embeds: Tensor, request: StreamRequest) -> TextCache:
@@ -206,14 +218,20 @@ class CacheEngine:
         image = None if image is None else image.to(prompt_embeds)
         return self.transformer.text_cache(prompt_embeds, image)
 
-    def _velocity(self, x: Tensor, timestep: float, positions: range, state: StreamState) -> Tensor:
+    def _negative_text(self, request: StreamRequest, like: Tensor) -> TextCache | None:
+        embeds = request.negative_embeds
+        return None if embeds is None else self.text_cache(embeds.to(like), request)
+
+    def _velocity(
+        self, x: Tensor, timestep: float, positions: range, state: StreamState, text: TextCache
+    ) -> Tensor:
         timesteps = torch.full((x.shape[0],), timestep, dtype=timestep_dtype(x.device), device=x.device)
         velocity: Tensor = self.transformer(
             x,
             timesteps,
             frame_positions=positions,
             kv_cache=state.kv,
-            text_cache=state.text,
+            text_cache=text,
             return_dict=False,
         )[0]
         return velocity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,6 +23,8 @@ class StreamSettings:
         positions: temporal positions of the sinks.
         context_timestep: timestep of the pass that commits a finished chunk, in [0, 1000].
         independent_first_frame: the first chunk is a single latent frame.
+        guidance_scale: how far each velocity is moved away from that of the negative prompt, at least 1;
+            1 is off. Each denoising step then costs two passes.
     """
 
     chunk_frames: int = 3
@@ -30,10 +33,13 @@ class StreamSettings:
     positions: PositionPolicy = PositionPolicy.ABSOLUTE
     context_timestep: float = 0.0
     independent_first_frame: bool = False
+    guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.context_timestep <= 1000:
             raise ValueError(f"context_timestep must be in [0, 1000], got {self.context_timestep}")
+        if not 1 <= self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale must be at least 1 (off) and finite, got {self.guidance_scale}")
         self.layout(self.chunk_frames)
 
     def chunk_at(self, frame: int) -> int:
@@ -73,6 +79,7 @@ class StreamRequest:
         schedule: noise levels of the denoising steps.
         settings: how the model is run.
         initial_latents: clean latent frames `[B, C, T, h, w]` that the stream starts with, whole chunks.
+        negative_embeds: `[B, tokens, text_dim]`, what guidance leads away from; None without guidance.
         image_embeds: CLIP image tokens `[B, tokens, image_dim]`, for models that take them.
         decode: decode the latents; otherwise the stream gives latents only.
     """
@@ -86,12 +93,18 @@ class StreamRequest:
     schedule: Schedule
     settings: StreamSettings
     initial_latents: Tensor | None = None
+    negative_embeds: Tensor | None = None
     image_embeds: Tensor | None = None
     decode: bool = True
 
     def __post_init__(self) -> None:
         if self.num_frames is not None and self.num_frames < 1:
             raise ValueError(f"num_frames must be at least 1, got {self.num_frames}")
+        if (self.negative_embeds is None) != (self.settings.guidance_scale == 1):
+            raise ValueError(
+                f"negative_embeds must be given with guidance_scale above 1 and not without,"
+                f" got {self.settings.guidance_scale} and {type(self.negative_embeds).__name__}"
+            )
         frame = 0
         while frame < self.given_frames:
             frame += self.settings.chunk_at(frame)

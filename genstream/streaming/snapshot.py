@@ -45,6 +45,7 @@ def save_state(state: StreamState, path: str | Path, fingerprint: str) -> None:
         "prompt_embeds": state.prompt_embeds,
         "history": state.history,
         "request.prompt_embeds": request.prompt_embeds,
+        "request.negative_embeds": request.negative_embeds,
         "request.initial_latents": request.initial_latents,
         "request.image_embeds": request.image_embeds,
         **{f"kv.{name}": tensor for name, tensor in state.kv.tensors().items()},
@@ -173,6 +174,7 @@ def _restore_request(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Stream
         schedule=schedule,
         settings=StreamSettings(**settings),
         initial_latents=tensors.get("initial_latents"),
+        negative_embeds=tensors.get("negative_embeds"),
         image_embeds=tensors.get("image_embeds"),
         decode=meta["decode"],
     )

@@ -45,6 +45,7 @@ class StreamState:
         noise: source of the noise, which a reset may have replaced.
         prompt_embeds: current prompt `[B, tokens, text_dim]`.
         text: its cross-attention keys and values.
+        negative_text: those of the negative prompt; None without guidance.
         kv: keys and values of the past.
         vae: decoder state; None when the stream is not decoded.
         history: the latent frames whose keys and values `kv` can hold, for re-caching.
@@ -64,6 +65,7 @@ class StreamState:
     noise: NoiseSource
     prompt_embeds: Tensor
     text: TextCache
+    negative_text: TextCache | None
     kv: KVCache
     vae: VAEState | None
     history: Tensor

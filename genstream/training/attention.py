@@ -24,4 +24,5 @@ class MatmulAttention(AttentionProcessor):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if mask is not None:
             scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
-        return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+        out: Tensor = scores.softmax(-1).to(v.dtype) @ v
+        return out.transpose(1, 2).flatten(2)

@@ -218,35 +218,29 @@ class StudentTrainee:
         level = sigma[:, None, :, None, None]
         noisy = (1 - level) * target + level * noise
         timestep = torch.cat([sigma.new_zeros(len(clean), context.shape[2]), 1000 * sigma], dim=1)
-        mask = torch.tensor(sequence.mask(), device=device)
+        predicted = self._velocity(torch.cat([context, noisy], dim=2), timestep, text, sequence)
+        return (predicted[:, :, context.shape[2] :] - (noise - target)).square().mean()
 
-        velocity = self.module.transformer(
-            torch.cat([context, noisy], dim=2),
+    def _velocity(self, x: Tensor, timestep: Tensor, text: Tensor, sequence: ForcedSequence) -> Tensor:
+        """Velocity of the sequence's frames, or of its first ones if `x` has fewer."""
+        frames = x.shape[2]
+        velocity: Tensor = self.module.transformer(
+            x,
             timestep,
             text,
-            frame_positions=sequence.positions,
-            attention_mask=mask,
+            frame_positions=sequence.positions[:frames],
+            attention_mask=torch.tensor(sequence.mask(), device=x.device)[:frames, :frames],
             return_dict=False,
-        )[0][:, :, context.shape[2] :]
-        loss: Tensor = (velocity.float() - (noise - target)).square().mean()
-        return loss
+        )[0]
+        return velocity.float()
 
     @torch.no_grad()
     def _redraw(self, context: Tensor, sequence: ForcedSequence, text: Tensor) -> Tensor:
         """The context as the student predicts it in one step from its noisy version."""
-        frames = context.shape[2]
         level = torch.rand(len(context), 1, 1, 1, 1, device=context.device) * _REDRAWN_LEVEL
         noisy = (1 - level) * context + level * torch.randn_like(context)
-        mask = torch.tensor(sequence.mask(), device=context.device)[:frames, :frames]
-        velocity = self.module.transformer(
-            noisy,
-            1000 * level.flatten(1).expand(-1, frames),
-            text,
-            frame_positions=sequence.positions[:frames],
-            attention_mask=mask,
-            return_dict=False,
-        )[0]
-        return noisy - level * velocity.float()
+        timestep = 1000 * level.flatten(1).expand(-1, context.shape[2])
+        return noisy - level * self._velocity(noisy, timestep, text, sequence)
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
@@ -327,7 +321,7 @@ class StudentTrainee:
 def _set_attention(module: nn.Module, processor: AttentionProcessor) -> None:
     for part in module.modules():
         if isinstance(part, SelfAttention | CrossAttention):
-            part.set_processor(processor)
+            part.processor = processor
 
 
 def train_student(settings: StudentTrainingSettings, output: Path) -> None:
