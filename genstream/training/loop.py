@@ -115,10 +115,19 @@ def newest_checkpoint(output: Path) -> Path | None:
 
 def load_average(module: nn.Module, output: Path) -> None:
     """Load the averaged weights of a run's newest checkpoint."""
+    module.load_state_dict(load_file(_checkpoint(output) / "average.safetensors"))
+
+
+def steps_taken(output: Path) -> int:
+    """Steps behind a run's newest checkpoint."""
+    return int(_checkpoint(output).name.removeprefix("step_"))
+
+
+def _checkpoint(output: Path) -> Path:
     checkpoint = newest_checkpoint(output)
     if checkpoint is None:
         raise ValueError(f"output must be a run with a checkpoint, got {str(output)!r}")
-    module.load_state_dict(load_file(checkpoint / "average.safetensors"))
+    return checkpoint
 
 
 class _Training:

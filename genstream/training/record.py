@@ -39,7 +39,7 @@ def claim_run(output: Path, settings: "DataclassInstance") -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One finished run of a training command.
+    """One run of a training command.
 
     Attributes:
         name: of its files in the record.
@@ -47,6 +47,7 @@ class Training:
         run: its folder.
         settings: its settings.
         logs: name in the record and log.csv of every phase.
+        steps: steps behind the weights, fewer than in the settings if the run was cut short.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Training:
     run: Path
     settings: "DataclassInstance"
     logs: dict[str, Path]
+    steps: int
 
     @property
     def command(self) -> str:
@@ -73,6 +75,7 @@ def write_record(model: Path, training: Training) -> None:
     folder.mkdir(exist_ok=True)
     record = {
         "command": training.command,
+        "steps": training.steps,
         "settings": asdict(training.settings),
         "versions": {name: version(name) for name in _PACKAGES},
     }

@@ -29,7 +29,7 @@ from genstream.schedulers.schedule import shifted
 from genstream.training.attention import MatmulAttention
 from genstream.training.clips import SWITCHED_EVERY, ClipSet, encode_clips
 from genstream.training.forcing import ForcedSequence, from_middle, from_start
-from genstream.training.loop import LoopSettings, load_average, run
+from genstream.training.loop import LoopSettings, load_average, run, steps_taken
 from genstream.training.record import RECORD_FOLDER, SETTINGS_NAME, Training, claim_run, write_record
 from genstream.training.text import tiny_text_encoder, word_tokenizer
 from genstream.transformer.attention import AttentionProcessor, CrossAttention, SelfAttention
@@ -382,7 +382,15 @@ def _trainings(run_folder: Path) -> list[Training]:
     earlier = [] if settings.initial is None else _trainings(Path(settings.initial))
     name = f"student_{len(earlier) + 1}"
     logs = {name: run_folder / "log.csv"}
-    return [*earlier, Training(name=name, part="student", run=run_folder, settings=settings, logs=logs)]
+    training = Training(
+        name=name,
+        part="student",
+        run=run_folder,
+        settings=settings,
+        logs=logs,
+        steps=steps_taken(run_folder),
+    )
+    return [*earlier, training]
 
 
 def _card() -> dict[str, object]:

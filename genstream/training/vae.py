@@ -20,7 +20,7 @@ from genstream.data.toyworld import ToyWorld
 from genstream.data.vocabulary import BACKGROUND_RGB
 from genstream.training.clips import to_tensor
 from genstream.training.initialisation import PASSED_CHANNELS, initialise
-from genstream.training.loop import LoopSettings, load_average, run
+from genstream.training.loop import LoopSettings, load_average, run, steps_taken
 from genstream.training.record import Training, claim_run, write_record
 from genstream.training.vae_losses import psnr_db
 from genstream.vae.tiny import TinyVideoVAE
@@ -137,7 +137,9 @@ def export(settings: VAETrainingSettings, run_folder: Path, folder: Path) -> Non
     load_average(vae, run_folder / _DECODER_FOLDER)
     save_component(vae.half(), folder)
     logs = {f"vae_{phase}": run_folder / phase / "log.csv" for phase in (_JOINT_FOLDER, _DECODER_FOLDER)}
-    write_record(folder, Training(name="vae", part="vae", run=run_folder, settings=settings, logs=logs))
+    steps = sum(steps_taken(run_folder / phase) for phase in (_JOINT_FOLDER, _DECODER_FOLDER))
+    training = Training(name="vae", part="vae", run=run_folder, settings=settings, logs=logs, steps=steps)
+    write_record(folder, training)
 
 
 def save_component(vae: TinyVideoVAE, folder: Path) -> None:

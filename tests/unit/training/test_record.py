@@ -11,7 +11,8 @@ from genstream.training.student import StudentTrainingSettings
 
 def training_for(settings, log=None) -> Training:
     logs = {} if log is None else {"student_1": log}
-    return Training(name="student_1", part="student", run=Path("runs/student"), settings=settings, logs=logs)
+    run = Path("runs/student")
+    return Training(name="student_1", part="student", run=run, settings=settings, logs=logs, steps=7)
 
 
 def test_the_command_gives_the_settings_back():
@@ -29,6 +30,7 @@ def test_a_record_holds_settings_versions_and_logs(tmp_path):
     write_record(tmp_path, training_for(settings, tmp_path / "log.csv"))
     record = json.loads((tmp_path / "training" / "student_1.json").read_text())
     assert record["command"] == "genstream train student --output runs/student"
+    assert record["steps"] == 7
     assert record["settings"]["seed"] == settings.seed
     assert set(record["versions"]) == {"torch", "diffusers", "transformers", "accelerate"}
     assert (tmp_path / "training" / "student_1.csv").read_text() == "step,loss\n1,2\n"

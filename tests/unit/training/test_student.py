@@ -184,6 +184,7 @@ def test_export_is_a_pipeline(trained, vae_folder, tmp_path):
     assert (folder / "model" / "transformer" / "config.json").is_file()
     record = json.loads((tmp_path / "model" / "training" / "student_1.json").read_text())
     assert record["settings"]["batch_size"] == 2
+    assert record["steps"] == 4
     assert (tmp_path / "model" / "training" / "student_1.csv").read_text() == (folder / "log.csv").read_text()
     pipe = CausalVideoPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
