@@ -27,7 +27,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     toyworld.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(by device)")
     toyworld.add_argument("--json", action="store_true", help="print json in place of the table")
     toyworld.add_argument(
-        "--output", type=Path, help="also write the table to this markdown file, as its section Scores"
+        "--output",
+        type=Path,
+        help="also write the table to this markdown file, section Scores or, with --end-of, Long streams",
     )
     toyworld.set_defaults(run=run)
 
@@ -60,5 +62,6 @@ def run(arguments: argparse.Namespace) -> int:
     table = result.table(arguments.model)
     print(json.dumps(result.as_json()) if arguments.json else table)
     if arguments.output is not None:
-        write_section(arguments.output, "Scores", table)
+        section = "Scores" if arguments.end_of is None else "Long streams"
+        write_section(arguments.output, section, table)
     return 0

@@ -41,6 +41,7 @@ def test_every_figure_comes_out(tmp_path, capsys):
     assert figures["drift"][1]["colour"] == figures["end"]["colour"]
     assert figures["frame_rate"] > 0
     table = (tmp_path / "table.md").read_text()
+    assert "## Long streams" in table
     assert "| colour, last 1 of 2 s | " in table
     assert "| VAE PSNR, 1 evaluation clips | " in table
     assert "| 1 s | " in table
