@@ -8,7 +8,6 @@ features at weight 1 each, clips of 17 frames at 256x256, AdamW at 1e-4, an aver
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,34 +15,17 @@ from torch import Tensor, nn
 
 from genstream.training.vae_losses import Perceptual, psnr_db
 from genstream.training.vae_windows import ClipSource
+from genstream.vae.adapters.base import Adapter
 from genstream.vae.causal import CausalVideoVAE
 from genstream.vae.layers import FrameConv, to_images, to_video
 from genstream.vae.protocol import VAESpec
 from genstream.vae.tiny import TinyVideoVAE
 from genstream.vae.turbo import TurboVAED
+from genstream.vae.wan import WanVideoVAE
 
 Student = TurboVAED | TinyVideoVAE | CausalVideoVAE
-
-
-class Teacher(Protocol):
-    """What distillation asks of a teacher: any of the video VAEs, on the student's device."""
-
-    @property
-    def spec(self) -> VAESpec:
-        """Ratios and channels."""
-        ...
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """Latents of a whole clip."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Frames of a whole clip."""
-        ...
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """A layer by its dotted name."""
-        ...
+Teacher = CausalVideoVAE | TinyVideoVAE | WanVideoVAE | Adapter
+"""Any of the video VAEs that encode, on the student's device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +46,8 @@ class DistillationSettings:
         feature_weight: of the sum over `pairs` of the mean squared error of features.
         pairs: layers that are brought together.
         head_channels: width of the heads between them.
+        latents_noise: largest noise added to latents before decoding, in standard deviations, so that
+            imperfect latents still decode well.
     """
 
     pixel_weight: float = 1.0
@@ -71,6 +55,7 @@ class DistillationSettings:
     feature_weight: float = 1.0
     pairs: tuple[FeaturePair, ...] = ()
     head_channels: int = 64
+    latents_noise: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("pixel_weight", "perceptual_weight", "feature_weight"):
@@ -78,6 +63,8 @@ class DistillationSettings:
                 raise ValueError(f"{name} must be at least 0, got {value}")
         if self.head_channels < 1:
             raise ValueError(f"head_channels must be at least 1, got {self.head_channels}")
+        if not 0 <= self.latents_noise < 1:
+            raise ValueError(f"latents_noise must be in [0, 1), got {self.latents_noise}")
 
 
 class FeatureHead(nn.Module):
@@ -144,7 +131,10 @@ class DecoderDistillation:
         settings, student = self.settings, self.module.student
         frames = self.clips.training(step).to(student.device)
         with torch.no_grad(), _captured(self.teacher, [pair.teacher for pair in self.pairs]) as targets:
-            latents = self.teacher.encode(frames)
+            # Also where autocast made them coarser: not every teacher decodes what it gave out then.
+            latents = self.teacher.encode(frames).to(frames.dtype)
+            sigma = torch.rand((len(latents), 1, 1, 1, 1), device=latents.device) * settings.latents_noise
+            latents = latents + sigma * torch.randn_like(latents)
             if self.pairs:
                 self.teacher.decode(latents)
         with _captured(student, [pair.student for pair in self.pairs]) as features:
@@ -234,7 +224,7 @@ def _captured(vae: Student | Teacher, names: Sequence[str]) -> Iterator[dict[str
 
         return hook
 
-    handles = [vae.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    handles = [_layer(vae, name).register_forward_hook(keep(name)) for name in names]
     try:
         yield outputs
     finally:
@@ -242,8 +232,19 @@ def _captured(vae: Student | Teacher, names: Sequence[str]) -> Iterator[dict[str
             handle.remove()
 
 
+def _layer(vae: Student | Teacher, name: str) -> nn.Module:
+    """A layer by its dotted name."""
+    network = vae.vae if isinstance(vae, Adapter) else vae
+    layer: nn.Module | None = dict(network.named_modules()).get(name)
+    if layer is None:
+        raise ValueError(f"pairs must name layers of {type(network).__name__}, got {name!r}")
+    return layer
+
+
 def _as_video(outputs: list[Tensor], batch_size: int) -> Tensor:
     """Outputs of a layer that works on videos or on batches of images, as one [B, C, F, h, w]."""
+    if not outputs:
+        raise ValueError("pairs must name layers that run by themselves when a clip is decoded")
     return torch.cat([to_video(part, batch_size) if part.dim() == 4 else part for part in outputs], dim=2)
 
 
