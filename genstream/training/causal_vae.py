@@ -19,8 +19,10 @@ from genstream.training.vae_clips import clip_source
 from genstream.training.vae_losses import VAELossWeights, VAEObjective, VisionAlignment, psnr_db
 from genstream.training.vae_run import VAERunSettings, last_figures
 from genstream.training.vae_windows import ClipSource, WindowSettings, last_window
+from genstream.vae.adapters.base import Adapter
 from genstream.vae.causal import CausalVideoVAE, Latents
 from genstream.vae.causal_network import Norm
+from genstream.vae.loading import load_vae
 
 logger = logging.getLogger(__name__)
 
@@ -144,11 +146,12 @@ def _new_vae(settings: CausalVAETrainingSettings) -> CausalVideoVAE:
     }
     if settings.initial_image_vae is None:
         spatial = {name: getattr(settings, name) for name in _FIXED_BY_IMAGE_VAE}
-        return CausalVideoVAE(**{**spatial, **temporal})
-    folder = Path(settings.initial_image_vae)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"initial_image_vae must be the folder of an AutoencoderKL, got {str(folder)!r}")
-    image_vae = AutoencoderKL.from_pretrained(str(folder), torch_dtype=torch.float32)
+        vae: CausalVideoVAE = CausalVideoVAE(**{**spatial, **temporal})
+        return vae
+    loaded = load_vae(settings.initial_image_vae)
+    image_vae = loaded.vae if isinstance(loaded, Adapter) else loaded
+    if not isinstance(image_vae, AutoencoderKL):
+        raise ValueError(f"initial_image_vae must be an AutoencoderKL, got {type(image_vae).__name__}")
     vae = CausalVideoVAE.from_image_vae(image_vae, **temporal)
     for name in _FIXED_BY_IMAGE_VAE:
         ours, its = getattr(settings, name), vae.config[name]

@@ -33,6 +33,6 @@ def with_statistics(vae: V, latents: Tensor) -> V:
     statistics = {"latents_mean": values.mean(dim=1).tolist(), "latents_std": values.std(dim=1).tolist()}
     # Private entries record which values were defaults, and would discard the statistics.
     config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    normalised = type(vae)(**{**config, **statistics})
+    normalised: V = type(vae)(**{**config, **statistics})
     normalised.load_state_dict(vae.state_dict())
     return normalised

@@ -146,8 +146,9 @@ def test_an_image_vae_of_another_architecture_is_refused(tmp_path):
     with pytest.raises(ValueError, match="latent_channels must be 4 like initial_image_vae's, got 16"):
         train_causal_vae(settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="initial_image_vae must be the folder of an AutoencoderKL, got"):
-        train_causal_vae(replace(settings, initial_image_vae=str(tmp_path)), tmp_path / "run")
+    CausalVideoVAE(block_out_channels=(4, 4, 8, 8), norm_num_groups=2).save_pretrained(tmp_path / "video")
+    with pytest.raises(ValueError, match="initial_image_vae must be an AutoencoderKL, got CausalVideoVAE"):
+        train_causal_vae(replace(settings, initial_image_vae=str(tmp_path / "video")), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
