@@ -42,6 +42,8 @@ class DistillationSettings:
 
     Attributes:
         pixel_weight: of the mean absolute error of pixels.
+        latent_weight: of the mean squared error of latents, where the student has an encoder that is not
+            frozen.
         perceptual_weight: of the distance that the caller passes in; the published recipe has LPIPS at 1.
         feature_weight: of the sum over `pairs` of the mean squared error of features.
         pairs: layers that are brought together.
@@ -51,6 +53,7 @@ class DistillationSettings:
     """
 
     pixel_weight: float = 1.0
+    latent_weight: float = 0.0
     perceptual_weight: float = 0.0
     feature_weight: float = 1.0
     pairs: tuple[FeaturePair, ...] = ()
@@ -58,7 +61,7 @@ class DistillationSettings:
     latents_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("pixel_weight", "perceptual_weight", "feature_weight"):
+        for name in ("pixel_weight", "latent_weight", "perceptual_weight", "feature_weight"):
             if not (value := getattr(self, name)) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
         if self.head_channels < 1:
@@ -100,7 +103,8 @@ class DecoderDistillation:
 
     Args:
         settings: of the losses.
-        student: whose decoder is trained, on the teacher's latents.
+        student: whose decoder is trained, on the teacher's latents, and its encoder too where it has one
+            that is not frozen and `latent_weight` is above 0.
         teacher: frozen.
         clips: to train on and to be judged by.
         perceptual: distance of images, needed for its weight above 0.
@@ -125,23 +129,20 @@ class DecoderDistillation:
         self.perceptual = perceptual
         self.pairs = settings.pairs if settings.feature_weight > 0 else ()
         self.module = Distilled(student, [self._head(student, pair) for pair in self.pairs])
+        self.trains_encoder = settings.latent_weight > 0 and _has_free_encoder(student)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Weighted sum of the losses that are switched on, and its parts without their weights."""
         settings, student = self.settings, self.module.student
         frames = self.clips.training(step).to(student.device)
-        with torch.no_grad(), _captured(self.teacher, [pair.teacher for pair in self.pairs]) as targets:
-            # Also where autocast made them coarser: not every teacher decodes what it gave out then.
-            latents = self.teacher.encode(frames).to(frames.dtype)
-            sigma = torch.rand((len(latents), 1, 1, 1, 1), device=latents.device) * settings.latents_noise
-            latents = latents + sigma * torch.randn_like(latents)
-            if self.pairs:
-                self.teacher.decode(latents)
+        latents, noisy, targets = self._taught(frames)
         with _captured(student, [pair.student for pair in self.pairs]) as features:
-            decoded = _decoded_like(student, latents, frames)
+            decoded = _decoded_like(student, noisy, frames)
         parts = {"pixel": (decoded - frames).abs().mean()}
         if settings.perceptual_weight > 0 and self.perceptual is not None:
             parts["perceptual"] = self.perceptual(to_images(decoded), to_images(frames)).mean()
+        if self.trains_encoder:
+            parts["latent"] = F.mse_loss(student.encode(frames).to(latents.dtype), latents)
         if self.pairs:
             parts["feature"] = self._feature_distance(features, targets, len(frames))
         total = sum(
@@ -152,16 +153,37 @@ class DecoderDistillation:
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
-        """PSNR in dB on clips that were never trained on, of the student and of its teacher."""
+        """PSNR in dB on clips that were never trained on.
+
+        Of the student and of its teacher on the teacher's latents, and of the student on its own where its
+        encoder is trained.
+        """
         assert isinstance(module, Distilled)
-        students, teachers = [], []
+        student, figures = module.student, []
         for clip in self.clips.evaluation:
-            frames = clip.to(module.student.device)
+            frames = clip.to(student.device)
             latents = self.teacher.encode(frames)
-            students.append(psnr_db(module.student.decode(latents) - frames))
-            teachers.append(psnr_db(self.teacher.decode(latents) - frames))
-        count = len(self.clips.evaluation)
-        return {"psnr_db": sum(students) / count, "teacher_psnr_db": sum(teachers) / count}
+            decoded = {
+                "psnr_db": student.decode(latents),
+                "teacher_psnr_db": self.teacher.decode(latents),
+            }
+            if self.trains_encoder:
+                decoded["own_psnr_db"] = student(frames)
+            figures.append({name: psnr_db(result - frames) for name, result in decoded.items()})
+        return {name: sum(row[name] for row in figures) / len(figures) for name in figures[0]}
+
+    @torch.no_grad()
+    def _taught(self, frames: Tensor) -> tuple[Tensor, Tensor, dict[str, list[Tensor]]]:
+        """The teacher's latents, the same with noise, and its features while it decodes those."""
+        with _captured(self.teacher, [pair.teacher for pair in self.pairs]) as targets:
+            # Also where autocast made them coarser: not every teacher decodes what it gave out then.
+            latents = self.teacher.encode(frames).to(frames.dtype)
+            shape = (len(latents), 1, 1, 1, 1)
+            sigma = torch.rand(shape, device=latents.device) * self.settings.latents_noise
+            noisy = latents + sigma * torch.randn_like(latents)
+            if self.pairs:
+                self.teacher.decode(noisy)
+        return latents, noisy, targets
 
     def _feature_distance(
         self, features: dict[str, list[Tensor]], targets: dict[str, list[Tensor]], batch_size: int
@@ -200,6 +222,12 @@ class DecoderDistillation:
                 f"got {list(ours.shape)} and {list(theirs.shape)}"
             )
         return FeatureHead(ours.shape[1], self.settings.head_channels, theirs.shape[1], upscale)
+
+
+def _has_free_encoder(student: Student) -> bool:
+    if isinstance(student, TurboVAED):
+        return False
+    return any(weight.requires_grad for weight in student.encoder.parameters())
 
 
 def _decoded_like(student: Student, latents: Tensor, frames: Tensor) -> Tensor:

@@ -1,3 +1,4 @@
+import csv
 import json
 import shlex
 from dataclasses import replace
@@ -52,6 +53,14 @@ def causal_folder(path):
     return str(path)
 
 
+def small_folder(path):
+    torch.manual_seed(0)
+    small = {"block_out_channels": (4, 4, 8), "temporal_levels": (True, True)}
+    kernels = {"encoder_temporal_kernels": (1, 3, 3), "decoder_temporal_kernels": (1, 3, 3)}
+    CausalVideoVAE(**small, **kernels, layers_per_block=1, norm_num_groups=2).save_pretrained(path)
+    return str(path)
+
+
 def diffusers_folder(path):
     torch.manual_seed(0)
     statistics = {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}
@@ -84,6 +93,23 @@ def test_a_turbo_student_decodes_the_latents_of_any_teacher(tmp_path, build):
     with torch.no_grad():
         latents = teacher.encode(torch.zeros(1, 3, 5, 32, 32))
         assert student.decode(latents).shape == (1, 3, 5, 32, 32)
+
+
+@pytest.mark.parametrize("build", [causal_folder, diffusers_folder])
+def test_a_tiny_student_learns_the_encoder_of_another_teacher(tmp_path, build):
+    torch.set_num_threads(1)
+    settings = replace(SETTINGS, teacher=build(tmp_path / "teacher"), encoder_width=4, total_steps=8)
+    settings = replace(settings, learning_rate=0.01, log_steps=1)
+    distill_vae(settings, tmp_path / "run")
+    rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
+    assert float(rows[-1]["latent"]) < float(rows[0]["latent"])
+    judged = next(csv.DictReader((tmp_path / "run" / "evaluation.csv").open()))
+    assert {"psnr_db", "teacher_psnr_db", "own_psnr_db"} < judged.keys()
+    teacher, student = (load_vae(tmp_path / name) for name in ("teacher", "run/vae"))
+    frames = torch.zeros(1, 3, 5, 32, 32)
+    with torch.no_grad():
+        assert student.encode(frames).shape == teacher.encode(frames).shape
+        assert student(frames).shape == frames.shape
 
 
 def test_the_record_tells_command_and_results(tmp_path):
@@ -130,8 +156,11 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_was_not(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("build", "wrong", "error"),
     [
-        (causal_folder, {}, "student must be 'turbo' for a teacher CausalVideoVAE"),
-        (diffusers_folder, {}, "student must be 'turbo' for a teacher AutoencoderKLWan"),
+        (
+            small_folder,
+            {},
+            "student must be 'turbo' for this teacher: .* divides by 8, got .*spatial_ratio=4",
+        ),
         (causal_folder, {"student": "turbo", "widths": (4, 4)}, "widths must be 4 numbers .* ratio 8, got"),
         (tiny_folder, {"widths": (4, 4)}, "decoder_widths must be 4 numbers"),
         (
