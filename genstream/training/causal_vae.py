@@ -63,6 +63,7 @@ class CausalVAETrainingSettings(VAERunSettings):
         gradient_windows: windows in a row through which gradient flows; their memory is held together.
     """
 
+    batch_pixels: int = 100_000
     initial_image_vae: str | None = None
     latent_channels: int = 4
     block_out_channels: tuple[int, ...] = (32, 64, 128, 128)

@@ -41,7 +41,7 @@ class ClipSettings:
     videos: str | None = None
     size_px: int = 128
     crop_px: tuple[int, ...] = (64,)
-    clip_latents: tuple[int, ...] = (1, 3, 5)
+    clip_latents: tuple[int, ...] = (1, 5, 9)
     batch_pixels: int = 300_000
     evaluation_clips: int = 8
     seed: int = 0
