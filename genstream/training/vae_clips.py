@@ -84,9 +84,12 @@ def clip_source(settings: ClipSettings, spec: VAESpec) -> ClipSource:
     def training(step: int) -> Tensor:
         turn, place = divmod(step, len(settings.crop_px))
         side, count = settings.crop_px[place], lengths[turn % len(lengths)]
-        rng = np.random.default_rng((settings.seed, step))
         batch_size = max(1, settings.batch_pixels // (count * side**2))
-        return to_tensor(np.stack([pool.draw(count, side, rng) for _ in range(batch_size)]))
+        seeds = [(settings.seed, step, index) for index in range(batch_size)]
+        # Threads: most of the time goes by in ffmpeg and numpy.
+        with ThreadPoolExecutor() as threads:
+            clips = list(threads.map(lambda seed: pool.draw(count, side, np.random.default_rng(seed)), seeds))
+        return to_tensor(np.stack(clips))
 
     return ClipSource(training=training, evaluation=_HeldOut(pool, settings.evaluation_clips, max(lengths)))
 
@@ -143,7 +146,7 @@ class _VideoPool:
                 f"got {len(videos)}"
             )
         root = Path(settings.videos)
-        videos.sort(key=lambda video: hashlib.sha256(str(video.path.relative_to(root)).encode()).digest())
+        videos.sort(key=lambda video: _digest(video.path.relative_to(root)))
         self._evaluation = videos[: settings.evaluation_clips]
         self._training = videos[settings.evaluation_clips :]
 
@@ -157,6 +160,10 @@ class _VideoPool:
         clip = read_clip(self._evaluation[index], 0, count, self._size)
         top, left = ((length - self._size) // 2 for length in clip.shape[1:3])
         return clip[:, top : top + self._size, left : left + self._size]
+
+
+def _digest(path: Path) -> bytes:
+    return hashlib.sha256(path.as_posix().encode()).digest()
 
 
 def _usable_videos(folder: Path, longest: int) -> list[VideoFile]:

@@ -6,8 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import ResNetConfig, ResNetModel
 
 from genstream.cli.settings import parse_settings
+from genstream.io.model_folder import find_model
 from genstream.training import distilled_vae
 from genstream.training.distilled_vae import VAEDistillationSettings, distill_vae
 from genstream.training.vae_distillation import DecoderDistillation
@@ -110,6 +113,34 @@ def test_a_tiny_student_learns_the_encoder_of_another_teacher(tmp_path, build):
     with torch.no_grad():
         assert student.encode(frames).shape == teacher.encode(frames).shape
         assert student(frames).shape == frames.shape
+
+
+def test_perceptual_and_feature_losses_are_logged(tmp_path):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
+    ResNetModel(config).save_pretrained(tmp_path / "vision")
+    expected = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "vision" / "preprocessor_config.json").write_text(json.dumps(expected))
+    settings = replace(SETTINGS, teacher=tiny_folder(tmp_path / "teacher"), total_steps=1)
+    losses = {"perceptual_weight": 0.5, "perceptual_model": str(tmp_path / "vision")}
+    distill_vae(replace(settings, **losses, feature_pairs=("decoder.7=decoder.7",)), tmp_path / "run")
+    (row,) = csv.DictReader((tmp_path / "run" / "log.csv").open())
+    parts = float(row["pixel"]) + 0.5 * float(row["perceptual"]) + float(row["feature"])
+    assert float(row["loss"]) == pytest.approx(parts, rel=1e-4)
+    assert min(float(row["perceptual"]), float(row["feature"])) > 0
+
+
+@torch.no_grad()
+def test_the_default_student_of_the_embedded_model_has_a_third_of_its_arithmetic_at_most():
+    teacher = load_vae(find_model("toyworld") / "vae")
+    student = distilled_vae._new_student(VAEDistillationSettings(), teacher)
+    operations = []
+    for vae in (student, teacher):
+        with FlopCounterMode(display=False) as counter:
+            vae.decode_chunk(torch.zeros(1, 16, 3, 8, 8), vae.init_state("decode", 1, 128, 128))
+        operations.append(counter.get_total_flops())
+    assert 3 * operations[0] <= operations[1]
 
 
 def test_the_record_tells_command_and_results(tmp_path):
