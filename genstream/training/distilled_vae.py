@@ -51,7 +51,8 @@ class VAEDistillationSettings(VAERunSettings):
     """The teacher, what the student looks like, and what brings it closer.
 
     Attributes:
-        teacher: folder of a video VAE, of this library or of diffusers, or name of an installed model.
+        teacher: folder of a video VAE, of this library or of diffusers, or of a model with one, or the name
+            of an installed model.
         student: "tiny" is TinyVideoVAE; it keeps the encoder of a teacher of that kind, and learns one for
             any other teacher. "turbo" is Turbo-VAED, only a decoder.
         widths: channels of the student's decoder from the latents to the frames: of "tiny" four, of "turbo"
@@ -151,8 +152,8 @@ def _training(settings: VAEDistillationSettings, output: Path, results: dict[str
 
 
 def _teacher_folder(teacher: str) -> Path:
-    installed = installed_folder(teacher)
-    return Path(teacher) if installed is None else installed / "vae"
+    folder = installed_folder(teacher) or Path(teacher)
+    return folder / "vae" if (folder / "model_index.json").is_file() else folder
 
 
 def _load_teacher(folder: Path, device: torch.device) -> Teacher:

@@ -209,6 +209,14 @@ def test_what_does_not_fit_the_teacher_is_refused_before_the_run_starts(tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_a_model_folder_stands_for_its_vae(tmp_path):
+    torch.set_num_threads(1)
+    tiny_folder(tmp_path / "model" / "vae")
+    (tmp_path / "model" / "model_index.json").write_text("{}")
+    distill_vae(replace(SETTINGS, teacher=str(tmp_path / "model"), total_steps=1), tmp_path / "run")
+    assert (tmp_path / "run" / "vae" / "config.json").is_file()
+
+
 def test_a_teacher_without_encoder_is_refused(tmp_path):
     widths = {"decoder_block_out_channels": (4, 4), "decoder_layers_per_block": (1, 1, 1)}
     scales = {"decoder_is_dw_conv": (False,) * 3, "spatio_temporal_scaling": (True, False)}
