@@ -1,6 +1,8 @@
 """Trains a causal video VAE, from an image VAE or from nothing, on clips of any length.
 
-Alignment to a vision encoder needs the caller's: make a `VAEObjective` with it, and `run` its trainee.
+From Stable Diffusion's VAE: `genstream train causal-vae --videos FOLDER --initial-image-vae FOLDER
+--block-out-channels "[128, 256, 512, 512]"`. Alignment to a vision encoder needs the caller's: make a
+`VAEObjective` with it, and `run` its trainee.
 """
 
 import logging
@@ -18,7 +20,7 @@ from genstream.training.record import Training, claim_run, write_record
 from genstream.training.vae_clips import clip_source
 from genstream.training.vae_losses import VAELossWeights, VAEObjective, VisionAlignment, psnr_db
 from genstream.training.vae_run import VAERunSettings, last_figures
-from genstream.training.vae_windows import ClipSource, WindowSettings, last_window
+from genstream.training.vae_windows import ClipSource, WindowSettings, last_window, reconstruct
 from genstream.vae.adapters.base import Adapter
 from genstream.vae.causal import CausalVideoVAE, Latents
 from genstream.vae.causal_network import Norm
@@ -120,7 +122,7 @@ def train_causal_vae(settings: CausalVAETrainingSettings, output: Path) -> None:
     assert isinstance(average, TrainedVAE)
     trained = average.vae
     if settings.initial_image_vae is None:
-        trained = _normalised(trained, clips)
+        trained = _normalised(trained, clips, settings.windows)
     folder = output / _RESULT_FOLDER
     save_component(trained.half(), folder)
     write_record(folder, _training(settings, output))
@@ -162,12 +164,13 @@ def _new_vae(settings: CausalVAETrainingSettings) -> CausalVideoVAE:
     return vae
 
 
-@torch.no_grad()
-def _normalised(vae: CausalVideoVAE, clips: ClipSource) -> CausalVideoVAE:
+def _normalised(vae: CausalVideoVAE, clips: ClipSource, windows: WindowSettings) -> CausalVideoVAE:
     """With the statistics of its latents, which diffusion models need; those of an image VAE would stay."""
-    latents = [vae.encode(clips.training(step).to(vae.device)) for step in range(_STATISTICS_STEPS)]
-    channels = [part.transpose(0, 1).flatten(1) for part in latents]  # clips of steps differ in size
-    return with_statistics(vae, torch.cat(channels, dim=1)[None])
+    latents = []
+    for step in range(_STATISTICS_STEPS):
+        values, _ = reconstruct(vae, clips.training(step).to(vae.device), windows)
+        latents.append(values.transpose(0, 1).flatten(1))  # clips of different steps differ in size
+    return with_statistics(vae, torch.cat(latents, dim=1)[None])
 
 
 class TrainedVAE(nn.Module):
@@ -206,6 +209,9 @@ class CausalVAETrainee:
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         """PSNR in dB on clips that were never trained on."""
         assert isinstance(module, TrainedVAE)
-        vae = module.vae
-        figures = [psnr_db(vae(clip.to(vae.device)) - clip.to(vae.device)) for clip in self.clips.evaluation]
+        figures = []
+        for clip in self.clips.evaluation:
+            frames = clip.to(module.vae.device)
+            _, reconstruction = reconstruct(module.vae, frames, self.windows)
+            figures.append(psnr_db(reconstruction - frames))
         return {"psnr_db": sum(figures) / len(figures)}
