@@ -85,10 +85,11 @@ def test_a_tiny_student_keeps_all_but_the_decoder(tmp_path):
     assert student.spec == teacher.spec
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("build", [causal_folder, diffusers_folder])
-def test_a_turbo_student_decodes_the_latents_of_any_teacher(tmp_path, build):
+def test_a_turbo_student_decodes_the_latents_of_any_teacher(tmp_path, build, precision):
     torch.set_num_threads(1)
-    settings = replace(TURBO, teacher=build(tmp_path / "teacher"))
+    settings = replace(TURBO, teacher=build(tmp_path / "teacher"), precision=precision)
     distill_vae(settings, tmp_path / "run")
     teacher, student = (load_vae(tmp_path / name) for name in ("teacher", "run/vae"))
     assert isinstance(student, TurboVAED)
