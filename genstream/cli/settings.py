@@ -38,9 +38,11 @@ def parse_settings(prog: str, kind: type[S], texts: list[str]) -> tuple[S, Path]
 
 
 def _parser(prog: str, kind: type[object]) -> argparse.ArgumentParser:
-    parser = Parser(prog=prog, description=inspect.getdoc(kind), allow_abbrev=False)
+    # Settings that are taken over from another class are told by that one.
+    told = [inspect.getdoc(base) or "" for base in kind.__mro__ if dataclasses.is_dataclass(base)]
+    parser = Parser(prog=prog, description="\n\n".join(told), allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    folder = Path("runs") / prog.split()[-1]
+    folder = Path("runs") / prog.removeprefix("genstream ").removeprefix("train ").replace(" ", "-")
     parser.add_argument(
         "--output", type=Path, default=folder, help=f"folder for the result and its checkpoints ({folder})"
     )

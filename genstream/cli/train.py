@@ -1,4 +1,7 @@
-"""`genstream train vae|student`: trains the parts of the embedded model; a run that was cut off goes on."""
+"""`genstream train vae|student|causal-vae`: trains from nothing; a run that was cut off goes on.
+
+vae and student are the parts of the embedded model, causal-vae is a video VAE for any videos.
+"""
 
 import argparse
 import logging
@@ -9,12 +12,13 @@ from genstream.cli.settings import parse_settings
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the command line; the options of each part are its settings, listed by --help."""
     parser = commands.add_parser(
-        "train", help="train the VAE or the student", description=__doc__, allow_abbrev=False
+        "train", help="train a VAE or the student", description=__doc__, allow_abbrev=False
     )
     parts = parser.add_subparsers(required=True, metavar="PART")
     for name, run, text in (
-        ("vae", _train_vae, "train the video VAE"),
+        ("vae", _train_vae, "train the tiny video VAE of the embedded model"),
         ("student", _train_student, "train the few-step student on a trained VAE"),
+        ("causal-vae", _train_causal_vae, "train a causal video VAE on videos or the toy world"),
     ):
         part = parts.add_parser(name, help=text, add_help=False, allow_abbrev=False)
         part.set_defaults(run=run, takes_more=True)
@@ -24,7 +28,7 @@ def _train_vae(arguments: argparse.Namespace) -> int:
     from genstream.training.vae import VAETrainingSettings, train_vae
 
     settings, output = parse_settings("genstream train vae", VAETrainingSettings, arguments.more)
-    _show_progress()
+    show_progress()
     train_vae(settings, output)
     return 0
 
@@ -33,11 +37,20 @@ def _train_student(arguments: argparse.Namespace) -> int:
     from genstream.training.student import StudentTrainingSettings, train_student
 
     settings, output = parse_settings("genstream train student", StudentTrainingSettings, arguments.more)
-    _show_progress()
+    show_progress()
     train_student(settings, output)
     return 0
 
 
-def _show_progress() -> None:
+def _train_causal_vae(arguments: argparse.Namespace) -> int:
+    from genstream.training.causal_vae import CausalVAETrainingSettings, train_causal_vae
+
+    settings, output = parse_settings("genstream train causal-vae", CausalVAETrainingSettings, arguments.more)
+    show_progress()
+    train_causal_vae(settings, output)
+    return 0
+
+
+def show_progress() -> None:
     """The trainers' log lines on stderr."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")

@@ -1,6 +1,10 @@
 """Frames and images from files."""
 
-from collections.abc import Iterator
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 
@@ -9,19 +13,86 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from genstream.io.encoder import VIDEO_SUFFIXES
 from genstream.io.png import FRAME_PATTERN
 
 _OPAQUE = 255
+_FRAME_RATE = re.compile(rb"Video:.* (\d+(?:\.\d+)?) fps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoFile:
+    """A video to read clips from.
+
+    Attributes:
+        path: a file, or a folder of png.
+        frames: in it.
+        fps: frames per second; 0 where frames cannot be found by time, as in a folder or a gif.
+    """
+
+    path: Path
+    frames: int
+    fps: float
+
+
+def find_videos(folder: str | PathLike[str]) -> list[Path]:
+    """All mp4, webm and gif files and folders of png in `folder` and the folders in it, sorted."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"videos must be a folder, got {str(root)!r}")
+    files = [path for path in root.rglob("*") if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES]
+    folders = {path.parent for path in root.rglob(FRAME_PATTERN)}
+    if not files and not folders:
+        raise ValueError(
+            f"videos must hold {', '.join(VIDEO_SUFFIXES)} or folders of {FRAME_PATTERN}, got {str(root)!r}"
+        )
+    return sorted([*files, *folders])
+
+
+def inspect_video(path: str | PathLike[str]) -> VideoFile:
+    """Count the frames of a video, without decoding them unless it is a gif."""
+    source = Path(path)
+    if source.is_dir():
+        return VideoFile(path=source, frames=len(_frame_files(source)), fps=0.0)
+    # Not all parts of a gif are frames, and each frame lasts as long as it says.
+    is_gif = source.suffix.lower() == ".gif"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-i", f"file:{source}"]
+    command += ["-map", "0:v:0", *(["-fps_mode", "passthrough"] if is_gif else ["-c", "copy"])]
+    command += ["-f", "framecrc", "-"]  # one line for each frame, after a few that begin with #
+    done = subprocess.run(command, capture_output=True, check=False)
+    frames = sum(not line.startswith(b"#") for line in done.stdout.splitlines())
+    if done.returncode != 0 or frames == 0:
+        raise ValueError(f"video {str(source)!r} cannot be read: no video stream found in it")
+    rate = _FRAME_RATE.search(done.stderr)
+    return VideoFile(path=source, frames=frames, fps=float(rate[1]) if rate and not is_gif else 0.0)
+
+
+def read_clip(video: VideoFile, start: int, count: int, shorter_side: int) -> NDArray[np.uint8]:
+    """`count` frames from frame `start` on, [count, H, W, 3]; nothing else of the video is kept in memory.
+
+    Args:
+        video: to read from.
+        start: frames in front of the clip.
+        count: frames of the clip.
+        shorter_side: pixels of height or width, whichever is smaller, that each frame is resized to.
+    """
+    frames = [_resized(frame, shorter_side) for frame in _frames_from(video, start, count)]
+    if len(frames) < count:
+        # Frames that are not evenly spaced in time are not where the frame rate says.
+        stream = islice(read_video(video.path), start, start + count)
+        frames = [_resized(frame, shorter_side) for frame in stream]
+    if len(frames) < count:
+        raise ValueError(
+            f"video {str(video.path)!r} must have {start + count} frames, got {start + len(frames)}"
+        )
+    return np.stack(frames)
 
 
 def read_video(path: str | PathLike[str]) -> Iterator[NDArray[np.uint8]]:
     """Frames uint8 [H, W, 3] of a video file, a folder of png, or an image, one at a time."""
     source = Path(path)
     if source.is_dir():
-        files = sorted(source.glob(FRAME_PATTERN))
-        if not files:
-            raise ValueError(f"video {str(source)!r} is a folder without any {FRAME_PATTERN}")
-        for file in files:
+        for file in _frame_files(source):
             yield _open_rgb(file)
     elif source.suffix.lower() == ".png":
         yield _open_rgb(source)
@@ -41,10 +112,44 @@ def read_image(path: str | PathLike[str], height: int, width: int) -> NDArray[np
     return frame
 
 
-def _decode(source: Path) -> Iterator[NDArray[np.uint8]]:
+def _frame_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob(FRAME_PATTERN))
+    if not files:
+        raise ValueError(f"video {str(folder)!r} is a folder without any {FRAME_PATTERN}")
+    return files
+
+
+def _frames_from(video: VideoFile, start: int, count: int) -> Iterator[NDArray[np.uint8]]:
+    """At most `count` frames from `start` on, without decoding what is far in front of them."""
+    if video.path.is_dir():
+        yield from map(_open_rgb, _frame_files(video.path)[start : start + count])
+        return
+    # Half a frame early: what is decoded starts with the first frame at this time or later.
+    seek = ["-ss", f"{(start - 0.5) / video.fps:.6f}"] if start > 0 and video.fps > 0 else []
+    skipped = 0 if seek else start
+    frames = _decode(video.path, seek, ["-frames:v", str(skipped + count)])
+    yield from islice(frames, skipped, None)
+
+
+def _resized(frame: NDArray[np.uint8], shorter_side: int) -> NDArray[np.uint8]:
+    height, width = frame.shape[:2]
+    if min(height, width) == shorter_side:
+        return frame
+    scale = shorter_side / min(height, width)
+    size = (round(width * scale), round(height * scale))
+    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
+
+
+def _decode(
+    source: Path, input_params: Sequence[str] = (), output_params: Sequence[str] = ()
+) -> Iterator[NDArray[np.uint8]]:
     if not source.is_file():
         raise ValueError(f"video {str(source)!r} is not a file")
-    stream = imageio_ffmpeg.read_frames(f"file:{source}", output_params=["-fps_mode", "passthrough"])
+    stream = imageio_ffmpeg.read_frames(
+        f"file:{source}",
+        input_params=list(input_params),
+        output_params=["-fps_mode", "passthrough", *output_params],
+    )
     try:
         width, height = next(stream)["size"]
     except (OSError, StopIteration) as error:

@@ -30,10 +30,24 @@ _AFTER_RELU = math.sqrt(2)
 @torch.no_grad()
 def initialise(vae: TinyVideoVAE) -> None:
     """Replace all weights; encoder_width and latent_channels must be at least PASSED_CHANNELS."""
-    for layer in vae.modules():
+    _draw(vae)
+    _pass_colours_into_latents(_spine(vae.encoder))
+    _pass_colours_into_frames(_spine(vae.decoder))
+
+
+@torch.no_grad()
+def initialise_decoder(vae: TinyVideoVAE) -> None:
+    """Replace the decoder's weights, of base blocks, with those that fit latents of such an encoder."""
+    _draw(vae.decoder)
+    _pass_colours_into_frames(_spine(vae.decoder))
+
+
+def _draw(network: nn.Module) -> None:
+    """Weights drawn at random that keep the signal's size."""
+    for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
             _scaled_normal(layer, 1.0)
-    for layer in vae.modules():
+    for layer in network.modules():
         if isinstance(layer, TemporalPool | TemporalGrow):
             _scaled_normal(layer.conv, _AFTER_RELU)
         elif isinstance(layer, MemBlock):
@@ -41,8 +55,6 @@ def initialise(vae: TinyVideoVAE) -> None:
             _scaled_normal(first, _AFTER_RELU)
             _scaled_normal(second, _AFTER_RELU)
             _scaled_normal(last, 0.0)
-    _pass_colours_into_latents(_spine(vae.encoder))
-    _pass_colours_into_frames(_spine(vae.decoder))
 
 
 def _pass_colours_into_latents(layers: list[nn.Conv2d]) -> None:

@@ -137,7 +137,8 @@ class _Training:
         self.settings = settings
         self.trainee = trainee
         self.output = output
-        self.accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
+        # One precision for all runs of a process: Accelerator does not let it change, autocast does.
+        self.accelerator = Accelerator(mixed_precision="no")
         trainee.module.to(self.accelerator.device)
         self.average = copy.deepcopy(trainee.module).requires_grad_(requires_grad=False)
         trained = [weight for weight in trainee.module.parameters() if weight.requires_grad]
@@ -190,7 +191,8 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         torch.manual_seed((settings.seed << 32) + self.step)
-        with self.accelerator.autocast():
+        device = self.accelerator.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16"):
             loss, parts = self.trainee.loss(self.step)
         value = loss.item()
         if not math.isfinite(value):

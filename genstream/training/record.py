@@ -3,10 +3,10 @@
 import json
 import shlex
 import shutil
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -44,10 +44,12 @@ class Training:
     Attributes:
         name: of its files in the record.
         part: what was trained, as in `genstream train PART`.
+        verb: "distill" for `genstream distill PART`.
         run: its folder.
         settings: its settings.
         logs: name in the record and log.csv of every phase.
         steps: steps behind the weights, fewer than in the settings if the run was cut short.
+        results: figures of what came out.
     """
 
     name: str
@@ -56,16 +58,19 @@ class Training:
     settings: "DataclassInstance"
     logs: dict[str, Path]
     steps: int
+    verb: Literal["train", "distill"] = "train"
+    results: dict[str, float] = field(default_factory=dict)
 
     @property
     def command(self) -> str:
         """The command line that trains like this, into the folder of that name in `runs`."""
-        words = ["genstream", "train", self.part]
-        for field in fields(self.settings):
-            value = getattr(self.settings, field.name)
-            if value != (field.default if field.default_factory is MISSING else field.default_factory()):
+        words = ["genstream", self.verb, self.part]
+        for setting in fields(self.settings):
+            value = getattr(self.settings, setting.name)
+            factory = setting.default_factory
+            if value != (setting.default if factory is MISSING else factory()):
                 text = value if isinstance(value, str) else json.dumps(value)
-                words += [f"--{field.name.replace('_', '-')}", shlex.quote(text)]
+                words += [f"--{setting.name.replace('_', '-')}", shlex.quote(text)]
         return " ".join([*words, "--output", f"runs/{self.run.name}"])
 
 
@@ -78,6 +83,7 @@ def write_record(model: Path, training: Training) -> None:
         "steps": training.steps,
         "settings": asdict(training.settings),
         "versions": {name: version(name) for name in _PACKAGES},
+        "results": training.results,
     }
     (folder / f"{training.name}.json").write_text(json.dumps(record, indent=1) + "\n")
     for name, log in training.logs.items():

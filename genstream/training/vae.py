@@ -5,7 +5,6 @@ diffusion model can be trained on them, while the decoder goes on alone.
 """
 
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from genstream.data.toyworld import ToyWorld
 from genstream.data.vocabulary import BACKGROUND_RGB
 from genstream.training.clips import to_tensor
+from genstream.training.components import save_component, with_statistics
 from genstream.training.initialisation import PASSED_CHANNELS, initialise
 from genstream.training.loop import LoopSettings, load_average, run, steps_taken
 from genstream.training.record import Training, claim_run, write_record
@@ -36,7 +36,8 @@ _RESULT_FOLDER = "vae"
 # Whole frames teach borders, long clips the memory of a running stream.
 # All cost about the same per step, since the number of clips makes up for the size.
 _CLIP_SHAPES = ((4, 9), (2, 5), (4, 5), (2, 9), (2, 17), (1, 9))
-_LATEST_START_FRAME = 400
+LATEST_START_FRAME = 400
+"""Scenes are endless; clips start at this frame or before."""
 _EDGE_PX = 2
 _EVALUATION_CLIPS = 16
 _EVALUATION_FRAMES = 33
@@ -142,15 +143,6 @@ def export(settings: VAETrainingSettings, run_folder: Path, folder: Path) -> Non
     write_record(folder, training)
 
 
-def save_component(vae: TinyVideoVAE, folder: Path) -> None:
-    """Save under another name and rename, so that `folder` is whole as soon as it exists."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    vae.save_pretrained(partial)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
-
-
 class VAETrainee:
     """A VAE with its reconstruction objective; a frozen encoder stays frozen."""
 
@@ -203,9 +195,9 @@ class VAETrainee:
         clips, weights = [], []
         for _ in range(batch_size):
             scene = self.world.scene(int(rng.integers(2**31)), "train")
-            start = int(rng.integers(_LATEST_START_FRAME))
+            start = int(rng.integers(LATEST_START_FRAME))
             clip = self.world.frames(scene, num_frames, start)
-            clip = _crop_around_object(clip, scene.background, side, rng)
+            clip = crop_around_object(clip, scene.background, side, rng)
             mask = _object_mask(clip, scene.background).float()
             near = F.max_pool2d(mask, 2 * _EDGE_PX + 1, stride=1, padding=_EDGE_PX)
             clips.append(to_tensor(clip[None]))
@@ -222,13 +214,7 @@ def normalise_latents(vae: TinyVideoVAE, settings: VAETrainingSettings) -> TinyV
         for index in range(_STATISTICS_CLIPS):
             clip = world.frames(world.scene(index, "train"), _EVALUATION_FRAMES)
             latents.append(vae.encode(to_tensor(clip[None]).to(vae.device)))
-    values = torch.cat(latents).transpose(0, 1).flatten(1)  # [C, B*T*h*w]
-    statistics = {"latents_mean": values.mean(dim=1).tolist(), "latents_std": values.std(dim=1).tolist()}
-    # Private entries record which values were defaults, and would discard the statistics.
-    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    normalised: TinyVideoVAE = TinyVideoVAE(**{**config, **statistics})
-    normalised.load_state_dict(vae.state_dict())
-    return normalised
+    return with_statistics(vae, torch.cat(latents))
 
 
 def _new_vae(settings: VAETrainingSettings) -> TinyVideoVAE:
@@ -249,7 +235,7 @@ def _object_mask(clip: NDArray[np.uint8], background: str) -> Tensor:
     return torch.from_numpy((clip != colour).any(axis=-1))[:, None]
 
 
-def _crop_around_object(
+def crop_around_object(
     clip: NDArray[np.uint8], background: str, side: int, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
     """A square crop of [F, H, W, 3] that holds a random object pixel of a random frame, if there is one."""

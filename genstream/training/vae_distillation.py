@@ -8,7 +8,6 @@ features at weight 1 each, clips of 17 frames at 256x256, AdamW at 1e-4, an aver
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,34 +15,17 @@ from torch import Tensor, nn
 
 from genstream.training.vae_losses import Perceptual, psnr_db
 from genstream.training.vae_windows import ClipSource
+from genstream.vae.adapters.base import Adapter
 from genstream.vae.causal import CausalVideoVAE
 from genstream.vae.layers import FrameConv, to_images, to_video
 from genstream.vae.protocol import VAESpec
 from genstream.vae.tiny import TinyVideoVAE
 from genstream.vae.turbo import TurboVAED
+from genstream.vae.wan import WanVideoVAE
 
 Student = TurboVAED | TinyVideoVAE | CausalVideoVAE
-
-
-class Teacher(Protocol):
-    """What distillation asks of a teacher: any of the video VAEs, on the student's device."""
-
-    @property
-    def spec(self) -> VAESpec:
-        """Ratios and channels."""
-        ...
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """Latents of a whole clip."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Frames of a whole clip."""
-        ...
-
-    def get_submodule(self, target: str) -> nn.Module:
-        """A layer by its dotted name."""
-        ...
+Teacher = CausalVideoVAE | TinyVideoVAE | WanVideoVAE | Adapter
+"""Any of the video VAEs that encode, on the student's device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,24 +42,32 @@ class DistillationSettings:
 
     Attributes:
         pixel_weight: of the mean absolute error of pixels.
+        latent_weight: of the mean squared error of latents, where the student has an encoder that is not
+            frozen.
         perceptual_weight: of the distance that the caller passes in; the published recipe has LPIPS at 1.
         feature_weight: of the sum over `pairs` of the mean squared error of features.
         pairs: layers that are brought together.
         head_channels: width of the heads between them.
+        latents_noise: largest noise added to latents before decoding, in standard deviations, so that
+            imperfect latents still decode well.
     """
 
     pixel_weight: float = 1.0
+    latent_weight: float = 0.0
     perceptual_weight: float = 0.0
     feature_weight: float = 1.0
     pairs: tuple[FeaturePair, ...] = ()
     head_channels: int = 64
+    latents_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("pixel_weight", "perceptual_weight", "feature_weight"):
+        for name in ("pixel_weight", "latent_weight", "perceptual_weight", "feature_weight"):
             if not (value := getattr(self, name)) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
         if self.head_channels < 1:
             raise ValueError(f"head_channels must be at least 1, got {self.head_channels}")
+        if not 0 <= self.latents_noise < 1:
+            raise ValueError(f"latents_noise must be in [0, 1), got {self.latents_noise}")
 
 
 class FeatureHead(nn.Module):
@@ -113,7 +103,8 @@ class DecoderDistillation:
 
     Args:
         settings: of the losses.
-        student: whose decoder is trained, on the teacher's latents.
+        student: whose decoder is trained, on the teacher's latents, and its encoder too where it has one
+            that is not frozen and `latent_weight` is above 0.
         teacher: frozen.
         clips: to train on and to be judged by.
         perceptual: distance of images, needed for its weight above 0.
@@ -138,20 +129,20 @@ class DecoderDistillation:
         self.perceptual = perceptual
         self.pairs = settings.pairs if settings.feature_weight > 0 else ()
         self.module = Distilled(student, [self._head(student, pair) for pair in self.pairs])
+        self.trains_encoder = settings.latent_weight > 0 and _has_free_encoder(student)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Weighted sum of the losses that are switched on, and its parts without their weights."""
         settings, student = self.settings, self.module.student
         frames = self.clips.training(step).to(student.device)
-        with torch.no_grad(), _captured(self.teacher, [pair.teacher for pair in self.pairs]) as targets:
-            latents = self.teacher.encode(frames)
-            if self.pairs:
-                self.teacher.decode(latents)
+        latents, noisy, targets = self._taught(frames)
         with _captured(student, [pair.student for pair in self.pairs]) as features:
-            decoded = _decoded_like(student, latents, frames)
+            decoded = _decoded_like(student, noisy, frames)
         parts = {"pixel": (decoded - frames).abs().mean()}
         if settings.perceptual_weight > 0 and self.perceptual is not None:
             parts["perceptual"] = self.perceptual(to_images(decoded), to_images(frames)).mean()
+        if self.trains_encoder:
+            parts["latent"] = F.mse_loss(student.encode(frames).to(latents.dtype), latents)
         if self.pairs:
             parts["feature"] = self._feature_distance(features, targets, len(frames))
         total = sum(
@@ -162,16 +153,37 @@ class DecoderDistillation:
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
-        """PSNR in dB on clips that were never trained on, of the student and of its teacher."""
+        """PSNR in dB on clips that were never trained on.
+
+        Of the student and of its teacher on the teacher's latents, and of the student on its own where its
+        encoder is trained.
+        """
         assert isinstance(module, Distilled)
-        students, teachers = [], []
+        student, figures = module.student, []
         for clip in self.clips.evaluation:
-            frames = clip.to(module.student.device)
+            frames = clip.to(student.device)
             latents = self.teacher.encode(frames)
-            students.append(psnr_db(module.student.decode(latents) - frames))
-            teachers.append(psnr_db(self.teacher.decode(latents) - frames))
-        count = len(self.clips.evaluation)
-        return {"psnr_db": sum(students) / count, "teacher_psnr_db": sum(teachers) / count}
+            decoded = {
+                "psnr_db": student.decode(latents),
+                "teacher_psnr_db": self.teacher.decode(latents),
+            }
+            if self.trains_encoder:
+                decoded["own_psnr_db"] = student(frames)
+            figures.append({name: psnr_db(result - frames) for name, result in decoded.items()})
+        return {name: sum(row[name] for row in figures) / len(figures) for name in figures[0]}
+
+    @torch.no_grad()
+    def _taught(self, frames: Tensor) -> tuple[Tensor, Tensor, dict[str, list[Tensor]]]:
+        """The teacher's latents, the same with noise, and its features while it decodes those."""
+        with _captured(self.teacher, [pair.teacher for pair in self.pairs]) as targets:
+            # Also where autocast made them coarser: not every teacher decodes what it gave out then.
+            latents = self.teacher.encode(frames).to(frames.dtype)
+            shape = (len(latents), 1, 1, 1, 1)
+            sigma = torch.rand(shape, device=latents.device) * self.settings.latents_noise
+            noisy = latents + sigma * torch.randn_like(latents)
+            if self.pairs:
+                self.teacher.decode(noisy)
+        return latents, noisy, targets
 
     def _feature_distance(
         self, features: dict[str, list[Tensor]], targets: dict[str, list[Tensor]], batch_size: int
@@ -212,6 +224,12 @@ class DecoderDistillation:
         return FeatureHead(ours.shape[1], self.settings.head_channels, theirs.shape[1], upscale)
 
 
+def _has_free_encoder(student: Student) -> bool:
+    if isinstance(student, TurboVAED):
+        return False
+    return any(weight.requires_grad for weight in student.encoder.parameters())
+
+
 def _decoded_like(student: Student, latents: Tensor, frames: Tensor) -> Tensor:
     """The student's frames, which must be as many and as large as the clip's."""
     decoded: Tensor = student.decode_unclamped(latents)
@@ -234,7 +252,7 @@ def _captured(vae: Student | Teacher, names: Sequence[str]) -> Iterator[dict[str
 
         return hook
 
-    handles = [vae.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    handles = [_layer(vae, name).register_forward_hook(keep(name)) for name in names]
     try:
         yield outputs
     finally:
@@ -242,8 +260,19 @@ def _captured(vae: Student | Teacher, names: Sequence[str]) -> Iterator[dict[str
             handle.remove()
 
 
+def _layer(vae: Student | Teacher, name: str) -> nn.Module:
+    """A layer by its dotted name."""
+    network = vae.vae if isinstance(vae, Adapter) else vae
+    layer: nn.Module | None = dict(network.named_modules()).get(name)
+    if layer is None:
+        raise ValueError(f"pairs must name layers of {type(network).__name__}, got {name!r}")
+    return layer
+
+
 def _as_video(outputs: list[Tensor], batch_size: int) -> Tensor:
     """Outputs of a layer that works on videos or on batches of images, as one [B, C, F, h, w]."""
+    if not outputs:
+        raise ValueError("pairs must name layers that run by themselves when a clip is decoded")
     return torch.cat([to_video(part, batch_size) if part.dim() == 4 else part for part in outputs], dim=2)
 
 

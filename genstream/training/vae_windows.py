@@ -121,6 +121,22 @@ def last_window(
     return _joined([stream.advance(part) for part in last])
 
 
+@torch.no_grad()
+def reconstruct(vae: CausalVideoVAE, frames: Tensor, settings: WindowSettings) -> tuple[Tensor, Tensor]:
+    """Latents [B, C, T, h, w] and frames of a clip [B, 3, 1 + r (T - 1), H, W], as `vae` gives them for all.
+
+    Works window by window, so that a long clip takes the memory of one window besides its own.
+    """
+    batch_size, _, _, height, width = frames.shape
+    encoding = vae.init_state("encode", batch_size, height, width)
+    decoding = vae.init_state("decode", batch_size, height, width)
+    latents, decoded = [], []
+    for part in frames.split(settings.window_frames, dim=2):
+        latents.append(vae.encode_chunk(part, encoding))
+        decoded.append(vae.decode_chunk(latents[-1], decoding))
+    return torch.cat(latents, dim=2), torch.cat(decoded, dim=2)
+
+
 def _groups(vae: CausalVideoVAE, frames: Tensor, settings: WindowSettings) -> list[list[Tensor]]:
     """Windows of a clip, `gradient_windows` at a time."""
     ratio, length = vae.spec.temporal_ratio, settings.window_frames

@@ -21,7 +21,7 @@ def test_it_carries_the_commands_settings_and_logs_that_made_it():
     records = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     assert {"vae", "student_1"} <= records.keys()
     for name, record in records.items():
-        assert record["command"].startswith("genstream train ")
+        assert record["command"].startswith(("genstream train ", "genstream distill "))
         assert isinstance(record["settings"]["seed"], int)
         logs = list(folder.glob(f"{name}*.csv"))
         assert logs

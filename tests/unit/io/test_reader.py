@@ -1,12 +1,15 @@
 """Unreadable and ill-sized input ends in one clear line."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from genstream.io.reader import read_image, read_video
+from genstream.io.metadata import VideoMetadata
+from genstream.io.reader import find_videos, inspect_video, read_clip, read_image, read_video
+from genstream.io.writer import open_writer
 
 
 def save(path: Path, mode: str = "RGB", colour: object = (200, 10, 30)) -> Path:
@@ -55,3 +58,66 @@ def test_unreadable_video(tmp_path: Path, kind: str):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=kind):
         list(read_video(tmp_path / kind))
+
+
+COUNT = 37
+
+
+def write_video(path: Path) -> list[np.ndarray]:
+    """A video whose frames differ, and its frames as they are read back."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 255, (COUNT, 2, 3, 3), np.uint8).repeat(16, axis=1).repeat(16, axis=2)
+    metadata = VideoMetadata(prompt="", seed=0, model="")
+    with open_writer(path, fps=16, width=48, height=32, metadata=metadata, overwrite=False) as writer:
+        writer.write(frames)
+    return list(read_video(path))
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.webm", "a.gif", "folder"])
+def test_a_clip_is_the_same_as_in_the_whole_video(tmp_path: Path, name: str):
+    whole = write_video(tmp_path / name)
+    video = inspect_video(tmp_path / name)
+    assert video.frames == len(whole) == COUNT
+    for start, count in ((0, COUNT), (0, 1), (5, 9), (21, 4), (COUNT - 1, 1)):
+        clip = read_clip(video, start, count, 32)
+        assert np.array_equal(clip, np.stack(whole[start : start + count]))
+
+
+def test_frames_that_are_not_where_the_rate_says_are_found(tmp_path: Path):
+    whole = write_video(tmp_path / "a.mp4")
+    video = replace(inspect_video(tmp_path / "a.mp4"), fps=4.0)
+    assert np.array_equal(read_clip(video, 30, 5, 32), np.stack(whole[30:35]))
+    assert np.array_equal(read_clip(replace(video, fps=0.0), 30, 5, 32), np.stack(whole[30:35]))
+
+
+def test_frames_are_resized_to_their_shorter_side(tmp_path: Path):
+    write_video(tmp_path / "a.mp4")
+    assert read_clip(inspect_video(tmp_path / "a.mp4"), 3, 2, 20).shape == (2, 20, 30, 3)
+
+
+def test_a_video_that_is_shorter_than_it_says_is_named(tmp_path: Path):
+    write_video(tmp_path / "a.mp4")
+    video = replace(inspect_video(tmp_path / "a.mp4"), frames=99)
+    with pytest.raises(ValueError, match=r"a\.mp4' must have 50 frames, got 37"):
+        read_clip(video, 30, 20, 32)
+
+
+def test_videos_are_found_in_folders_of_folders(tmp_path: Path):
+    for name in ("b.mp4", "inner/frames/frame_000000.png", "inner/A.GIF", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = [str(path.relative_to(tmp_path)) for path in find_videos(tmp_path)]
+    assert found == ["b.mp4", "inner/A.GIF", "inner/frames"]
+
+
+def test_a_folder_without_videos_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"videos must hold \.mp4, \.webm, \.gif or folders of frame_"):
+        find_videos(tmp_path)
+    with pytest.raises(ValueError, match="videos must be a folder, got"):
+        find_videos(tmp_path / "missing")
+
+
+def test_a_video_that_cannot_be_counted_is_named(tmp_path: Path):
+    (tmp_path / "text.mp4").write_text("not a video")
+    with pytest.raises(ValueError, match=r"text\.mp4' cannot be read"):
+        inspect_video(tmp_path / "text.mp4")

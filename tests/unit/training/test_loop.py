@@ -113,3 +113,12 @@ def test_settings_are_checked():
         LoopSettings(total_steps=0, learning_rate=1.0)
     with pytest.raises(ValueError, match="precision must be 'fp32' or 'bf16', got 'int8'"):
         LoopSettings(total_steps=1, learning_rate=1.0, precision="int8")
+
+
+def test_runs_of_one_process_may_differ_in_precision(tmp_path):
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        line, seen = Line(), []
+        line.module.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output.dtype))
+        settings = LoopSettings(**{**SETTINGS, "total_steps": 1}, precision=precision)
+        run(settings, line, tmp_path / str(len(list(tmp_path.iterdir()))))
+        assert seen == [dtype]

@@ -120,6 +120,33 @@ def test_a_small_decoder_of_another_kind_can_be_the_student():
     assert trainee.evaluate(trainee.module).keys() == {"psnr_db", "teacher_psnr_db"}
 
 
+def test_students_learn_from_noisy_latents():
+    teacher, student, seen = causal_teacher(), turbo_student(), []
+    student.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    trainee = DecoderDistillation(DistillationSettings(latents_noise=0.5), student, teacher, CLIPS)
+    latents = teacher.encode(training_clips(0))
+    torch.manual_seed(0)
+    trainee.loss(0)
+    torch.manual_seed(0)
+    sigma = torch.rand(2, 1, 1, 1, 1) * 0.5
+    torch.testing.assert_close(seen[0], latents + sigma * torch.randn_like(latents))
+
+
+def test_a_frozen_encoder_is_not_trained():
+    teacher = tiny_teacher()
+    student = TinyVideoVAE(
+        latent_channels=4, encoder_width=4, decoder_widths=(4, 4, 4, 4), first_frame_copies=3
+    )
+    settings = DistillationSettings(latent_weight=2.0)
+    _, parts = DecoderDistillation(settings, student, teacher, CLIPS).loss(0)
+    frames = training_clips(0)
+    expected = (student.encode(frames) - teacher.encode(frames)).square().mean()
+    assert parts["latent"] == pytest.approx(expected.item())
+    student.encoder.requires_grad_(requires_grad=False)
+    _, parts = DecoderDistillation(settings, student, teacher, CLIPS).loss(0)
+    assert parts.keys() == {"pixel"}
+
+
 def test_bad_settings_are_refused():
     teacher = causal_teacher()
     for match, call in {
@@ -137,6 +164,15 @@ def test_bad_settings_are_refused():
             teacher,
             CLIPS,
         ),
+        r"pairs must name layers of CausalVideoVAE, got 'decoder.nothing'": lambda: DecoderDistillation(
+            DistillationSettings(
+                pairs=(FeaturePair(student="decoder.mid_block", teacher="decoder.nothing"),)
+            ),
+            turbo_student(),
+            teacher,
+            CLIPS,
+        ),
+        r"latents_noise must be in \[0, 1\), got 1": lambda: DistillationSettings(latents_noise=1),
         r"feature_weight must be at least 0, got -1": lambda: DistillationSettings(feature_weight=-1),
         r"head_channels must be at least 1, got 0": lambda: DistillationSettings(head_channels=0),
     }.items():

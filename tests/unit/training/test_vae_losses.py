@@ -16,7 +16,14 @@ from genstream.training.vae_losses import (
     psnr_db,
     wavelet_loss,
 )
-from genstream.training.vae_windows import Caption, ClipSource, WindowSettings, last_window, rollback_windows
+from genstream.training.vae_windows import (
+    Caption,
+    ClipSource,
+    WindowSettings,
+    last_window,
+    reconstruct,
+    rollback_windows,
+)
 from genstream.vae.causal import CausalVideoVAE, Posterior
 
 TINY = {"block_out_channels": (4, 4, 8, 8), "layers_per_block": 1, "norm_num_groups": 2}
@@ -124,6 +131,16 @@ def test_windows_give_what_the_whole_clip_gives():
         last = last_window(vae, frames, settings, caption)
         torch.testing.assert_close(last.reconstruction, windows[-1].reconstruction, rtol=0, atol=1e-10)
     assert not torch.equal(whole.reconstruction, next(rollback_windows(vae, frames, settings)).reconstruction)
+
+
+def test_a_reconstruction_in_windows_is_that_of_the_whole_clip():
+    vae, frames = small_vae(), clip(13)
+    latents = vae.encode(frames)
+    for window_frames in (1, 4, 6, 16):
+        found, decoded = reconstruct(vae, frames, WindowSettings(window_frames=window_frames))
+        torch.testing.assert_close(found, latents)
+        torch.testing.assert_close(decoded, vae.decode(latents))
+        assert not decoded.requires_grad
 
 
 def test_gradient_flows_through_as_many_windows_as_asked():

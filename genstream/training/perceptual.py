@@ -1,0 +1,64 @@
+"""A perceptual distance from any vision model on disk."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from genstream.io.model_folder import read_json
+
+_PREPROCESSOR_NAME = "preprocessor_config.json"
+
+
+class FeatureDistance:
+    """Distance of two batches of images in the features of a vision model.
+
+    LPIPS (1801.03924) with all channels weighing the same: features of all layers, of length 1 everywhere.
+
+    Args:
+        model: frozen; gives hidden states [N, D, h, w] or [N, L, D].
+        mean: per colour, of images in [0, 1], that the model expects to be subtracted.
+        std: per colour, that it expects them to be divided by.
+    """
+
+    def __init__(self, model: nn.Module, mean: Tensor, std: Tensor) -> None:
+        self._model = model
+        self._mean = mean.view(-1, 1, 1)
+        self._std = std.view(-1, 1, 1)
+
+    def __call__(self, images: Tensor, others: Tensor) -> Tensor:
+        """[N] of images [N, 3, H, W] in [-1, 1]; gradient flows to both."""
+        total = images.new_zeros(len(images))
+        for ours, theirs in zip(self._features(images), self._features(others), strict=True):
+            total = total + (ours - theirs).square().sum(dim=1).flatten(1).mean(dim=1)
+        return total
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        pixels = ((images + 1) / 2 - self._mean) / self._std
+        states = self._model(pixels, output_hidden_states=True).hidden_states
+        by_channel = [state if state.dim() == 4 else state.transpose(1, 2) for state in states]
+        return [F.normalize(state, dim=1) for state in by_channel]
+
+
+def load_perceptual(folder: str | Path, device: str | torch.device = "cpu") -> FeatureDistance:
+    """The distance of a vision model saved by transformers, such as ResNet, ConvNeXt or DINOv2.
+
+    Args:
+        folder: with the model and the preprocessor_config.json that says what it expects.
+        device: that the images will be on.
+    """
+    folder = Path(folder)
+    if not (folder / _PREPROCESSOR_NAME).is_file():
+        raise ValueError(
+            f"perceptual_model must be the folder of a vision model with {_PREPROCESSOR_NAME}, "
+            f"got {str(folder)!r}"
+        )
+    expected = read_json(folder / _PREPROCESSOR_NAME)
+    statistics = [expected.get(name) for name in ("image_mean", "image_std")]
+    if None in statistics:
+        raise ValueError(f"{str(folder / _PREPROCESSOR_NAME)!r} must give image_mean and image_std")
+    model = AutoModel.from_pretrained(str(folder)).eval().requires_grad_(requires_grad=False)
+    mean, std = (torch.tensor(values, device=device) for values in statistics)
+    return FeatureDistance(model.to(device), mean, std)

@@ -1,0 +1,53 @@
+import json
+
+import pytest
+import torch
+from transformers import Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel
+
+from genstream.training.perceptual import load_perceptual
+
+
+def resnet():
+    return ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic"))
+
+
+def dino():
+    return Dinov2Model(
+        Dinov2Config(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)
+    )
+
+
+@pytest.fixture(params=[resnet, dino])
+def folder(request, tmp_path):
+    torch.manual_seed(0)
+    request.param().save_pretrained(tmp_path)
+    expected = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.1]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(expected))
+    return tmp_path
+
+
+def test_more_noise_is_further_away(folder):
+    distance = load_perceptual(folder)
+    generator = torch.Generator().manual_seed(0)
+    images, noise = (torch.rand((3, 3, 32, 40), generator=generator) - 0.5 for _ in range(2))
+    assert torch.equal(distance(images, images), torch.zeros(3))
+    near, far = (distance(images + scale * noise, images) for scale in (0.1, 1.0))
+    assert near.shape == (3,)
+    assert (0 < near).all()
+    assert (near < far).all()
+
+
+def test_gradient_reaches_the_images_only(folder):
+    distance = load_perceptual(folder)
+    images = torch.zeros((1, 3, 32, 32), requires_grad=True)
+    distance(images, torch.rand(1, 3, 32, 32)).sum().backward()
+    assert images.grad.abs().sum() > 0
+    assert all(weight.grad is None for weight in distance._model.parameters())
+
+
+def test_a_folder_that_does_not_say_what_it_expects_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"with preprocessor_config\.json, got"):
+        load_perceptual(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="must give image_mean and image_std"):
+        load_perceptual(tmp_path)
