@@ -80,6 +80,7 @@ class StudentTrainingSettings:
         text_tokens: longest prompt.
         steps: sampling timesteps before the shift, in (0, 1000].
         shift: timestep shift.
+        guidance_scale: of the finished model; 1 is off.
         context_noise: largest noise on the clean context, in standard deviations of the latents, so that
             small errors of the student's own output do not grow.
         first: share of steps on first chunks alone, several times as many: all else follows from them, and
@@ -115,6 +116,7 @@ class StudentTrainingSettings:
     text_tokens: int = 32
     steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     shift: float = 12.0
+    guidance_scale: float = 2.0
     context_noise: float = 0.15
     first: float = 0.4
     redrawn: float = 0.35
@@ -132,6 +134,8 @@ class StudentTrainingSettings:
             raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
         if self.width % 48:
             raise ValueError(f"width must be a multiple of 48, got {self.width}")
+        if not self.guidance_scale >= 1:
+            raise ValueError(f"guidance_scale must be at least 1 (off), got {self.guidance_scale}")
         least = 2 * (self.window_chunks + 2)
         if self.clip_chunks < least:
             raise ValueError(f"clip_chunks must be at least {least}, got {self.clip_chunks}")
@@ -359,6 +363,7 @@ def export(run_folder: Path, vae_folder: Path, folder: Path) -> None:
         sink_frames=settings.chunk_frames,
         window_frames=settings.window_chunks * settings.chunk_frames,
         positions="window",
+        guidance_scale=settings.guidance_scale,
         text_tokens=settings.text_tokens,
         default_height=world.height,
         default_width=world.width,

@@ -189,6 +189,7 @@ def test_export_is_a_pipeline(trained, vae_folder, tmp_path):
     pipe = CausalVideoPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert (pipe.settings.sink_frames, pipe.settings.window_frames) == (1, 1)
+    assert pipe.settings.guidance_scale == 2.0
     frames = pipe("a red circle moves right", num_frames=13, output_type="pt").frames
     assert frames.shape == (1, 13, 3, 128, 128)
     assert frames.isfinite().all()
@@ -202,6 +203,7 @@ def test_export_is_a_pipeline(trained, vae_folder, tmp_path):
     ("wrong", "error"),
     [
         ({"width": 50}, "width must be a multiple of 48, got 50"),
+        ({"guidance_scale": 0.9}, r"guidance_scale must be at least 1 \(off\), got 0\.9"),
         ({"clip_chunks": 5}, "clip_chunks must be at least 6, got 5"),
         ({"clips": 3}, "clips must be at least 4, got 3"),
         ({"evaluation_clips": 0}, "evaluation_clips must be at least 4, got 0"),
