@@ -1,0 +1,119 @@
+import json
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from genstream.vae.adapters.base import Adapter
+from genstream.vae.causal import CausalVideoVAE
+from genstream.vae.loading import load_vae
+from genstream.vae.tiny import TinyVideoVAE
+from genstream.vae.turbo import TurboVAED
+from genstream.vae.wan import WanVideoVAE
+
+TINY = {"latent_channels": 4, "encoder_width": 8, "decoder_widths": (8, 8, 8, 8), "latents_std": [2.0] * 4}
+SMALL = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2}
+VAES = {
+    "tiny": (TinyVideoVAE, TINY),
+    "causal": (
+        CausalVideoVAE,
+        SMALL
+        | {
+            "temporal_levels": (True,),
+            "encoder_temporal_kernels": (1, 3),
+            "decoder_temporal_kernels": (1, 3),
+        },
+    ),
+    "turbo": (
+        TurboVAED,
+        {
+            "latent_channels": 4,
+            "decoder_block_out_channels": (8, 8),
+            "decoder_layers_per_block": (1, 1, 1),
+            "decoder_is_dw_conv": (False, True, True),
+            "spatio_temporal_scaling": (True, False),
+            "decoder_spatio_only": (False, False),
+        },
+    ),
+    "wan": (
+        WanVideoVAE,
+        {
+            "latent_channels": 4,
+            "encoder_widths": (4, 4, 4, 4, 4),
+            "decoder_widths": (4, 4, 4, 4, 4),
+            "latents_mean": [0.5] * 4,
+            "latents_std": [2.0] * 4,
+        },
+    ),
+    "image": (
+        diffusers.AutoencoderKL,
+        SMALL | {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2},
+    ),
+}
+
+
+def build(name):
+    torch.manual_seed(0)
+    kind, config = VAES[name]
+    return kind(**config).eval()
+
+
+def tiny_folder(tmp_path):
+    build("tiny").save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_what_was_saved_is_loaded(name, tmp_path):
+    vae = build(name)
+    vae.save_pretrained(tmp_path)
+    loaded = load_vae(tmp_path)
+    module = loaded.vae if isinstance(loaded, Adapter) else loaded
+    assert type(module) is type(vae)
+    assert not module.training
+    assert loaded.spec.latent_channels == 4
+    for weight_name, weight in vae.state_dict().items():
+        assert torch.equal(module.state_dict()[weight_name], weight)
+
+
+@torch.no_grad()
+def test_weights_in_half_precision_are_used_in_the_one_asked_for(tmp_path):
+    build("tiny").half().save_pretrained(tmp_path)
+    vae = load_vae(tmp_path, torch.float64)
+    frames = vae.decode(torch.zeros(1, 4, 2, 2, 2, dtype=torch.float64))
+    assert (frames.dtype, list(frames.shape)) == (torch.float64, [1, 3, 5, 16, 16])
+
+
+def test_a_folder_without_configuration_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"component folder with config.json, got .*nothing"):
+        load_vae(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["AutoencoderOfNobody", "UNet2DModel", None])
+def test_a_class_that_is_no_vae_is_refused(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(ValueError, match=f"_class_name.*{name}"):
+        load_vae(tmp_path)
+
+
+def test_a_configuration_that_is_no_json_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid json"):
+        load_vae(tmp_path)
+
+
+def test_missing_weights_are_named(tmp_path):
+    path = tiny_folder(tmp_path) / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    del tensors["encoder.0.bias"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"1 missing \['encoder.0.bias'\]"):
+        load_vae(tmp_path)
+
+
+def test_weights_that_are_cut_off_are_refused(tmp_path):
+    path = tiny_folder(tmp_path) / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(OSError, match="diffusion_pytorch_model"):
+        load_vae(tmp_path)

@@ -1,0 +1,66 @@
+"""Loads any video VAE from its component folder: this library's own and diffusers'."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import torch
+
+from genstream.vae.adapters import stream_vae
+from genstream.vae.adapters.base import Adapter
+from genstream.vae.causal import CausalVideoVAE
+from genstream.vae.tiny import TinyVideoVAE
+from genstream.vae.turbo import TurboVAED
+from genstream.vae.wan import WanVideoVAE
+
+LoadedVAE = CausalVideoVAE | TinyVideoVAE | TurboVAED | WanVideoVAE | Adapter
+"""A `StreamingVAE`; `TurboVAED` only decodes."""
+
+_OWN = {kind.__name__: kind for kind in (CausalVideoVAE, TinyVideoVAE, TurboVAED, WanVideoVAE)}
+_CONFIG_NAME = "config.json"
+
+
+def load_vae(
+    folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> LoadedVAE:
+    """The VAE in a diffusers component folder, ready for use.
+
+    Args:
+        folder: holds config.json, whose `_class_name` says which VAE it is, and safetensors weights.
+        dtype: of the weights in memory, whichever they are stored in.
+        device: to load to.
+
+    Raises:
+        ValueError: it is no such folder, its VAE cannot stream, or weights are missing.
+        OSError: its weights cannot be read.
+    """
+    folder = Path(folder)
+    name = _class_name(folder)
+    kind = _OWN.get(name) or (getattr(diffusers, name, None) if "Autoencoder" in name else None)
+    if kind is None:
+        raise ValueError(
+            f"_class_name in {str(folder / _CONFIG_NAME)!r} must be one of {', '.join(_OWN)} "
+            f"or a VAE of diffusers, got {name!r}"
+        )
+    vae, loading = kind.from_pretrained(
+        str(folder), torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    if lacking := sorted(loading["missing_keys"]):
+        raise ValueError(f"weights in {str(folder)!r} must be whole: {len(lacking)} missing {lacking[:3]}")
+    vae.to(device).eval()
+    return vae if name in _OWN else stream_vae(vae)
+
+
+def _class_name(folder: Path) -> str:
+    """What the folder's configuration says it holds."""
+    path = folder / _CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(f"folder must be a VAE's component folder with {_CONFIG_NAME}, got {str(folder)!r}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not valid json: {error}") from error
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if not isinstance(name, str):
+        raise ValueError(f"{str(path)!r} must name its class in _class_name, got {name!r}")
+    return name
