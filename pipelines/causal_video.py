@@ -434,7 +434,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             raise ValueError(
                 f"image must lie in [-1, 1], got {float(pixels.min()):g} to {float(pixels.max()):g}"
             )
-        module = module_of(self.vae)
+        module: Any = module_of(self.vae)  # of diffusers, whose `device` is right for offloaded ones too
         frames = pixels.unsqueeze(2).to(module.device, module.dtype)  # [B, 3, 1, H, W]
         latent: Tensor = self.streaming_vae.encode(frames)
         return latent.expand(batch_size, -1, -1, -1, -1)

@@ -97,8 +97,9 @@ def _run_bench(arguments: argparse.Namespace) -> int:
     runs = list(itertools.product(arguments.vaes, arguments.size or _SIZES))
     from genstream.cli.vae_benchmark import section_title, table
 
+    failed: list[str] = []
     if len(runs) == 1:
-        figures, failed = [_measure_here(arguments, *runs[0])], []
+        figures = [_measure_here(arguments, *runs[0])]
     else:
         figures, failed = _measure_apart(arguments, runs)
     titles = list(dict.fromkeys(section_title(row) for row in figures))

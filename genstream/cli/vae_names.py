@@ -116,7 +116,8 @@ def _open_file(path: Path, dtype: "torch.dtype", device: "torch.device") -> "Str
 
     tensors = read_weights(path)
     vae = load_taehv(tensors) if "encoder.0.weight" in tensors else load_wan_vae(tensors)
-    return vae.to(device, dtype)
+    moved: StreamingVAE = vae.to(device, dtype)
+    return moved
 
 
 def _open_random(name: str, dtype: "torch.dtype", device: "torch.device") -> "StreamingVAE":
