@@ -257,7 +257,11 @@ def _memory(device: torch.device) -> int:
 
 
 def _peak_memory(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_bytes()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = peak_memory_bytes()
+    # The system notes peaks late: some hundred kilobytes below what is in memory now.
+    return None if peak is None else max(peak, _memory(device))
 
 
 def _hardware(device: torch.device) -> str:

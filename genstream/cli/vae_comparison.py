@@ -1,7 +1,7 @@
 """The same clip through several video VAEs: how close, how steady, how fast."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,34 +121,26 @@ def table(clip: str, rows: Sequence[Reconstruction]) -> str:
 
 
 def picture(clip: Frames, rows: Sequence[Reconstruction]) -> Image.Image:
-    """Times of the clip from top to bottom: the original, each reconstruction, and below it its error."""
-    count, height, width = clip.shape[:3]
-    captions = ["original", *(f"{row.vae}  {row.psnr_db:.1f} dB" for row in rows)]
-    column_px = max(width, *(_text_px(caption) for caption in captions)) + _GAP_PX
-    step_px = 2 * (height + _GAP_PX)
-    times = min(_TIMES, count)
-    sheet = Image.new("RGB", (len(captions) * column_px, _CAPTION_PX + times * step_px), "white")
+    """Frames from the clip's start to its end: the original, then each reconstruction and its error."""
+    times = np.linspace(0, len(clip) - 1, min(_TIMES, len(clip))).round().astype(int)
+    numbers = ", ".join(map(str, times))
+    original = _strip(clip[times])
+    lines = [(f"original, frames {numbers}", original)]
+    for row in rows:
+        error = row.frames[times].astype(np.int16) - clip[times]
+        shown = np.clip(_GREY + _ERROR_GAIN * error, 0, 255).astype(np.uint8)
+        caption = f"{row.vae}: {row.psnr_db:.2f} dB, SSIM {row.ssim:.4f}; right: error x{_ERROR_GAIN}"
+        lines.append((caption, np.concatenate([_strip(row.frames[times]), _strip(shown)], axis=1)))
+    step_px = original.shape[0] + _CAPTION_PX
+    sheet = Image.new("RGB", (2 * original.shape[1], len(lines) * step_px), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, caption in enumerate(captions):
-        draw.text((column * column_px, 2), caption, fill="black")
-    for place in range(times):
-        frame = place * (count - 1) // max(1, times - 1)
-        top = _CAPTION_PX + place * step_px
-        for column, cell in enumerate(_cells(clip, rows, frame)):
-            sheet.paste(Image.fromarray(cell), (column * column_px, top))
-        draw.text((2, top + height + _GAP_PX), f"frame {frame}, error x{_ERROR_GAIN}", fill="black")
+    for index, (caption, strip) in enumerate(lines):
+        draw.text((2, index * step_px + 2), caption, fill="black")
+        sheet.paste(Image.fromarray(strip), (0, index * step_px + _CAPTION_PX))
     return sheet
 
 
-def _cells(clip: Frames, rows: Sequence[Reconstruction], frame: int) -> Iterator[Frames]:
-    """The original frame, then each reconstruction above its amplified error on grey."""
-    yield clip[frame]
-    gap = np.full((_GAP_PX, clip.shape[2], 3), 255, np.uint8)
-    for row in rows:
-        error = row.frames[frame].astype(np.int16) - clip[frame]
-        shown = np.clip(_GREY + _ERROR_GAIN * error, 0, 255).astype(np.uint8)
-        yield np.concatenate([row.frames[frame], gap, shown])
-
-
-def _text_px(text: str) -> int:
-    return int(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(text))
+def _strip(frames: Frames) -> NDArray[np.uint8]:
+    """Frames side by side [H, F * (W + gap), 3]."""
+    spaced = np.pad(frames, ((0, 0), (0, 0), (0, _GAP_PX), (0, 0)), constant_values=255)
+    return np.concatenate(list(spaced), axis=1)
