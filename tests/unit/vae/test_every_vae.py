@@ -115,18 +115,20 @@ def test_any_chunks_encode_like_one(name, seed):
     assert_close(name, result, streamed(vae, "encode", frames, [count]))
 
 
-@pytest.mark.parametrize("parts", [[1] * 7, [2, 2, 2, 1], [3, 3, 1], [1, 0, 4, 2]], ids=str)
-@pytest.mark.parametrize("name", OWN)
-def test_rounding_of_chunks_in_single_precision(name, parts):
+@pytest.mark.parametrize("name", EVERY)
+def test_rounding_of_chunks_in_single_precision(name):
     vae = single_precision(small_vae(name))
     latents = latents_for(vae, 7).float()
     expected = streamed(vae, "decode", latents, [7])
-    torch.testing.assert_close(streamed(vae, "decode", latents, parts), expected, rtol=0, atol=1e-5)
+    for parts in ([1] * 7, [2, 2, 2, 1], [3, 3, 1], [1, 0, 4, 2]):
+        torch.testing.assert_close(streamed(vae, "decode", latents, parts), expected, rtol=0, atol=1e-5)
 
 
 def single_precision(vae: StreamingVAE) -> StreamingVAE:
     if isinstance(vae, TiledVAE):
         return TiledVAE(single_precision(vae.vae), vae.tiling)
+    if isinstance(vae, Adapter):
+        return type(vae)(copy.deepcopy(vae.vae).float())
     return copy.deepcopy(vae).float()
 
 
