@@ -10,6 +10,7 @@ from genstream.io.model_folder import installed_folder, installed_models
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import ModelMixin
 
     from genstream.vae.protocol import StreamingVAE
 
@@ -24,6 +25,7 @@ class Architecture:
 
 
 _WIDE_STRIDES = {"encoder_temporal_strides": (2, 2, 2), "decoder_temporal_strides": (2, 2, 2)}
+_TURBO = {"decoder_spatio_only": (True, False, False, False)}
 _TAEHV = "tiny VAE of Wan 2.1, Qwen-Image and HunyuanVideo latents, 4x8x8"
 ARCHITECTURES = {
     "wan2.1": Architecture("Wan 2.1, 4x8x8, 16 channels", "WanVideoVAE", {}),
@@ -53,11 +55,15 @@ ARCHITECTURES = {
         "TinyVideoVAE",
         {"latent_channels": 128, "patch_size": 4, **_WIDE_STRIDES},
     ),
-    "turbo": Architecture("Turbo-VAED decoder as published, in overlapping windows", "TurboVAED", {}),
-    "turbo-causal": Architecture(
-        "Turbo-VAED decoder that looks back only",
+    "turbo": Architecture(
+        "Turbo-VAED decoder of HunyuanVideo latents, 4x8x8, 16 channels, in overlapping windows",
         "TurboVAED",
-        {"decoder_causal": True, "depthwise_causal": True},
+        _TURBO,
+    ),
+    "turbo-causal": Architecture(
+        "the same, looking back only",
+        "TurboVAED",
+        {**_TURBO, "decoder_causal": True, "depthwise_causal": True},
     ),
     "causal": Architecture("CausalVideoVAE, 4x8x8, 4 channels", "CausalVideoVAE", {}),
 }
@@ -116,7 +122,7 @@ def _open_file(path: Path, dtype: "torch.dtype", device: "torch.device") -> "Str
 
     tensors = read_weights(path)
     vae = load_taehv(tensors) if "encoder.0.weight" in tensors else load_wan_vae(tensors)
-    moved: StreamingVAE = vae.to(device, dtype)
+    moved: StreamingVAE = _cast(vae, dtype, device)
     return moved
 
 
@@ -138,4 +144,11 @@ def _open_random(name: str, dtype: "torch.dtype", device: "torch.device") -> "St
             module = getattr(genstream, architecture.kind)(**architecture.config)
         else:
             module = getattr(diffusers, name)()
-    return as_streaming(module.to(device, dtype).eval().requires_grad_(requires_grad=False))
+    return as_streaming(_cast(module, dtype, device).eval().requires_grad_(requires_grad=False))
+
+
+def _cast(vae: "ModelMixin", dtype: "torch.dtype", device: "torch.device") -> "ModelMixin":
+    from torch import nn
+
+    # Their own `to` warns whenever it casts.
+    return nn.Module.to(vae, device=device, dtype=dtype)

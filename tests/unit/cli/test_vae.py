@@ -206,6 +206,8 @@ def test_architectures_have_the_settings_of_their_classes(name):
         "taew2_1": 11.3,
         "taew2_2": 11.4,
         "taehv1_5": 11.4,
+        "turbo": 40.7,
+        "turbo-causal": 40.7,
         "taeltx_2": 11.8,
     }
     if name in published:
