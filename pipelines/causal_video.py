@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from diffusers import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
@@ -28,7 +29,8 @@ from genstream.streaming.request import StreamRequest, StreamSettings
 from genstream.streaming.snapshot import load_state, model_fingerprint, save_state
 from genstream.streaming.state import StreamState
 from genstream.transformer.causal_dit import CausalDiT
-from genstream.vae.tiny import TinyVideoVAE
+from genstream.vae.protocol import StreamingVAE
+from genstream.vae.wrapping import as_streaming, module_of, streams
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DEFAULT_SECONDS = 4.0
@@ -53,7 +55,8 @@ class CausalVideoPipeline(DiffusionPipeline):
         tokenizer: of the text encoder.
         text_encoder: UMT5 encoder; None when callers give prompt embeddings.
         transformer: the student.
-        vae: a VAE that streams.
+        vae: any VAE that streams, or one of diffusers' video VAEs, which gets an adapter. An adapter or a
+            tiling given here is used too, but only the VAE inside is moved and saved with the pipeline.
         scheduler: the student's denoising steps.
         chunk_frames: latent frames generated together.
         sink_frames: first latent frames, kept for ever.
@@ -79,7 +82,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         tokenizer: PreTrainedTokenizerBase | None,
         text_encoder: UMT5EncoderModel | None,
         transformer: CausalDiT,
-        vae: TinyVideoVAE,
+        vae: StreamingVAE | ModelMixin,
         scheduler: FewStepScheduler | FlowEulerScheduler,
         chunk_frames: int = 3,
         sink_frames: int = 0,
@@ -94,11 +97,13 @@ class CausalVideoPipeline(DiffusionPipeline):
         default_fps: int = 16,
     ) -> None:
         super().__init__()
+        module = module_of(vae)
+        self._streaming = (module, vae if streams(vae) else None)
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
             transformer=transformer,
-            vae=vae,
+            vae=module,
             scheduler=scheduler,
         )
         self.register_to_config(
@@ -155,7 +160,29 @@ class CausalVideoPipeline(DiffusionPipeline):
     @property
     def engine(self) -> CacheEngine:
         """The streaming core over this pipeline's components."""
-        return CacheEngine(self.transformer, self.vae, self.encode_prompt)
+        return CacheEngine(self.transformer, self.streaming_vae, self.encode_prompt)
+
+    @property
+    def streaming_vae(self) -> StreamingVAE:
+        """The VAE as it streams: `vae` itself, what was wrapped around it, or an adapter.
+
+        Raises:
+            ValueError: it cannot stream, or its latents are not those of the transformer.
+        """
+        source, streaming = self._streaming
+        if source is not self.vae or streaming is None:
+            streaming = as_streaming(self.vae)
+        spec, channels = streaming.spec, self.transformer.out_channels
+        if spec.latent_channels != channels:
+            raise ValueError(
+                f"vae must have {channels} latent channels like the transformer, got {spec.latent_channels}"
+            )
+        if spec.first_frames != 1:
+            raise ValueError(
+                f"vae must turn a stream's first latent frame into 1 frame, got {spec.first_frames}"
+            )
+        self._streaming = (self.vae, streaming)
+        return streaming
 
     def encode_prompt(self, prompt: str | list[str]) -> Tensor:
         """Prompt embeddings `[B, text_tokens, text_dim]`.
@@ -233,7 +260,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             raise ValueError(f"num_frames and seconds exclude each other, got {num_frames} and {seconds}")
         if num_frames is not None:
             check_whole("num_frames", num_frames)
-            latent_frames_of(num_frames, self.vae.spec.temporal_ratio)
+            latent_frames_of(num_frames, self.streaming_vae.spec.temporal_ratio)
         if seconds is not None:
             num_frames = frames_for_seconds(seconds, self.config.default_fps if fps is None else fps)
         prompts, embeds = self._prompts(prompt, prompt_embeds)
@@ -310,7 +337,7 @@ class CausalVideoPipeline(DiffusionPipeline):
 
     def save_state(self, state: StreamState, path: str | Path) -> None:
         """Write a running stream to a file, to go on later with `load_state`."""
-        save_state(state, path, model_fingerprint(self.transformer, self.vae))
+        save_state(state, path, model_fingerprint(self.transformer, module_of(self.vae)))
 
     def load_state(self, path: str | Path) -> StreamState:
         """A stream that `save_state` wrote.
@@ -429,8 +456,9 @@ class CausalVideoPipeline(DiffusionPipeline):
             raise ValueError(
                 f"image must lie in [-1, 1], got {float(pixels.min()):g} to {float(pixels.max()):g}"
             )
-        frames = pixels.unsqueeze(2).to(self.vae.device, self.vae.dtype)  # [B, 3, 1, H, W]
-        latent: Tensor = self.vae.encode(frames)
+        module: Any = module_of(self.vae)  # of diffusers, whose `device` is right for offloaded ones too
+        frames = pixels.unsqueeze(2).to(module.device, module.dtype)  # [B, 3, 1, H, W]
+        latent: Tensor = self.streaming_vae.encode(frames)
         return latent.expand(batch_size, -1, -1, -1, -1)
 
     def _negative_embeds(
@@ -453,14 +481,15 @@ class CausalVideoPipeline(DiffusionPipeline):
 
     def _check_size(self, height: int, width: int) -> None:
         _, patch_height, patch_width = self.transformer.config.patch_size
-        check_divides("height", height, self.vae.spec.spatial_ratio * patch_height)
-        check_divides("width", width, self.vae.spec.spatial_ratio * patch_width)
+        ratio = self.streaming_vae.spec.spatial_ratio
+        check_divides("height", height, ratio * patch_height)
+        check_divides("width", width, ratio * patch_width)
 
     def _check_latents(
         self, latents: Tensor, batch_size: int, height: int, width: int, num_frames: int | None
     ) -> None:
-        ratio = self.vae.spec.spatial_ratio
-        size = [batch_size, self.vae.spec.latent_channels, height // ratio, width // ratio]
+        spec = self.streaming_vae.spec
+        size = [batch_size, spec.latent_channels, height // spec.spatial_ratio, width // spec.spatial_ratio]
         shape = list(latents.shape)
         if len(shape) != 5 or [*shape[:2], *shape[3:]] != size:
             batch, channels, rows, columns = size
@@ -469,7 +498,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             )
 
         _check_finite("initial_latents", latents)
-        given = frames_of(shape[2], self.vae.spec.temporal_ratio)
+        given = frames_of(shape[2], spec.temporal_ratio)
         if num_frames is not None and given > num_frames:
             raise ValueError(
                 f"initial_latents must not be longer than the video, {num_frames} frames, got {given}"

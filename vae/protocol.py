@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from safetensors import safe_open
@@ -121,6 +121,7 @@ class VAEState:
         return cls.restore(tensors, json.loads(metadata[_METADATA_KEY]))
 
 
+@runtime_checkable
 class StreamingVAE(Protocol):
     """A video VAE that works chunk by chunk; any chunking gives the same result as the whole clip.
 

@@ -14,14 +14,11 @@ from genstream.streaming.chunk import Chunk
 
 def load_pipeline(folder: Path, *, device: str | None, dtype: str | None) -> CausalVideoPipeline:
     """The pipeline in `folder`; where `device` or `dtype` is None, the machine decides."""
-    target = _device(device)
+    target = pick_device(device)
     # Their bars for reading a few files would stand in front of ours.
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    default_dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
-    pipe: CausalVideoPipeline = CausalVideoPipeline.from_pretrained(
-        folder, dtype=getattr(torch, dtype) if dtype else default_dtype
-    )
+    pipe: CausalVideoPipeline = CausalVideoPipeline.from_pretrained(folder, dtype=pick_dtype(dtype, target))
     pipe.to(target)
     return pipe
 
@@ -38,7 +35,16 @@ def to_uint8(frames: torch.Tensor) -> NDArray[np.uint8]:
     return np.ascontiguousarray(levels.permute(1, 2, 3, 0).cpu().numpy())  # [3, F, H, W] -> [F, H, W, 3]
 
 
-def _device(name: str | None) -> torch.device:
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype of that name; float32 on cpu and bfloat16 elsewhere when None."""
+    if name is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; a GPU where there is one when None."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]

@@ -206,7 +206,8 @@ def judge_reconstructions(pipe: CausalVideoPipeline, settings: BenchmarkSettings
         clip = world.frames(scene, _VAE_CLIP_FRAMES)
         pixels = to_tensor(clip[None])
         with torch.inference_mode():
-            again = to_uint8(pipe.vae.decode(pipe.vae.encode(pixels.to(pipe.device, pipe.vae.dtype))))
+            vae = pipe.streaming_vae
+            again = to_uint8(vae.decode(vae.encode(pixels.to(pipe.device, pipe.vae.dtype))))
         values.append(psnr(clip, again))
         scores.append(judge_clip(again, scene, settings.fps))
     return ReconstructionScore(psnr_db=float(np.mean(values)), adherence=Adherence.of(scores))

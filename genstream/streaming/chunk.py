@@ -24,6 +24,7 @@ class Chunk:
         index: number of the chunk, from 0.
         first_frame: index of its first frame in the stream.
         frames: `[B, 3, F, H, W]` in [-1, 1]; None when the stream is not decoded or nothing was generated.
+            A VAE that looks ahead or works in pieces gives those of a latent frame with a later chunk.
         latents: `[B, C, T, h, w]`; None when nothing was generated (paused, stopped).
         applied: the controls that took effect at its start.
         timings: None when nothing was generated.

@@ -49,7 +49,7 @@ class CacheEngine:
 
     Attributes:
         transformer: the student.
-        vae: decodes the latents.
+        vae: decodes the latents; it may have another dtype than the transformer.
         encode_prompt: prompts to embeddings `[B, tokens, text_dim]`, for prompt controls.
         idle: called between steps while a stream is paused.
     """
@@ -134,7 +134,7 @@ class CacheEngine:
         )
         chunk = Chunk(
             index=state.chunk_index,
-            first_frame=state.frames_out,
+            first_frame=state.frames_out - state.waiting_frames,
             frames=frames,
             latents=latents,
             applied=controls,
@@ -281,6 +281,9 @@ class CacheEngine:
             state.noise = SeededNoise(tuple(control.seed + i for i in range(request.batch_size)))
         height, width = self._latent_size(request)
         state.kv = self.transformer.kv_cache(state.kv.layout, request.batch_size, height, width)
+        if state.vae is not None and state.waiting_frames > 0:
+            held = self.vae.flush(state.vae.clone())
+            state.held = held if state.held is None else torch.cat([state.held, held], dim=2)
         state.vae = self._vae_state(request)
         state.history = state.history[:, :, :0]
         state.frame = 0
@@ -297,10 +300,24 @@ class CacheEngine:
         state.blend = None if blend.done == blend.chunks else blend
 
     def _decode(self, latents: Tensor, state: StreamState) -> Tensor | None:
+        """Frames that are ready; with a stream's last chunk also those that the VAE held back."""
         if state.vae is None:
             return None
-        frames = self.vae.decode_chunk(latents, state.vae)
-        return frames[:, :, : self._count_frames(latents.shape[2], state)]
+        count = self._count_frames(latents.shape[2], state)
+        is_last = state.frames_out + count == state.request.num_frames
+        if is_last or state.held is not None:
+            # One of its own, so that a failure behind the decoding leaves the stream as it was.
+            state.vae = state.vae.clone()
+        like = next(iter(state.vae.slots.values()))
+        frames = self.vae.decode_chunk(latents.to(like), state.vae)
+        if state.held is not None:
+            frames = torch.cat([state.held, frames], dim=2)
+        if is_last:
+            frames = torch.cat([frames, self.vae.flush(state.vae)], dim=2)
+        frames = frames[:, :, : state.waiting_frames + count]
+        state.waiting_frames += count - frames.shape[2]
+        state.held = None
+        return frames
 
     def _count_frames(self, latent_frames: int, state: StreamState) -> int:
         """Frames of the next latent frames that belong to the stream; the last chunk may be cut."""

@@ -22,10 +22,11 @@ from genstream.streaming.noise import restore_noise
 from genstream.streaming.request import StreamRequest, StreamSettings
 from genstream.streaming.state import Blend, StreamState
 from genstream.vae.protocol import VAEState
+from genstream.vae.wrapping import module_of
 
 FORMAT = 1
 _KEY = "genstream_stream"
-_COUNTERS = ("frame", "chunk_index", "frames_out", "paused", "stopped", "sequence")
+_COUNTERS = ("frame", "chunk_index", "frames_out", "waiting_frames", "paused", "stopped", "sequence")
 
 
 def model_fingerprint(*modules: nn.Module) -> str:
@@ -44,6 +45,7 @@ def save_state(state: StreamState, path: str | Path, fingerprint: str) -> None:
     sources = {
         "prompt_embeds": state.prompt_embeds,
         "history": state.history,
+        "held": state.held,
         "request.prompt_embeds": request.prompt_embeds,
         "request.negative_embeds": request.negative_embeds,
         "request.initial_latents": request.initial_latents,
@@ -85,7 +87,7 @@ def load_state(path: str | Path, engine: CacheEngine) -> StreamState:
             if text is None:
                 raise ValueError(f"path must be a stream snapshot, got {str(path)!r}")
             meta = json.loads(text)
-            _check(meta, path, model_fingerprint(engine.transformer, engine.vae))  # type: ignore[arg-type]
+            _check(meta, path, model_fingerprint(engine.transformer, module_of(engine.vae)))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"path must be a whole stream snapshot, got {str(path)!r}: {error}") from error
@@ -151,6 +153,8 @@ def _restore(meta: dict[str, Any], tensors: dict[str, Tensor], engine: CacheEngi
     if meta["vae"] is not None:
         slots = {name: slot.to(state.history.device) for name, slot in _under("vae", tensors).items()}
         state.vae = VAEState.restore(slots, meta["vae"])
+    if "held" in tensors:
+        state.held = tensors["held"].to(state.history.device)
     if meta["blend"] is not None:
         source, target = (tensors[f"blend.{name}"].to(state.prompt_embeds) for name in ("source", "target"))
         state.blend = Blend(source=source, target=target, **meta["blend"])

@@ -51,7 +51,9 @@ class StreamState:
         history: the latent frames whose keys and values `kv` can hold, for re-caching.
         frame: latent frames finished since the start or the last reset.
         chunk_index: chunks finished.
-        frames_out: frames given out.
+        frames_out: frames of the finished latent frames.
+        waiting_frames: those of them that the VAE holds back, because it looks ahead or works in pieces.
+        held: frames from before a reset that go out with the next chunk.
         paused: nothing is generated until resumed.
         stopped: ended by a control.
         blend: prompt blend in progress.
@@ -72,6 +74,8 @@ class StreamState:
     frame: int = 0
     chunk_index: int = 0
     frames_out: int = 0
+    waiting_frames: int = 0
+    held: Tensor | None = None
     paused: bool = False
     stopped: bool = False
     blend: Blend | None = None

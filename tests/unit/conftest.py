@@ -12,7 +12,7 @@ from genstream.vae.tiny import TinyVideoVAE
 WORDS = ("a", "red", "blue", "circle", "square", "moving", "right", "left")
 
 
-def _build(*, layers=2, scheduler=None, weights_seed=0, **settings) -> CausalVideoPipeline:
+def _build(*, layers=2, scheduler=None, weights_seed=0, vae=None, **settings) -> CausalVideoPipeline:
     torch.manual_seed(weights_seed)
     tokenizer = word_tokenizer(WORDS)
     encoder = tiny_text_encoder(len(tokenizer), width=16, layers=1).eval()
@@ -26,13 +26,15 @@ def _build(*, layers=2, scheduler=None, weights_seed=0, **settings) -> CausalVid
         ffn_dim=32,
         num_layers=layers,
     )
-    vae = TinyVideoVAE(latent_channels=4, encoder_width=8, decoder_widths=(8, 8, 8, 8), first_frame_copies=3)
+    own_vae = TinyVideoVAE(
+        latent_channels=4, encoder_width=8, decoder_widths=(8, 8, 8, 8), first_frame_copies=3
+    )
     settings = {"sink_frames": 3, "window_frames": 3, "positions": "window", **settings}
     pipe = CausalVideoPipeline(
         tokenizer=tokenizer,
         text_encoder=encoder,
         transformer=transformer.eval(),
-        vae=vae.eval(),
+        vae=own_vae.eval() if vae is None else vae,
         scheduler=scheduler or FewStepScheduler(steps=(1000.0, 500.0)),
         text_tokens=12,
         default_height=32,

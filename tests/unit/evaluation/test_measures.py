@@ -8,7 +8,7 @@ import pytest
 from genstream.evaluation.components import label_regions
 from genstream.evaluation.motion import classify_motion
 from genstream.evaluation.proportion import Proportion
-from genstream.evaluation.quality import psnr
+from genstream.evaluation.quality import flicker, psnr, ssim
 
 
 def flooded(mask):
@@ -69,3 +69,71 @@ def test_psnr_of_a_constant_error():
     assert psnr(frames, frames) == inf
     with pytest.raises(ValueError, match="other must have the shape"):
         psnr(frames, frames[:1])
+
+
+def noise(seed=0, frames=2, height=16, width=20):
+    return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+
+
+def test_ssim_of_equal_frames_is_one():
+    assert ssim(noise(), noise()) == 1
+
+
+@pytest.mark.parametrize(("one", "other"), [(0, 255), (100, 130), (200, 199)])
+def test_ssim_of_flat_frames_compares_their_brightness(one, other):
+    frames = [np.full((1, 12, 12, 3), value, np.uint8) for value in (one, other)]
+    floor = (0.01 * 255) ** 2
+    expected = (2 * one * other + floor) / (one**2 + other**2 + floor)
+    assert ssim(*frames) == pytest.approx(expected, rel=1e-9)
+
+
+def test_ssim_of_opposite_stripes():
+    """Stripes of one pixel have a mean of 127.5 in every window, and a covariance of minus their variance."""
+    stripes = np.zeros((1, 24, 24, 3), np.uint8)
+    stripes[:, :, ::2] = 255
+    variance, floor = 127.5**2, (0.03 * 255) ** 2
+    expected = (floor - 2 * variance) / (floor + 2 * variance)
+    assert ssim(stripes, 255 - stripes) == pytest.approx(expected, abs=1e-4)
+
+
+def test_ssim_of_stripes_with_less_contrast():
+    strong, weak = np.full((2, 1, 24, 24, 3), 77, np.uint8)
+    strong[:, ::2], weak[:, ::2] = 177, 137
+    weak[:, 1::2] = 117
+    floor = (0.03 * 255) ** 2
+    assert ssim(strong, weak) == pytest.approx((2 * 50 * 10 + floor) / (50**2 + 10**2 + floor), abs=1e-4)
+
+
+def test_ssim_falls_with_noise():
+    image = np.tile(np.linspace(0, 200, 40).astype(np.uint8)[:, None, None], (1, 1, 40, 3))
+    scores = [ssim(image, image + (noise(1, 1, 40, 40) % size).astype(np.uint8)) for size in (1, 4, 16, 50)]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] == 1 and scores[-1] < 0.6
+
+
+def test_only_errors_that_change_flicker():
+    frames = noise(frames=5) // 2 + 50
+    assert flicker(frames, frames) == 0
+    assert flicker(frames, frames + 20) == 0
+    pulsing = frames.copy()
+    pulsing[1::2] += 20
+    assert flicker(frames, pulsing) == 20
+    pulsing[1::2] -= 40
+    pulsing[0::2] += 20
+    assert flicker(frames, pulsing) == 40
+    once = frames.copy()
+    once[2] -= 12
+    assert flicker(frames, once) == pytest.approx(12 * 2 / 4)
+
+
+@pytest.mark.parametrize("measure", [psnr, ssim, flicker])
+def test_measures_of_unlike_clips_are_refused(measure):
+    with pytest.raises(ValueError, match=r"other must have the shape \(2, 16, 20, 3\).*got \(3, 16, 20, 3\)"):
+        measure(noise(), noise(frames=3))
+
+
+def test_clips_that_are_too_small_to_measure():
+    with pytest.raises(ValueError, match="at least 11 pixels"):
+        ssim(noise(height=10), noise(height=10))
+    with pytest.raises(ValueError, match="at least 2 frames, got 1"):
+        flicker(noise(frames=1), noise(frames=1))

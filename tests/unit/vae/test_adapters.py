@@ -1,16 +1,14 @@
-import logging
 import random
 import threading
-from functools import cache
 
 import diffusers
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from small_vaes import ADAPTED, CLAMPING, LTX, SINGLE_PRECISION, adapter, model
 from torch import Tensor
 
 from genstream.vae.adapters import probe, stream_vae
-from genstream.vae.adapters.base import Adapter
 from genstream.vae.adapters.hunyuan import HunyuanVideoAdapter
 from genstream.vae.adapters.ltx import LTXAdapter
 from genstream.vae.adapters.scale import LatentScale
@@ -18,173 +16,11 @@ from genstream.vae.adapters.wan import WanAdapter
 from genstream.vae.adapters.windowed import Window
 from genstream.vae.protocol import VAEState
 
-STATISTICS = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [0.5, 2.0, 1.0, 1.5]}
-COSMOS_MEAN = torch.linspace(-0.3, 0.3, 4 * 3).tolist()
-COSMOS_STD = torch.linspace(0.5, 1.5, 4 * 3).tolist()
-WAN = {"base_dim": 4, "z_dim": 4, "num_res_blocks": 1, **STATISTICS}
-SMALL = {"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2}
-LTX = {
-    "latent_channels": 4,
-    "block_out_channels": (4, 4, 8, 8),
-    "decoder_block_out_channels": (4, 4, 8, 8),
-    "layers_per_block": (1, 1, 1, 1, 1),
-    "decoder_layers_per_block": (1, 1, 1, 1, 1),
-    "patch_size": 2,
-}
-LTX_NEW = {
-    "latent_channels": 4,
-    "layers_per_block": (1, 1, 1, 1, 1),
-    "decoder_block_out_channels": (16, 32, 64),
-    "decoder_layers_per_block": (1, 1, 1, 1),
-    "patch_size": 2,
-    "decoder_causal": True,
-    "spatial_compression_ratio": 16,
-    "temporal_compression_ratio": 8,
-}
-MODELS = {
-    "wan21": (diffusers.AutoencoderKLWan, WAN),
-    "wan22": (
-        diffusers.AutoencoderKLWan,
-        WAN
-        | {
-            "decoder_base_dim": 6,
-            "is_residual": True,
-            "in_channels": 12,
-            "out_channels": 12,
-            "patch_size": 2,
-            "scale_factor_spatial": 16,
-        },
-    ),
-    "qwen_image": (diffusers.AutoencoderKLQwenImage, WAN),
-    "cogvideox": (
-        diffusers.AutoencoderKLCogVideoX,
-        {
-            "block_out_channels": (2, 2, 4, 4),
-            "latent_channels": 4,
-            "layers_per_block": 1,
-            "norm_num_groups": 2,
-        },
-    ),
-    "kvae": (
-        diffusers.AutoencoderKLKVAEVideo,
-        {"ch": 32, "ch_mult": (1, 1, 1), "num_res_blocks": 1, "z_channels": 4},
-    ),
-    "magvit": (
-        diffusers.AutoencoderKLMagvit,
-        {
-            "latent_channels": 4,
-            "block_out_channels": [4, 4, 4, 4],
-            "layers_per_block": 1,
-            "norm_num_groups": 2,
-        },
-    ),
-    "mochi": (
-        diffusers.AutoencoderKLMochi,
-        {
-            "encoder_block_out_channels": (32, 32, 32),
-            "decoder_block_out_channels": (32, 32, 32),
-            "latent_channels": 4,
-            "layers_per_block": (1, 1, 1, 1),
-            "temporal_expansions": (2, 3),
-            "spatial_expansions": (2, 2),
-            "add_attention_block": (False, True, True, True),
-            **STATISTICS,
-        },
-    ),
-    "ltx": (diffusers.AutoencoderKLLTXVideo, LTX | {"decoder_causal": True}),
-    "ltx_conditioned": (
-        diffusers.AutoencoderKLLTXVideo,
-        LTX_NEW
-        | {
-            "block_out_channels": (4, 8, 8, 8, 8),
-            "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
-            "spatio_temporal_scaling": (True,) * 4,
-            "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
-            "decoder_spatio_temporal_scaling": (True, True, True),
-            "decoder_inject_noise": (False,) * 4,
-            "upsample_residual": (True,) * 3,
-            "upsample_factor": (2, 2, 2),
-            "timestep_conditioning": True,
-        },
-    ),
-    "ltx2": (diffusers.AutoencoderKLLTX2Video, LTX_NEW | {"block_out_channels": (4, 8, 8, 8)}),
-    "cosmos": (
-        diffusers.AutoencoderKLCosmos,
-        {
-            "latent_channels": 4,
-            "encoder_block_out_channels": (4, 4, 8, 8),
-            "decode_block_out_channels": (4, 4, 8, 8),
-            "attention_resolutions": (8,),
-            "resolution": 32,
-            "num_layers": 1,
-            "patch_size": 2,
-            "latents_mean": COSMOS_MEAN,
-            "latents_std": COSMOS_STD,
-            "temporal_compression_ratio": 4,
-        },
-    ),
-    "hunyuan15": (
-        diffusers.AutoencoderKLHunyuanVideo15,
-        {"latent_channels": 4, "block_out_channels": (8, 8, 8, 8, 8), "layers_per_block": 1},
-    ),
-    "ltx_released": (diffusers.AutoencoderKLLTXVideo, LTX),
-    "hunyuan": (
-        diffusers.AutoencoderKLHunyuanVideo,
-        {
-            "latent_channels": 4,
-            "block_out_channels": (4, 4, 4, 4),
-            "layers_per_block": 1,
-            "norm_num_groups": 2,
-        },
-    ),
-    "kl": (
-        diffusers.AutoencoderKL,
-        {
-            "block_out_channels": (4, 8),
-            "down_block_types": ("DownEncoderBlock2D",) * 2,
-            "up_block_types": ("UpDecoderBlock2D",) * 2,
-            "norm_num_groups": 2,
-            "shift_factor": 0.1,
-        },
-    ),
-    "tiny": (
-        diffusers.AutoencoderTiny,
-        {
-            "encoder_block_out_channels": (4, 4, 4),
-            "decoder_block_out_channels": (4, 4, 4),
-            "num_encoder_blocks": (1, 1, 1),
-            "num_decoder_blocks": (1, 1, 1),
-        },
-    ),
-}
 APPROXIMATE = ["ltx_released", "hunyuan"]
 PARTITION = ["cogvideox", "kvae"]
-EXACT = [name for name in MODELS if name not in APPROXIMATE + PARTITION]
-# These compute their norms or Fourier features in float32, so rounding stays in float64 too.
-SINGLE_PRECISION = ["ltx", "ltx_conditioned", "ltx_released", "mochi"]
-CLAMPING = ["wan21", "wan22", "qwen_image"]
+EXACT = [name for name in ADAPTED if name not in APPROXIMATE + PARTITION]
 
 BATCH, ROWS, COLUMNS = 2, 2, 3
-
-
-@cache
-def model(name: str) -> diffusers.ModelMixin:
-    """The diffusers model in float64; one for all tests, because adapters must never change it."""
-    torch.manual_seed(0)
-    kind, config = MODELS[name]
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    vae = kind(**config).double().eval().requires_grad_(requires_grad=False)
-    if name in CLAMPING:
-        vae.decoder.conv_out.weight.mul_(0.1)
-    if "latents_mean" in dict(vae.named_buffers()):
-        vae.latents_mean.copy_(torch.tensor(STATISTICS["latents_mean"]))
-        vae.latents_std.copy_(torch.tensor(STATISTICS["latents_std"]))
-    return vae
-
-
-@cache
-def adapter(name: str) -> Adapter:
-    return stream_vae(model(name))
 
 
 def latent_count(name: str) -> int:
@@ -280,7 +116,7 @@ def test_encoding_in_chunks_equals_the_models_own_encoding(name):
     assert_same(encoded(name, frames, random_parts(frames.shape[2], 5, 7)), expected, name)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ADAPTED)
 def test_any_chunking_decodes_alike(name):
     count = latent_count(name)
     latents = random_latents(name, count)
@@ -289,7 +125,7 @@ def test_any_chunking_decodes_alike(name):
         assert_same(decoded(name, latents, parts), whole, name)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ADAPTED)
 def test_any_chunking_encodes_alike(name):
     frames = random_frames(name, frame_count(name, latent_count(name)))
     whole = adapter(name).encode(frames)
@@ -321,7 +157,7 @@ def test_the_error_of_windows_falls_with_their_size():
     assert errors[2] < 1e-12
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ADAPTED)
 def test_exactness_is_measured(name):
     measured, spec = adapter(name).measured, adapter(name).spec
     assert measured is not None
@@ -358,7 +194,7 @@ def test_later_latents_never_change_earlier_frames(name):
     assert (after[:, :, known:] != before[:, :, known:]).any()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ADAPTED)
 def test_interleaved_streams_and_threads_equal_separate_ones(name):
     count, vae = latent_count(name), adapter(name)
     clips = [random_latents(name, count, seed) for seed in (1, 2)]
@@ -388,7 +224,7 @@ def test_interleaved_streams_and_threads_equal_separate_ones(name):
 
 @pytest.mark.parametrize("name", ["wan21", "wan22", "qwen_image", "magvit"])
 def test_one_latent_frame_at_a_time_is_bit_exact_in_single_precision(name):
-    kind, config = MODELS[name]
+    kind, config = ADAPTED[name]
     torch.manual_seed(0)
     vae = stream_vae(kind(**config).eval().requires_grad_(requires_grad=False))
     latents = random_latents(name, 4).float()
@@ -452,7 +288,7 @@ def test_states_survive_a_file(name, tmp_path):
     torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ADAPTED)
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_clips_of_any_length_align(name, count):
     frames = random_frames(name, frame_count(name, count))
@@ -469,7 +305,7 @@ def test_a_last_group_is_filled_up_with_its_last_frame(name):
     assert_same(encoded(name, short, [short.shape[2]]), adapter(name).encode(filled), name)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ADAPTED)
 def test_latents_are_normalised_exactly_once(name):
     """Raw latents and their statistics, as the model's configuration has them, meet in one formula."""
     vae, frames = adapter(name), random_frames(name, frame_count(name, 2))
@@ -520,7 +356,7 @@ def test_offloaded_models_are_loaded_first():
             self.count += 1
             return args, kwargs
 
-    kind, config = MODELS["tiny"]
+    kind, config = ADAPTED["tiny"]
     vae, hook = stream_vae(kind(**config).requires_grad_(requires_grad=False)), Loads()
     add_hook_to_module(vae.vae, hook)
     states = [vae.init_state(direction, 1, 8, 8) for direction in ("encode", "decode")]

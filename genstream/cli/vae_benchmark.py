@@ -1,0 +1,345 @@
+"""Speed, memory and use of the processor by one video VAE."""
+
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from genstream.cli.process import peak_memory_bytes, processor_name, resident_memory_bytes
+from genstream.vae.protocol import Direction, StreamingVAE, VAESpec, VAEState
+
+_MATMUL_SIZE = 1024
+_MATMUL_SIZE_GPU = 8192
+_MATMUL_RUNS = 10
+_RGB = 3
+_PARTS = 10
+_MIB = 2**20
+_GIGA = 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """What is measured.
+
+    Attributes:
+        width: pixels.
+        height: pixels.
+        chunk_latents: latent frames of a chunk; None for what the VAE works off together.
+        chunks: measured in each direction.
+        max_seconds: a direction ends early after so long, with the chunks until then.
+    """
+
+    width: int
+    height: int
+    chunk_latents: int | None = None
+    chunks: int = 50
+    max_seconds: float = math.inf
+
+    def __post_init__(self) -> None:
+        if self.chunks < _PARTS:
+            raise ValueError(f"chunks (--chunks) must be at least {_PARTS}, got {self.chunks}")
+        if not self.max_seconds > 0:
+            raise ValueError(f"max_seconds (--max-seconds) must be positive, got {self.max_seconds}")
+
+    def latents_of_chunk(self, spec: VAESpec) -> int:
+        """Latent frames of a chunk of a VAE; whole pieces of it, so that every chunk gives frames."""
+        chosen = spec.chunk_latents if self.chunk_latents is None else self.chunk_latents
+        if chosen < 1 or chosen % spec.chunk_latents:
+            raise ValueError(
+                f"chunk_latents (--chunk-latents) must be a positive multiple of {spec.chunk_latents}, "
+                f"which this VAE works off together, got {chosen}"
+            )
+        return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamFigures:
+    """What one direction took; `first` and `last` are medians of the first and last tenth of the chunks."""
+
+    chunks: int
+    chunk_frames: int
+    frame_rate: float
+    chunk_median_s: float
+    chunk_p95_s: float
+    frame_first_s: float
+    frame_last_s: float
+    memory_first_bytes: float
+    memory_last_bytes: float
+    state_bytes: int
+    flop_per_chunk: int
+    ceiling_share: float
+
+    @classmethod
+    def of(
+        cls,
+        chunk_s: Sequence[float],
+        memory: Sequence[int],
+        *,
+        chunk_frames: int,
+        state_bytes: int,
+        flop: int,
+        peak: float,
+    ) -> Self:
+        """Figures of chunks of `chunk_frames` frames, with the memory after each of them.
+
+        Args:
+            chunk_s: seconds of each chunk.
+            memory: bytes after each chunk.
+            chunk_frames: of every chunk.
+            state_bytes: what the stream remembers.
+            flop: floating-point operations of a chunk.
+            peak: those that the processor can do in a second.
+        """
+        tenth, median = max(1, len(chunk_s) // _PARTS), statistics.median(chunk_s)
+        return cls(
+            chunks=len(chunk_s),
+            chunk_frames=chunk_frames,
+            frame_rate=chunk_frames * len(chunk_s) / sum(chunk_s),
+            chunk_median_s=median,
+            chunk_p95_s=sorted(chunk_s)[math.ceil(0.95 * len(chunk_s)) - 1],
+            frame_first_s=statistics.median(chunk_s[:tenth]) / chunk_frames,
+            frame_last_s=statistics.median(chunk_s[-tenth:]) / chunk_frames,
+            memory_first_bytes=statistics.median(memory[:tenth]),
+            memory_last_bytes=statistics.median(memory[-tenth:]),
+            state_bytes=state_bytes,
+            flop_per_chunk=flop,
+            ceiling_share=flop / median / peak,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEFigures:
+    """Figures of one VAE at one size, all of one run of one process; `encode` is None without an encoder."""
+
+    vae: str
+    width: int
+    height: int
+    chunk_latents: int
+    device: str
+    dtype: str
+    hardware: str
+    date: str
+    exactness: str
+    matmul_flop_per_s: float
+    peak_memory_bytes: int | None
+    decode: StreamFigures
+    encode: StreamFigures | None
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """What `dataclasses.asdict` made values of."""
+        streams = {
+            name: None if values[name] is None else StreamFigures(**values[name])
+            for name in ("decode", "encode")
+        }
+        return cls(**{**values, **streams})
+
+
+@torch.no_grad()
+def measure(vae: StreamingVAE, name: str, settings: BenchSettings) -> VAEFigures:
+    """Decode and encode a stream of random numbers and drop what comes out."""
+    chunk_latents = settings.latents_of_chunk(vae.spec)
+    like = next(iter(vae.init_state("decode", 1, settings.height, settings.width).slots.values()))
+    device = like.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    peak = _matmul_peak(like)
+    decode = _measure_direction(vae, "decode", settings, peak)
+    encode = _measure_direction(vae, "encode", settings, peak) if _encodes(vae, settings) else None
+    return VAEFigures(
+        vae=name,
+        width=settings.width,
+        height=settings.height,
+        chunk_latents=chunk_latents,
+        device=device.type,
+        dtype=str(like.dtype).removeprefix("torch."),
+        hardware=_hardware(device),
+        date=datetime.now(UTC).date().isoformat(),
+        exactness=vae.spec.exactness,
+        matmul_flop_per_s=peak,
+        peak_memory_bytes=_peak_memory(device),
+        decode=decode,
+        encode=encode,
+    )
+
+
+def _encodes(vae: StreamingVAE, settings: BenchSettings) -> bool:
+    """Whether there is an encoder; the size was good for decoding."""
+    try:
+        vae.init_state("encode", 1, settings.height, settings.width)
+    except ValueError:
+        return False
+    return True
+
+
+def _measure_direction(
+    vae: StreamingVAE, direction: Direction, settings: BenchSettings, peak: float
+) -> StreamFigures:
+    state = vae.init_state(direction, 1, settings.height, settings.width)
+    chunk = _random_chunk(vae.spec, state, settings.latents_of_chunk(vae.spec))
+    step = _warmed_up(vae, state, chunk)
+    with FlopCounterMode(display=False) as counter:
+        step(chunk)
+    frames = chunk.shape[2] * (vae.spec.temporal_ratio if direction == "decode" else 1)
+    chunk_s: list[float] = []
+    memory: list[int] = []
+    deadline = time.perf_counter() + settings.max_seconds
+    while len(chunk_s) < settings.chunks and (time.perf_counter() < deadline or not chunk_s):
+        begun = time.perf_counter()
+        step(chunk)
+        chunk_s.append(time.perf_counter() - begun)
+        memory.append(_memory(chunk.device))
+    return StreamFigures.of(
+        chunk_s,
+        memory,
+        chunk_frames=frames,
+        state_bytes=state.nbytes,
+        flop=counter.get_total_flops(),
+        peak=peak,
+    )
+
+
+def _random_chunk(spec: VAESpec, state: VAEState, latents: int) -> Tensor:
+    """Input of a chunk behind a stream's first latent frame."""
+    like = next(iter(state.slots.values()))
+    ratio = spec.spatial_ratio
+    shape = (1, _RGB, latents * spec.temporal_ratio, state.height, state.width)
+    if state.direction == "decode":
+        shape = (1, spec.latent_channels, latents, state.height // ratio, state.width // ratio)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return (values if state.direction == "decode" else values.clamp(-1, 1)).to(like)
+
+
+def _warmed_up(vae: StreamingVAE, state: VAEState, chunk: Tensor) -> Callable[[Tensor], None]:
+    """A step of the stream, which is under way: its start, all buffers and look-ahead lie behind it."""
+    spec = vae.spec
+    run = vae.decode_chunk if state.direction == "decode" else vae.encode_chunk
+
+    def step(part: Tensor) -> None:
+        run(part, state)
+        if part.device.type == "cuda":
+            torch.cuda.synchronize(part.device)
+
+    frames = spec.temporal_ratio if state.direction == "encode" else 1
+    surplus = spec.temporal_ratio - spec.first_frames if state.direction == "encode" else 0
+    step(chunk[:, :, surplus:])
+    waiting = spec.first_latents + spec.lookahead_latents + spec.chunk_latents
+    for _ in range(math.ceil(waiting * frames / chunk.shape[2])):
+        step(chunk)
+    return step
+
+
+def _matmul_peak(like: Tensor) -> float:
+    """Floating-point operations per second of the best of some large matrix products."""
+    size = _MATMUL_SIZE if like.device.type == "cpu" else _MATMUL_SIZE_GPU
+    a = torch.randn(size, size).to(like)
+    seconds = []
+    for _ in range(_MATMUL_RUNS):
+        begun = time.perf_counter()
+        torch.mm(a, a)
+        if like.device.type == "cuda":
+            torch.cuda.synchronize(like.device)
+        seconds.append(time.perf_counter() - begun)
+    return 2 * size**3 / min(seconds)
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes that the process holds, on a GPU those of PyTorch's tensors."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_memory_bytes()
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = peak_memory_bytes()
+    # The system notes peaks late: some hundred kilobytes below what is in memory now.
+    return None if peak is None else max(peak, _memory(device))
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    else:
+        processor = f"{processor_name()}, {torch.get_num_threads()} threads"
+    return f"{processor}, {platform.system()}, torch {torch.__version__}"
+
+
+def section_title(figures: VAEFigures) -> str:
+    """Of the section that the figures belong to."""
+    return f"Speed at {figures.width}x{figures.height}, {figures.dtype} on {figures.device}"
+
+
+def table(rows: Sequence[VAEFigures]) -> str:
+    """Markdown tables of VAEs at one size: speed, then how steady it is."""
+    peaks = sorted(row.matmul_flop_per_s / _GIGA for row in rows)
+    where = (
+        "PyTorch on the GPU" if rows[0].device == "cuda" else "the process, weights and libraries included"
+    )
+    return "\n".join(
+        [
+            f"{rows[0].width}x{rows[0].height} in {rows[0].dtype}; {rows[0].hardware}, {rows[0].date}. The "
+            f"arithmetic ceiling is that of matrix products in the same process: {peaks[0]:.0f} to "
+            f"{peaks[-1]:.0f} GFLOP/s. Memory is that of {where}.",
+            "",
+            "| VAE | direction | latents per chunk | fps | ms per chunk, median | p95 | GFLOP per frame | "
+            "of the ceiling | state | peak memory |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+            *(_speed(row, name, stream) for row in rows for name, stream in _streams(row)),
+            "",
+            "Medians of the first and of the last tenth of the chunks:",
+            "",
+            "| VAE | direction | chunks | ms per frame, first | last | memory, first | last |",
+            "|---|---|---|---|---|---|---|",
+            *(_steadiness(row, name, stream) for row in rows for name, stream in _streams(row)),
+        ]
+    )
+
+
+def _streams(row: VAEFigures) -> list[tuple[str, StreamFigures]]:
+    return [("decode", row.decode), *([] if row.encode is None else [("encode", row.encode)])]
+
+
+def _speed(row: VAEFigures, direction: str, stream: StreamFigures) -> str:
+    peak = "" if row.peak_memory_bytes is None else _mib(row.peak_memory_bytes)
+    cells = (
+        row.vae,
+        direction,
+        str(row.chunk_latents),
+        f"{stream.frame_rate:.4g}",
+        f"{1000 * stream.chunk_median_s:.4g}",
+        f"{1000 * stream.chunk_p95_s:.4g}",
+        f"{stream.flop_per_chunk / stream.chunk_frames / _GIGA:.3g}",
+        f"{100 * stream.ceiling_share:.0f} %",
+        _mib(stream.state_bytes),
+        peak,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _steadiness(row: VAEFigures, direction: str, stream: StreamFigures) -> str:
+    cells = (
+        row.vae,
+        direction,
+        str(stream.chunks),
+        f"{1000 * stream.frame_first_s:.4g}",
+        f"{1000 * stream.frame_last_s:.4g} ({_change(stream.frame_first_s, stream.frame_last_s)})",
+        _mib(stream.memory_first_bytes),
+        f"{_mib(stream.memory_last_bytes)} ({_change(stream.memory_first_bytes, stream.memory_last_bytes)})",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _mib(size_bytes: float) -> str:
+    return f"{size_bytes / _MIB:.1f} MiB"
+
+
+def _change(before: float, after: float) -> str:
+    return f"{100 * (after / before - 1):+.1f} %"

@@ -1,0 +1,154 @@
+"""What the commands on video VAEs can be given: built-in architectures, folders, weight files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import genstream
+from genstream.io.model_folder import installed_folder, installed_models
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import ModelMixin
+
+    from genstream.vae.protocol import StreamingVAE
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A VAE at its published size: what it is, its class in `genstream`, and its settings."""
+
+    text: str
+    kind: str
+    config: Mapping[str, Any]
+
+
+_WIDE_STRIDES = {"encoder_temporal_strides": (2, 2, 2), "decoder_temporal_strides": (2, 2, 2)}
+_TURBO = {"decoder_spatio_only": (True, False, False, False)}
+_TAEHV = "tiny VAE of Wan 2.1, Qwen-Image and HunyuanVideo latents, 4x8x8"
+ARCHITECTURES = {
+    "wan2.1": Architecture("Wan 2.1, 4x8x8, 16 channels", "WanVideoVAE", {}),
+    "wan2.2": Architecture(
+        "Wan 2.2, 4x16x16, 48 channels",
+        "WanVideoVAE",
+        {
+            "version": "2.2",
+            "latent_channels": 48,
+            "patch_size": 2,
+            "encoder_widths": (160, 160, 320, 640, 640),
+            "decoder_widths": (1024, 1024, 1024, 512, 256),
+        },
+    ),
+    "taehv": Architecture(_TAEHV, "TinyVideoVAE", {}),
+    "taew2_1": Architecture("the same", "TinyVideoVAE", {}),
+    "taew2_2": Architecture(
+        "tiny VAE of Wan 2.2 latents", "TinyVideoVAE", {"latent_channels": 48, "patch_size": 2}
+    ),
+    "taehv1_5": Architecture(
+        "tiny VAE of HunyuanVideo 1.5 latents, 4x16x16, 32 channels",
+        "TinyVideoVAE",
+        {"latent_channels": 32, "patch_size": 2},
+    ),
+    "taeltx_2": Architecture(
+        "tiny VAE of LTX-2 latents, 8x32x32, 128 channels",
+        "TinyVideoVAE",
+        {"latent_channels": 128, "patch_size": 4, **_WIDE_STRIDES},
+    ),
+    "turbo": Architecture(
+        "Turbo-VAED decoder of HunyuanVideo latents, 4x8x8, 16 channels, in overlapping windows",
+        "TurboVAED",
+        _TURBO,
+    ),
+    "turbo-causal": Architecture(
+        "the same, looking back only",
+        "TurboVAED",
+        {**_TURBO, "decoder_causal": True, "depthwise_causal": True},
+    ),
+    "causal": Architecture("CausalVideoVAE, 4x8x8, 4 channels", "CausalVideoVAE", {}),
+}
+"""Built with random weights: good for speed and memory, not for pictures."""
+
+_WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
+_PAIR = "+"
+
+
+def names_help() -> str:
+    """The part of a command's help that says what a VAE may be."""
+    width = max(map(len, ARCHITECTURES))
+    lines = [f"  {name:<{width}}  {known.text}" for name, known in ARCHITECTURES.items()]
+    return "\n".join(
+        [
+            "A VAE is one of:",
+            "  a component folder with config.json and safetensors weights, of genstream or diffusers",
+            "  a model folder, whose VAE is taken",
+            "  a weight file as published for Wan or TAEHV (.safetensors, .pth)",
+            f"  an installed model: {', '.join(installed_models())}",
+            "  a class of diffusers, such as AutoencoderKLWan, with random weights",
+            "  an architecture with random weights:",
+            *(f"  {line}" for line in lines),
+        ]
+    )
+
+
+def split_pair(name: str) -> tuple[str, str]:
+    """Encoder and decoder: `A+B` decodes the latents of A with B, any other VAE does both."""
+    encoder, plus, decoder = name.partition(_PAIR)
+    return (name, name) if not plus or Path(name).exists() else (encoder, decoder)
+
+
+def open_vae(name: str, dtype: "torch.dtype", device: "torch.device") -> "StreamingVAE":
+    """The VAE of that name, folder or file, ready for use.
+
+    Raises:
+        ValueError: there is none, or it cannot stream.
+    """
+    folder = installed_folder(name) or Path(name)
+    if (folder / "model_index.json").is_file():
+        folder = folder / "vae"
+    if folder.is_dir():
+        from genstream.vae.loading import load_vae
+
+        return load_vae(folder, dtype, device)
+    if folder.suffix in _WEIGHT_SUFFIXES:
+        return _open_file(folder, dtype, device)
+    return _open_random(name, dtype, device)
+
+
+def _open_file(path: Path, dtype: "torch.dtype", device: "torch.device") -> "StreamingVAE":
+    from genstream.vae.taehv import load_taehv
+    from genstream.vae.wan_weights import load_wan_vae
+    from genstream.vae.weights import read_weights
+
+    tensors = read_weights(path)
+    vae = load_taehv(tensors) if "encoder.0.weight" in tensors else load_wan_vae(tensors)
+    moved: StreamingVAE = _cast(vae, dtype, device)
+    return moved
+
+
+def _open_random(name: str, dtype: "torch.dtype", device: "torch.device") -> "StreamingVAE":
+    import diffusers
+    import torch
+
+    from genstream.vae.wrapping import as_streaming
+
+    if name not in ARCHITECTURES and not (name.startswith("Autoencoder") and hasattr(diffusers, name)):
+        raise ValueError(
+            f"VAE must be a folder, a weight file, an installed model ({', '.join(installed_models())}), a "
+            f"class of diffusers or one of {', '.join(ARCHITECTURES)}, got {name!r}"
+        )
+    torch.manual_seed(0)
+    with device:
+        if name in ARCHITECTURES:
+            architecture = ARCHITECTURES[name]
+            module = getattr(genstream, architecture.kind)(**architecture.config)
+        else:
+            module = getattr(diffusers, name)()
+    return as_streaming(_cast(module, dtype, device).eval().requires_grad_(requires_grad=False))
+
+
+def _cast(vae: "ModelMixin", dtype: "torch.dtype", device: "torch.device") -> "ModelMixin":
+    from torch import nn
+
+    # Their own `to` warns whenever it casts.
+    return nn.Module.to(vae, device=device, dtype=dtype)

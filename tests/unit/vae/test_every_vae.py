@@ -1,0 +1,251 @@
+"""What holds for every VAE, this library's own and diffusers' through their adapters."""
+
+import copy
+import random
+import re
+import threading
+
+import pytest
+import torch
+from small_vaes import (
+    ADAPTED,
+    DECODERS,
+    NOT_CAUSAL,
+    OWN,
+    SINGLE_PRECISION,
+    own_vae,
+    small_vae,
+)
+from torch import Tensor
+
+from genstream.vae.adapters.base import Adapter
+from genstream.vae.adapters.scale import LatentScale
+from genstream.vae.protocol import Direction, StreamingVAE, VAEState
+from genstream.vae.tiling import TiledVAE
+from genstream.vae.wrapping import module_of
+
+EVERY = [*OWN, *ADAPTED]
+ENCODERS = [name for name in EVERY if name not in DECODERS]
+# Published TAEHV weights fill up the last group; image VAEs have groups of one frame.
+ANY_COUNT = ["taehv", "taehv_super", "taehv_wide", "kl", "tiny"]
+MEAN, STD = [0.7, -3.0, 0.0, 11.0], [0.3, 5.0, 1.0, 0.06]
+
+
+def latents_for(
+    vae: StreamingVAE, count: int, batch_size: int = 2, rows: int = 2, columns: int = 3
+) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    shape = (batch_size, vae.spec.latent_channels, count, rows, columns)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def frames_for(vae: StreamingVAE, count: int, batch_size: int = 2, size: tuple[int, int] = (2, 3)) -> Tensor:
+    generator, ratio = torch.Generator().manual_seed(count), vae.spec.spatial_ratio
+    shape = (batch_size, 3, count, size[0] * ratio, size[1] * ratio)
+    return torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
+
+
+def start(vae: StreamingVAE, direction: Direction, data: Tensor) -> VAEState:
+    """State of a stream of frames or latents like `data`."""
+    scale = vae.spec.spatial_ratio if direction == "decode" else 1
+    return vae.init_state(direction, data.shape[0], data.shape[3] * scale, data.shape[4] * scale)
+
+
+def restored(state: VAEState) -> VAEState:
+    """The state after a trip through its parts; the old one is spoilt, so that nothing may point there."""
+    again = VAEState.restore({key: slot.clone() for key, slot in state.tensors().items()}, state.meta())
+    for slot in state.slots.values():
+        slot.fill_(torch.nan)
+    return again
+
+
+def streamed(vae: StreamingVAE, direction: Direction, data: Tensor, parts: list[int]) -> Tensor:
+    """A stream whose state is taken apart and put together in front of every chunk."""
+    step = vae.encode_chunk if direction == "encode" else vae.decode_chunk
+    state, results = start(vae, direction, data), []
+    for part in data.split(parts, dim=2):
+        state = restored(state)
+        results.append(step(part, state))
+    return torch.cat([*results, vae.flush(state)], dim=2)
+
+
+def random_size(generator: random.Random) -> tuple[int, tuple[int, int]]:
+    """Batch size, and height and width in latent pixels."""
+    return generator.randint(1, 3), (generator.randint(2, 3), generator.randint(2, 3))
+
+
+def random_parts(generator: random.Random, total: int) -> list[int]:
+    parts: list[int] = []
+    while sum(parts) < total:
+        parts.append(generator.randint(0, min(6, total - sum(parts))))
+    return parts
+
+
+def enough_latents(vae: StreamingVAE) -> int:
+    """For several pieces of a VAE that works in pieces."""
+    spec = vae.spec
+    return spec.first_latents + 2 * spec.chunk_latents + spec.lookahead_latents + 1
+
+
+def assert_close(name: str, result: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(result, expected, rtol=0, atol=2e-5 if name in SINGLE_PRECISION else 1e-11)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", EVERY)
+def test_any_chunks_decode_like_one(name, seed):
+    vae, generator = small_vae(name), random.Random(f"{name} {seed}")
+    count = generator.randint(1, enough_latents(vae))
+    latents = latents_for(
+        vae, count, generator.randint(1, 3), generator.randint(2, 3), generator.randint(2, 3)
+    )
+    result = streamed(vae, "decode", latents, random_parts(generator, count))
+    assert_close(name, result, streamed(vae, "decode", latents, [count]))
+    if name not in NOT_CAUSAL:
+        assert_close(name, result, vae.decode(latents))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ENCODERS)
+def test_any_chunks_encode_like_one(name, seed):
+    vae, generator = small_vae(name), random.Random(f"{name} {seed}")
+    count = generator.randint(1, vae.spec.temporal_ratio * enough_latents(vae))
+    frames = frames_for(vae, count, *random_size(generator))
+    result = streamed(vae, "encode", frames, random_parts(generator, count))
+    assert_close(name, result, streamed(vae, "encode", frames, [count]))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_rounding_of_chunks_in_single_precision(name):
+    vae = single_precision(small_vae(name))
+    latents = latents_for(vae, 7).float()
+    expected = streamed(vae, "decode", latents, [7])
+    for parts in ([1] * 7, [2, 2, 2, 1], [3, 3, 1], [1, 0, 4, 2]):
+        torch.testing.assert_close(streamed(vae, "decode", latents, parts), expected, rtol=0, atol=1e-5)
+
+
+def single_precision(vae: StreamingVAE) -> StreamingVAE:
+    if isinstance(vae, TiledVAE):
+        return TiledVAE(single_precision(vae.vae), vae.tiling)
+    if isinstance(vae, Adapter):
+        return type(vae)(copy.deepcopy(vae.vae).float())
+    return copy.deepcopy(vae).float()
+
+
+@pytest.mark.parametrize("name", [name for name in OWN if name not in NOT_CAUSAL])
+def test_later_latents_change_no_earlier_frame(name):
+    vae = small_vae(name)
+    latents = latents_for(vae, 5)
+    changed = latents.clone()
+    changed[:, :, 3] += 1
+    before, after = vae.decode(latents), vae.decode(changed)
+    known = vae.spec.first_frames + 2 * vae.spec.temporal_ratio
+    assert torch.equal(before[:, :, :known], after[:, :, :known])
+    assert not torch.equal(before[:, :, known], after[:, :, known])
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_interleaved_streams_and_threads_equal_separate_ones(name):
+    vae = small_vae(name)
+    clips = [latents_for(vae, 5), latents_for(vae, 5).flip(2)]
+    expected = [streamed(vae, "decode", clip, [1] * 5) for clip in clips]
+    states = [start(vae, "decode", clip) for clip in clips]
+    frames: list[list[Tensor]] = [[], []]
+    for index in range(5):
+        for stream, clip in enumerate(clips):
+            frames[stream].append(vae.decode_chunk(clip[:, :, index : index + 1], states[stream]))
+    for stream, state in enumerate(states):
+        assert_close(name, torch.cat([*frames[stream], vae.flush(state)], dim=2), expected[stream])
+
+    results: dict[int, Tensor] = {}
+
+    def run(stream: int) -> None:
+        results[stream] = streamed(vae, "decode", clips[stream], [1] * 5)
+
+    threads = [threading.Thread(target=run, args=(stream,)) for stream in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for stream in range(2):
+        assert_close(name, results[stream], expected[stream])
+
+
+def with_statistics(name: str, mean: list[float], std: list[float]) -> StreamingVAE:
+    """The VAE with other latent statistics, but the same weights."""
+    if name in OWN:
+        return own_vae(name, mean, std)
+    adapter = small_vae(name)
+    assert isinstance(adapter, Adapter)
+    twin = type(adapter)(adapter.vae)
+    twin.scale = LatentScale.per_channel(mean, std, adapter.spec.latent_channels)
+    return twin
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_latents_are_normalised_once_and_denormalised_once(name):
+    """Odd statistics give the latents and pixels of none at all, once latents are rescaled by hand."""
+    channels = small_vae(name).spec.latent_channels
+    mean, std = (values[:channels] for values in (MEAN, STD))
+    odd, plain = with_statistics(name, mean, std), with_statistics(name, [0.0] * channels, [1.0] * channels)
+    offset, scale = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1, 1) for values in (mean, std))
+    raw = latents_for(plain, 3)
+    if name not in DECODERS:
+        frames = frames_for(plain, plain.spec.first_frames + 2 * plain.spec.temporal_ratio)
+        raw = plain.encode(frames)
+        torch.testing.assert_close(odd.encode(frames) * scale + offset, raw, rtol=1e-5, atol=1e-5)
+    normalised = (raw - offset) / scale
+    # Statistics are float32 in some VAEs: 11 is exact there, 0.06 is not.
+    torch.testing.assert_close(odd.decode(normalised), plain.decode(raw), rtol=0, atol=1e-4)
+    assert not torch.allclose(odd.decode(raw), plain.decode(raw), rtol=0, atol=1e-4)
+
+
+def message(action, *arguments) -> str:
+    with pytest.raises(ValueError) as error:
+        action(*arguments)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_bad_input_is_refused_with_both_sides(name):
+    vae = small_vae(name)
+    spec, latents = vae.spec, latents_for(vae, 1)
+    state = start(vae, "decode", latents)
+    before = {key: slot.clone() for key, slot in state.slots.items()}
+
+    more = torch.cat([latents, latents[:, :1]], dim=1)
+    text = message(vae.decode_chunk, more, state)
+    assert f"{spec.latent_channels}, any" in text and str(more.shape[1]) in text.partition("got")[2]
+    text = message(vae.decode_chunk, latents.float(), state)
+    assert "torch.float64" in text and "torch.float32" in text
+    text = message(vae.decode_chunk, torch.cat([latents, latents]), state)
+    assert "[2, " in text and str([4, *latents.shape[1:]]) in text
+    text = message(vae.encode_chunk, frames_for(vae, 1), state)
+    assert name in DECODERS or ("'encode'" in text and "'decode'" in text)
+    assert state.steps == 0
+    assert all(torch.equal(slot, state.slots[key]) for key, slot in before.items())
+
+    size = spec.spatial_ratio
+    if size > 1:
+        text = message(vae.init_state, "decode", 1, 2 * size + 1, size)
+        assert f"height must be a positive multiple of {size}" in text and str(2 * size + 1) in text
+    stranger = small_vae("taehv" if name != "taehv" else "wan2.1")
+    text = message(vae.decode_chunk, latents, start(stranger, "decode", latents_for(stranger, 1)))
+    assert "state must come from" in text
+    assert state.vae in text and start(stranger, "decode", latents_for(stranger, 1)).vae in text
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name not in ANY_COUNT])
+def test_clips_that_are_no_whole_latent_frames_are_refused(name):
+    spec = small_vae(name).spec
+    count = spec.first_frames + spec.temporal_ratio + 1
+    text = message(small_vae(name).encode, frames_for(small_vae(name), count))
+    assert re.search(rf"frames must be (1 \+ {spec.temporal_ratio}n|{spec.temporal_ratio}n \+ 1) ", text)
+    assert f"got {count}" in text
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_weights_are_found_through_wrappers(name):
+    module = module_of(small_vae(name))
+    assert isinstance(module, torch.nn.Module)
+    assert next(module.parameters()).dtype == torch.float64
