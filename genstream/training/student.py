@@ -99,8 +99,8 @@ class StudentTrainingSettings:
 
     vae: str = "runs/vae/vae"
     initial: str | None = None
-    total_steps: int = 3600
-    learning_rate: float = 1.5e-3
+    total_steps: int = 8000
+    learning_rate: float = 1.8e-3
     batch_size: int = 16
     clips: int = 3072
     evaluation_clips: int = 64
@@ -118,12 +118,12 @@ class StudentTrainingSettings:
     shift: float = 12.0
     guidance_scale: float = 2.0
     context_noise: float = 0.15
-    first: float = 0.4
+    first: float = 0.35
     redrawn: float = 0.35
     without_text: float = 0.1
     image_start: float = 0.05
-    middle: float = 0.25
-    switched: float = 0.15
+    middle: float = 0.3
+    switched: float = 0.1
     checkpoint_steps: int = 200
     evaluate_steps: int = 500
     seed: int = 0

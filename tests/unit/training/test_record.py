@@ -40,6 +40,6 @@ def test_a_run_is_continued_with_its_own_settings_only(tmp_path):
     claim_run(tmp_path / "run", StudentTrainingSettings())
     claim_run(tmp_path / "run", StudentTrainingSettings())
     before = (tmp_path / "run" / "settings.json").read_text()
-    with pytest.raises(ValueError, match=r"learning_rate must stay 0\.0015 in the run that .*, got 0\.5"):
+    with pytest.raises(ValueError, match=r"learning_rate must stay 0\.0018 in the run that .*, got 0\.5"):
         claim_run(tmp_path / "run", StudentTrainingSettings(learning_rate=0.5))
     assert (tmp_path / "run" / "settings.json").read_text() == before
