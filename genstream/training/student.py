@@ -116,7 +116,7 @@ class StudentTrainingSettings:
     text_tokens: int = 32
     steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     shift: float = 12.0
-    guidance_scale: float = 2.0
+    guidance_scale: float = 3.0
     context_noise: float = 0.15
     first: float = 0.35
     redrawn: float = 0.35

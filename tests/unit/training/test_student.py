@@ -189,7 +189,7 @@ def test_export_is_a_pipeline(trained, vae_folder, tmp_path):
     pipe = CausalVideoPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert (pipe.settings.sink_frames, pipe.settings.window_frames) == (1, 1)
-    assert pipe.settings.guidance_scale == 2.0
+    assert pipe.settings.guidance_scale == 3.0
     frames = pipe("a red circle moves right", num_frames=13, output_type="pt").frames
     assert frames.shape == (1, 13, 3, 128, 128)
     assert frames.isfinite().all()
