@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from genstream.data.scene import Scene
 from genstream.data.toyworld import ToyWorld
 from genstream.data.vocabulary import BACKGROUND_RGB
 from genstream.training.clips import to_tensor
@@ -39,6 +40,8 @@ _CLIP_SHAPES = ((4, 9), (2, 5), (4, 5), (2, 9), (2, 17), (1, 9))
 LATEST_START_FRAME = 400
 """Scenes are endless; clips start at this frame or before."""
 _EDGE_PX = 2
+_CONTACTS = 0.35
+"""Share of the second phase's clips that show objects where they touch, which is rare and hard."""
 _EVALUATION_CLIPS = 16
 _EVALUATION_FRAMES = 33
 _STATISTICS_CLIPS = 64
@@ -194,16 +197,44 @@ class VAETrainee:
         rng = np.random.default_rng((settings.seed, self._trains_encoder, step))
         clips, weights = [], []
         for _ in range(batch_size):
-            scene = self.world.scene(int(rng.integers(2**31)), "train")
-            start = int(rng.integers(LATEST_START_FRAME))
-            clip = self.world.frames(scene, num_frames, start)
-            clip = crop_around_object(clip, scene.background, side, rng)
-            mask = _object_mask(clip, scene.background).float()
+            clip, background = self._crop(num_frames, side, rng)
+            mask = _object_mask(clip, background).float()
             near = F.max_pool2d(mask, 2 * _EDGE_PX + 1, stride=1, padding=_EDGE_PX)
             clips.append(to_tensor(clip[None]))
             weights.append(1 + settings.object_weight * near.transpose(0, 1)[None])
         device = self.module.device
         return torch.cat(clips).to(device), torch.cat(weights).to(device)
+
+    def _crop(self, frames: int, side: int, rng: np.random.Generator) -> tuple[NDArray[np.uint8], str]:
+        """A clip [F, side, side, 3] with an object in it, and its background."""
+        if not self._trains_encoder and rng.random() < _CONTACTS:
+            scene, frame, row, column = self._contact(rng)
+            start = max(0, frame - int(rng.integers(frames)))
+            return _crop_around(
+                self.world.frames(scene, frames, start), row, column, side, rng
+            ), scene.background
+        scene = self._scene(rng)
+        clip = self.world.frames(scene, frames, int(rng.integers(LATEST_START_FRAME)))
+        return crop_around_object(clip, scene.background, side, rng), scene.background
+
+    def _scene(self, rng: np.random.Generator) -> Scene:
+        return self.world.scene(int(rng.integers(2**31)), "train")
+
+    def _contact(self, rng: np.random.Generator) -> tuple[Scene, int, int, int]:
+        """A scene, and frame, row and column where two objects touch or overlap."""
+        height, width, fps = self.world.height, self.world.width, self.world.fps
+        times_s = np.arange(LATEST_START_FRAME) / fps
+        while True:
+            scene = self._scene(rng)
+            if len(scene.objects) == 1:
+                continue
+            one, other = (item.centres(times_s, height, width) for item in scene.objects)
+            reach = sum(item.extent for item in scene.objects) * self.world.short_side
+            frames = np.flatnonzero(np.linalg.norm(one - other, axis=1) < reach)
+            if len(frames):
+                frame = int(rng.choice(frames))
+                column, row = (one[frame] + other[frame]) / 2
+                return scene, frame, int(row), int(column)
 
 
 def normalise_latents(vae: TinyVideoVAE, settings: VAETrainingSettings) -> TinyVideoVAE:
@@ -242,7 +273,14 @@ def crop_around_object(
     frame = clip[rng.integers(len(clip))]
     pixels = np.argwhere((frame != np.array(BACKGROUND_RGB[background], dtype=np.uint8)).any(axis=-1))
     row, column = pixels[rng.integers(len(pixels))] if len(pixels) else (0, 0)
-    height, width = frame.shape[:2]
+    return _crop_around(clip, int(row), int(column), side, rng)
+
+
+def _crop_around(
+    clip: NDArray[np.uint8], row: int, column: int, side: int, rng: np.random.Generator
+) -> NDArray[np.uint8]:
+    """A square crop of [F, H, W, 3] that holds a pixel, at a random place in it."""
+    height, width = clip.shape[1:3]
     top = int(np.clip(row - rng.integers(side), 0, height - side))
     left = int(np.clip(column - rng.integers(side), 0, width - side))
     return clip[:, top : top + side, left : left + side]

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -92,3 +93,15 @@ def test_first_weights_tell_the_quarters_of_a_patch():
 def test_bad_settings(wrong, error):
     with pytest.raises(ValueError, match=error):
         VAETrainingSettings(**wrong)
+
+
+def test_the_decoder_sees_objects_where_they_touch():
+    vae = TinyVideoVAE(latent_channels=12, encoder_width=12, decoder_widths=(6, 5, 4, 4))
+    trainee, rng = VAETrainee(SETTINGS, vae), np.random.default_rng(0)
+    for _ in range(20):
+        scene, frame, row, column = trainee._contact(rng)
+        one, other = (item.centres(np.array([frame / 16]), 64, 64)[0] for item in scene.objects)
+        assert np.hypot(*(one - other)) < 64 * sum(item.extent for item in scene.objects)
+        assert np.allclose((one + other) / 2, (column, row), atol=1)
+        clip, _ = trainee._crop(5, 16, rng)
+        assert clip.shape == (5, 16, 16, 3)
