@@ -146,7 +146,9 @@ class StudentTrainingSettings:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if (total := self.first + self.image_start + self.middle + self.switched) > 1:
-            raise ValueError(f"first, image_start, middle and switched must add up to at most 1, got {total:g}")
+            raise ValueError(
+                f"first, image_start, middle and switched must add up to at most 1, got {total:g}"
+            )
 
     def clip_set(self, temporal_ratio: int) -> ClipSet:
         """What it is trained and evaluated on."""
