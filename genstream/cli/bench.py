@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from genstream.cli.figures import RunClock
-from genstream.cli.process import processor_name, resident_memory_bytes
+from genstream.cli.process import hardware_name, resident_memory_bytes
+from genstream.cli.units import change, mib
 from genstream.io.model_folder import find_model
 from genstream.io.sections import write_section
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from genstream.pipelines.causal_video import CausalVideoPipeline
 
 _MINUTE_S = 60.0
-_MIB = 2**20
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -103,8 +102,8 @@ class EnduranceFigures:
 
     def table(self) -> str:
         """The figures as a markdown table."""
-        latency = _change(self.chunk_latency_first_minute_s, self.chunk_latency_last_minute_s)
-        memory = _change(self.memory_first_minute_bytes, self.memory_last_minute_bytes)
+        latency = change(self.chunk_latency_first_minute_s, self.chunk_latency_last_minute_s)
+        memory = change(self.memory_first_minute_bytes, self.memory_last_minute_bytes)
         rows = (
             ("frame rate, decoding included", f"{self.frame_rate:.1f} fps"),
             ("real-time factor", f"{self.real_time_factor:.2f}"),
@@ -121,11 +120,11 @@ class EnduranceFigures:
             ("chunk latency, 95th percentile", f"{1000 * self.chunk_latency_p95_s:.1f} ms"),
             (
                 "process memory, median of the first minute",
-                _mib(self.memory_first_minute_bytes),
+                mib(self.memory_first_minute_bytes),
             ),
             (
                 "process memory, median of the last minute",
-                f"{_mib(self.memory_last_minute_bytes)} ({memory})",
+                f"{mib(self.memory_last_minute_bytes)} ({memory})",
             ),
         )
         title = f"One stream of {self.minutes:.4g} minutes of video; {self.hardware}, {self.date}"
@@ -146,22 +145,4 @@ def measure(pipe: "CausalVideoPipeline", prompt: str, seed: int, minutes: float)
             clock.chunk_done(len(frames_of_chunk(chunk)))
             progress.show(clock)
             memory.append(resident_memory_bytes())
-    return EnduranceFigures.of(clock, memory, _hardware(pipe), fps)
-
-
-def _hardware(pipe: "CausalVideoPipeline") -> str:
-    import torch
-
-    if pipe.device.type == "cuda":
-        processor = torch.cuda.get_device_name(pipe.device)
-    else:
-        processor = f"{processor_name()}, {torch.get_num_threads()} threads"
-    return f"{processor}, {platform.system()}, torch {torch.__version__}"
-
-
-def _mib(size_bytes: float) -> str:
-    return f"{size_bytes / _MIB:.1f} MiB"
-
-
-def _change(before: float, after: float) -> str:
-    return f"{100 * (after / before - 1):+.1f} %"
+    return EnduranceFigures.of(clock, memory, hardware_name(pipe.device), fps)

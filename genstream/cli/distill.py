@@ -2,8 +2,7 @@
 
 import argparse
 
-from genstream.cli.settings import parse_settings
-from genstream.cli.train import show_progress
+from genstream.cli.train import run_training
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -21,7 +20,4 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def _distill_vae(arguments: argparse.Namespace) -> int:
     from genstream.training.distilled_vae import VAEDistillationSettings, distill_vae
 
-    settings, output = parse_settings("genstream distill vae", VAEDistillationSettings, arguments.more)
-    show_progress()
-    distill_vae(settings, output)
-    return 0
+    return run_training("genstream distill vae", VAEDistillationSettings, distill_vae, arguments)

@@ -5,6 +5,10 @@ import platform
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _IMPORTED_AT_S = time.perf_counter()
 _START_TIME_FIELD = 19  # field 22 of /proc/self/stat, counted after the command name, which may hold spaces
@@ -36,6 +40,17 @@ def processor_name() -> str:
         return platform.processor() or platform.machine()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.machine()
+
+
+def hardware_name(device: "torch.device") -> str:
+    """Processor or GPU with what else decides a speed: threads, system, version of torch."""
+    import torch
+
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    else:
+        processor = f"{processor_name()}, {torch.get_num_threads()} threads"
+    return f"{processor}, {platform.system()}, torch {torch.__version__}"
 
 
 def peak_memory_bytes() -> int | None:

@@ -5,8 +5,13 @@ vae and student are the parts of the embedded model, causal-vae is a video VAE f
 
 import argparse
 import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
 
 from genstream.cli.settings import parse_settings
+
+S = TypeVar("S")
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -27,30 +32,26 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def _train_vae(arguments: argparse.Namespace) -> int:
     from genstream.training.vae import VAETrainingSettings, train_vae
 
-    settings, output = parse_settings("genstream train vae", VAETrainingSettings, arguments.more)
-    show_progress()
-    train_vae(settings, output)
-    return 0
+    return run_training("genstream train vae", VAETrainingSettings, train_vae, arguments)
 
 
 def _train_student(arguments: argparse.Namespace) -> int:
     from genstream.training.student import StudentTrainingSettings, train_student
 
-    settings, output = parse_settings("genstream train student", StudentTrainingSettings, arguments.more)
-    show_progress()
-    train_student(settings, output)
-    return 0
+    return run_training("genstream train student", StudentTrainingSettings, train_student, arguments)
 
 
 def _train_causal_vae(arguments: argparse.Namespace) -> int:
     from genstream.training.causal_vae import CausalVAETrainingSettings, train_causal_vae
 
-    settings, output = parse_settings("genstream train causal-vae", CausalVAETrainingSettings, arguments.more)
-    show_progress()
-    train_causal_vae(settings, output)
-    return 0
+    return run_training("genstream train causal-vae", CausalVAETrainingSettings, train_causal_vae, arguments)
 
 
-def show_progress() -> None:
-    """The trainers' log lines on stderr."""
+def run_training(
+    prog: str, kind: type[S], train: Callable[[S, Path], None], arguments: argparse.Namespace
+) -> int:
+    """Train with settings of class `kind` from the command line; the trainers' log lines go to stderr."""
+    settings, output = parse_settings(prog, kind, arguments.more)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    train(settings, output)
+    return 0

@@ -1,7 +1,6 @@
 """Speed, memory and use of the processor by one video VAE."""
 
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from genstream.cli.process import peak_memory_bytes, processor_name, resident_memory_bytes
+from genstream.cli.process import hardware_name, peak_memory_bytes, resident_memory_bytes
+from genstream.cli.units import change, mib
 from genstream.vae.protocol import Direction, StreamingVAE, VAESpec, VAEState
 
 _MATMUL_SIZE = 1024
@@ -21,7 +21,6 @@ _MATMUL_SIZE_GPU = 8192
 _MATMUL_RUNS = 10
 _RGB = 3
 _PARTS = 10
-_MIB = 2**20
 _GIGA = 1e9
 
 
@@ -161,7 +160,7 @@ def measure(vae: StreamingVAE, name: str, settings: BenchSettings) -> VAEFigures
         chunk_latents=chunk_latents,
         device=device.type,
         dtype=str(like.dtype).removeprefix("torch."),
-        hardware=_hardware(device),
+        hardware=hardware_name(device),
         date=datetime.now(UTC).date().isoformat(),
         exactness=vae.spec.exactness,
         matmul_flop_per_s=peak,
@@ -264,14 +263,6 @@ def _peak_memory(device: torch.device) -> int | None:
     return None if peak is None else max(peak, _memory(device))
 
 
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
-    else:
-        processor = f"{processor_name()}, {torch.get_num_threads()} threads"
-    return f"{processor}, {platform.system()}, torch {torch.__version__}"
-
-
 def section_title(figures: VAEFigures) -> str:
     """Of the section that the figures belong to."""
     return f"Speed at {figures.width}x{figures.height}, {figures.dtype} on {figures.device}"
@@ -308,7 +299,7 @@ def _streams(row: VAEFigures) -> list[tuple[str, StreamFigures]]:
 
 
 def _speed(row: VAEFigures, direction: str, stream: StreamFigures) -> str:
-    peak = "" if row.peak_memory_bytes is None else _mib(row.peak_memory_bytes)
+    peak = "" if row.peak_memory_bytes is None else mib(row.peak_memory_bytes)
     cells = (
         row.vae,
         direction,
@@ -318,7 +309,7 @@ def _speed(row: VAEFigures, direction: str, stream: StreamFigures) -> str:
         f"{1000 * stream.chunk_p95_s:.4g}",
         f"{stream.flop_per_chunk / stream.chunk_frames / _GIGA:.3g}",
         f"{100 * stream.ceiling_share:.0f} %",
-        _mib(stream.state_bytes),
+        mib(stream.state_bytes),
         peak,
     )
     return f"| {' | '.join(cells)} |"
@@ -330,16 +321,8 @@ def _steadiness(row: VAEFigures, direction: str, stream: StreamFigures) -> str:
         direction,
         str(stream.chunks),
         f"{1000 * stream.frame_first_s:.4g}",
-        f"{1000 * stream.frame_last_s:.4g} ({_change(stream.frame_first_s, stream.frame_last_s)})",
-        _mib(stream.memory_first_bytes),
-        f"{_mib(stream.memory_last_bytes)} ({_change(stream.memory_first_bytes, stream.memory_last_bytes)})",
+        f"{1000 * stream.frame_last_s:.4g} ({change(stream.frame_first_s, stream.frame_last_s)})",
+        mib(stream.memory_first_bytes),
+        f"{mib(stream.memory_last_bytes)} ({change(stream.memory_first_bytes, stream.memory_last_bytes)})",
     )
     return f"| {' | '.join(cells)} |"
-
-
-def _mib(size_bytes: float) -> str:
-    return f"{size_bytes / _MIB:.1f} MiB"
-
-
-def _change(before: float, after: float) -> str:
-    return f"{100 * (after / before - 1):+.1f} %"

@@ -1,0 +1,13 @@
+"""How figures are written in tables."""
+
+_MIB = 2**20
+
+
+def mib(size_bytes: float) -> str:
+    """Bytes as MiB."""
+    return f"{size_bytes / _MIB:.1f} MiB"
+
+
+def change(before: float, after: float) -> str:
+    """What a figure became, in per cent of what it was."""
+    return f"{100 * (after / before - 1):+.1f} %"
