@@ -35,7 +35,9 @@ class LoopSettings:
         total_steps: optimiser steps of the whole run.
         learning_rate: peak, reached after `warmup_steps`; falls to zero along a half cosine.
         warmup_steps: linear warm-up.
-        weight_decay: of AdamW.
+        weight_decay: of both optimisers.
+        optimizer: "adamw"; or "muon" (Jordan et al., 2024) for the matrices of repeated blocks, and AdamW for
+            all else.
         gradient_clip: largest norm of the gradient.
         ema_decay: of the averaged weights; builds up over the first steps.
         checkpoint_steps: steps between checkpoints.
@@ -49,6 +51,7 @@ class LoopSettings:
     learning_rate: float
     warmup_steps: int = 100
     weight_decay: float = 0.01
+    optimizer: Literal["adamw", "muon"] = "adamw"
     gradient_clip: float = 1.0
     ema_decay: float = 0.999
     checkpoint_steps: int = 500
@@ -67,6 +70,8 @@ class LoopSettings:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer must be 'adamw' or 'muon', got {self.optimizer!r}")
 
 
 class Trainee(Protocol):
@@ -141,11 +146,7 @@ class _Training:
         self.accelerator = Accelerator(mixed_precision="no")
         trainee.module.to(self.accelerator.device)
         self.average = copy.deepcopy(trainee.module).requires_grad_(requires_grad=False)
-        trained = [weight for weight in trainee.module.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
-        )
-        self.optimizer = self.accelerator.prepare(optimizer)
+        self.optimizers = [self.accelerator.prepare(each) for each in _optimizers(trainee.module, settings)]
         self.step = 0
         self.seconds = 0.0
         self.window: list[dict[str, float]] = []
@@ -177,7 +178,9 @@ class _Training:
         if checkpoint is not None:
             self.trainee.module.load_state_dict(load_file(checkpoint / "module.safetensors"))
             self.average.load_state_dict(load_file(checkpoint / "average.safetensors"))
-            self.optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+            states = torch.load(checkpoint / "optimizers.pt", weights_only=True)
+            for optimizer, state in zip(self.optimizers, states, strict=True):
+                optimizer.load_state_dict(state)
             progress = json.loads((checkpoint / "progress.json").read_text())
             self.step, self.seconds = progress["step"], progress["seconds"]
             logger.info("continuing after step %d from %s", self.step, checkpoint)
@@ -188,8 +191,9 @@ class _Training:
     def _optimise(self) -> dict[str, float]:
         settings, module = self.settings, self.trainee.module
         learning_rate = learning_rate_at(self.step, settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
         torch.manual_seed((settings.seed << 32) + self.step)
         device = self.accelerator.device.type
         with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16"):
@@ -199,10 +203,12 @@ class _Training:
             raise FloatingPointError(
                 f"loss is {value} at step {self.step}; last good checkpoint: {newest_checkpoint(self.output)}"
             )
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(module.parameters(), settings.gradient_clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return {"loss": value, **parts, "learning_rate": learning_rate}
 
     @torch.no_grad()
@@ -237,11 +243,35 @@ class _Training:
         partial.mkdir()
         _save_weights(self.trainee.module, partial / "module.safetensors")
         _save_weights(self.average, partial / "average.safetensors")
-        torch.save(self.optimizer.state_dict(), partial / "optimizer.pt")
+        torch.save([each.state_dict() for each in self.optimizers], partial / "optimizers.pt")
         (partial / "progress.json").write_text(json.dumps({"step": self.step, "seconds": self.seconds}))
         partial.rename(final)
         for old in sorted(folder.glob("step_*"))[:-_CHECKPOINTS_KEPT]:
             shutil.rmtree(old)
+
+
+def _optimizers(module: nn.Module, settings: LoopSettings) -> list[torch.optim.Optimizer]:
+    trained = [weight for weight in module.parameters() if weight.requires_grad]
+    matrices = _block_matrices(module) if settings.optimizer == "muon" else []
+    chosen = {id(weight) for weight in matrices}
+    rest = [weight for weight in trained if id(weight) not in chosen]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        # Updates as large as AdamW's, so that both share one learning rate.
+        optimizers.append(
+            torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        )
+    if rest:
+        optimizers.append(torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=decay))
+    return optimizers
+
+
+def _block_matrices(module: nn.Module) -> list[nn.Parameter]:
+    """Weights of linear layers inside of repeated blocks: neither embeddings nor heads."""
+    blocks = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
+    layers = {layer: None for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)}
+    return [layer.weight for layer in layers if layer.weight.requires_grad]
 
 
 def _save_weights(module: nn.Module, path: Path) -> None:

@@ -48,8 +48,9 @@ _SHARED_LEVELS = 0.5
 _REDRAWN_LEVEL = 0.8
 """Largest noise under which a context is redrawn."""
 _TARGET_COPIES = 3
-_FIRST_CHUNKS = 4
+_FIRST_CHUNKS = 8
 """First chunks of a step on them alone, in batch sizes."""
+_ENDS = ("transformer.patch_embedding.", "transformer.proj_out.")
 _CAPTIONS = 16
 """Captions of one scene."""
 _KEPT_SINKS = 0.2
@@ -62,7 +63,8 @@ class StudentTrainingSettings:
 
     Attributes:
         vae: folder of the VAE whose latents it learns.
-        initial: folder of a finished run to start from; random weights when None.
+        initial: folder of a finished run to start from, whose patches may be of another size; random weights
+            when None.
         total_steps: optimiser steps.
         learning_rate: peak.
         batch_size: clips of a step.
@@ -99,15 +101,15 @@ class StudentTrainingSettings:
 
     vae: str = "runs/vae/vae"
     initial: str | None = None
-    total_steps: int = 8000
-    learning_rate: float = 1.8e-3
-    batch_size: int = 16
+    total_steps: int = 2600
+    learning_rate: float = 2e-3
+    batch_size: int = 8
     clips: int = 3072
     evaluation_clips: int = 64
     clip_chunks: int = 8
     chunk_frames: int = 3
     window_chunks: int = 2
-    patch_size: int = 2
+    patch_size: int = 1
     width: int = 192
     layers: int = 6
     ffn_width: int = 768
@@ -118,11 +120,11 @@ class StudentTrainingSettings:
     shift: float = 12.0
     guidance_scale: float = 3.0
     context_noise: float = 0.15
-    first: float = 0.35
+    first: float = 0.5
     redrawn: float = 0.35
     without_text: float = 0.1
     image_start: float = 0.05
-    middle: float = 0.3
+    middle: float = 0.25
     switched: float = 0.1
     checkpoint_steps: int = 200
     evaluate_steps: int = 500
@@ -169,6 +171,7 @@ class StudentTrainingSettings:
             evaluate_steps=self.evaluate_steps,
             seed=self.seed,
             precision=self.precision,
+            optimizer="muon",
         )
 
 
@@ -341,10 +344,23 @@ def train_student(settings: StudentTrainingSettings, output: Path) -> None:
     torch.manual_seed(settings.seed)
     trainee = StudentTrainee(settings, clips, latents)
     if settings.initial is not None:
-        load_average(trainee.module, Path(settings.initial))
+        load_initial(trainee.module, Path(settings.initial))
     run(settings.loop, trainee, output)
     export(output, Path(settings.vae), output / _RESULT_FOLDER)
     logger.info("trained model in %s", output / _RESULT_FOLDER)
+
+
+def load_initial(student: Student, run_folder: Path) -> None:
+    """Load the averaged weights of a run; where its patches are of another size, both ends stay random."""
+    settings = _saved_settings(run_folder)
+    initial = Student(
+        settings, student.transformer.config.in_channels, student.text_encoder.config.vocab_size
+    )
+    load_average(initial, run_folder)
+    own = student.state_dict()
+    weights = initial.state_dict()
+    ends = {name for name in weights if name.startswith(_ENDS) and weights[name].shape != own[name].shape}
+    student.load_state_dict({name: own[name] if name in ends else weights[name] for name in weights})
 
 
 def export(run_folder: Path, vae_folder: Path, folder: Path) -> None:

@@ -42,6 +42,9 @@ LATEST_START_FRAME = 400
 _EDGE_PX = 2
 _CONTACTS = 0.35
 """Share of the second phase's clips that show objects where they touch, which is rare and hard."""
+_RECOLOURED = 0.35
+"""Share of the second phase's clips whose colour channels change places, so that no shape is tied to the
+colours it is trained in."""
 _EVALUATION_CLIPS = 16
 _EVALUATION_FRAMES = 33
 _STATISTICS_CLIPS = 64
@@ -200,6 +203,8 @@ class VAETrainee:
             clip, background = self._crop(num_frames, side, rng)
             mask = _object_mask(clip, background).float()
             near = F.max_pool2d(mask, 2 * _EDGE_PX + 1, stride=1, padding=_EDGE_PX)
+            if not self._trains_encoder and rng.random() < _RECOLOURED:
+                clip = clip[..., rng.permutation(3)]
             clips.append(to_tensor(clip[None]))
             weights.append(1 + settings.object_weight * near.transpose(0, 1)[None])
         device = self.module.device

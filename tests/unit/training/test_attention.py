@@ -4,11 +4,18 @@ import torch
 from genstream.training.attention import MatmulAttention
 from genstream.transformer.attention import AttentionProcessor
 
+MASKS = {
+    "none": None,
+    "everything": torch.ones(7, 9, dtype=torch.bool),
+    "triangle": torch.ones(7, 9, dtype=torch.bool).tril(2),
+    "pieces with holes": torch.tensor([[1, 1, 0, 0, 0, 1, 0, 0, 1]] * 3 + [[0, 0, 1, 1, 1, 0, 1, 0, 0]] * 4)
+    == 1,
+}
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_equals_the_dispatched_attention_with_its_gradients(masked):
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_equals_the_dispatched_attention_with_its_gradients(mask):
     generator = torch.Generator().manual_seed(0)
-    mask = torch.ones(7, 9, dtype=torch.bool).tril(2) if masked else None
     results = []
     for processor in (AttentionProcessor(), MatmulAttention()):
         generator.manual_seed(0)

@@ -1,4 +1,5 @@
 import csv
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -38,15 +39,45 @@ class Line:
         return {"weight": module.weight.mean().item()}
 
 
+class Blocks(Line):
+    """A line behind two blocks of matrices."""
+
+    def __init__(self, fails_at: int = -1) -> None:
+        super().__init__(fails_at)
+        blocks = nn.ModuleList([nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 2)) for _ in range(2)])
+        self.module = nn.Sequential(
+            OrderedDict(ends=nn.Linear(2, 2), blocks=_Chain(blocks), head=nn.Linear(2, 1))
+        )
+
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        return {"weight": module.head.weight.mean().item()}
+
+
+class _Chain(nn.Module):
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 class Killed(Exception):
     pass
 
 
-class KilledLine(Line):
-    def loss(self, step: int):
-        if step == self.fails_at:
-            raise Killed
-        return super().loss(step)
+def killed(kind: type[Line], at: int) -> Line:
+    """A trainee that is killed at a step."""
+
+    class KilledTrainee(kind):
+        def loss(self, step: int):
+            if step == at:
+                raise Killed
+            return super().loss(step)
+
+    return KilledTrainee()
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -55,12 +86,14 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("killed_at", [2, 5, 11])
-def test_killed_run_continues_as_if_unbroken(tmp_path, killed_at):
-    unbroken = run(LoopSettings(**SETTINGS), Line(), tmp_path / "unbroken")
+@pytest.mark.parametrize(("kind", "optimizer"), [(Line, "adamw"), (Blocks, "muon")])
+def test_killed_run_continues_as_if_unbroken(tmp_path, killed_at, kind, optimizer):
+    settings = LoopSettings(**SETTINGS, optimizer=optimizer)
+    unbroken = run(settings, kind(), tmp_path / "unbroken")
     with pytest.raises(Killed):
-        run(LoopSettings(**SETTINGS), KilledLine(fails_at=killed_at), tmp_path / "killed")
-    continued = run(LoopSettings(**SETTINGS), Line(), tmp_path / "killed")
-    assert torch.equal(continued.weight, unbroken.weight)
+        run(settings, killed(kind, killed_at), tmp_path / "killed")
+    continued = run(settings, kind(), tmp_path / "killed")
+    assert all(map(torch.equal, continued.parameters(), unbroken.parameters()))
     for name in ("log.csv", "evaluation.csv"):
         assert rows(tmp_path / "killed" / name) == rows(tmp_path / "unbroken" / name)
 
@@ -99,6 +132,24 @@ def test_frozen_weights_stay(tmp_path):
     assert torch.equal(average.bias, before)
 
 
+def test_muon_turns_the_matrices_of_blocks_and_leaves_the_rest_to_adamw(tmp_path):
+    steps = {}
+    for optimizer in ("adamw", "muon"):
+        trainee = Blocks()
+        before = {name: weight.detach().clone() for name, weight in trainee.module.named_parameters()}
+        once = {**SETTINGS, "total_steps": 1, "warmup_steps": 1}
+        run(LoopSettings(**once, weight_decay=0.0, optimizer=optimizer), trainee, tmp_path / optimizer)
+        after = dict(trainee.module.named_parameters())
+        steps[optimizer] = {name: after[name].detach() - before[name] for name in before}
+    for name, step in steps["muon"].items():
+        if name.startswith("blocks.") and name.endswith("weight"):
+            large, small = torch.linalg.svdvals(step)
+            assert 1 <= large / small < 2  # nearly a rotation: that is what Muon makes of a gradient
+            assert 0 < large < 0.05 * 6
+        else:
+            torch.testing.assert_close(step, steps["adamw"][name])
+
+
 def test_learning_rate_rises_then_falls_to_zero():
     settings = LoopSettings(total_steps=100, learning_rate=1.0, warmup_steps=10)
     rates = [learning_rate_at(step, settings) for step in range(101)]
@@ -113,6 +164,8 @@ def test_settings_are_checked():
         LoopSettings(total_steps=0, learning_rate=1.0)
     with pytest.raises(ValueError, match="precision must be 'fp32' or 'bf16', got 'int8'"):
         LoopSettings(total_steps=1, learning_rate=1.0, precision="int8")
+    with pytest.raises(ValueError, match="optimizer must be 'adamw' or 'muon', got 'sgd'"):
+        LoopSettings(total_steps=1, learning_rate=1.0, optimizer="sgd")
 
 
 def test_runs_of_one_process_may_differ_in_precision(tmp_path):

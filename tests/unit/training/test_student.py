@@ -9,7 +9,13 @@ from genstream.data.toyworld import ToyWorld
 from genstream.data.vocabulary import words
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.training.clips import encode_clips
-from genstream.training.student import StudentTrainee, StudentTrainingSettings, export, train_student
+from genstream.training.student import (
+    StudentTrainee,
+    StudentTrainingSettings,
+    export,
+    load_initial,
+    train_student,
+)
 from genstream.vae.tiny import TinyVideoVAE
 
 TINY = {
@@ -228,3 +234,14 @@ def test_a_run_goes_on_from_another_and_its_record_tells_both(trained, vae_folde
     record = tmp_path / "second" / "model" / "training"
     assert sorted(path.name for path in record.glob("*.json")) == ["student_1.json", "student_2.json"]
     assert "--initial" in json.loads((record / "student_2.json").read_text())["command"]
+
+
+def test_a_run_goes_on_from_one_with_larger_patches(trained):
+    _, folder = trained
+    student = trainee_for(initial=str(folder), patch_size=2).module
+    before = {name: weight.clone() for name, weight in student.state_dict().items()}
+    load_initial(student, folder)
+    average = load_file(max((folder / "checkpoints").iterdir()) / "average.safetensors")
+    for name, weight in student.state_dict().items():
+        is_end = "patch_embedding.weight" in name or "proj_out" in name
+        assert torch.equal(weight, before[name] if is_end else average[name])
