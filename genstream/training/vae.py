@@ -42,9 +42,6 @@ LATEST_START_FRAME = 400
 _EDGE_PX = 2
 _CONTACTS = 0.35
 """Share of the second phase's clips that show objects where they touch, which is rare and hard."""
-_RECOLOURED = 0.35
-"""Share of the second phase's clips whose colour channels change places, so that no shape is tied to the
-colours it is trained in."""
 _EVALUATION_CLIPS = 16
 _EVALUATION_FRAMES = 33
 _STATISTICS_CLIPS = 64
@@ -66,7 +63,6 @@ class VAETrainingSettings:
         encoder_width: channels of every encoder stage.
         decoder_widths: channels of the three decoder stages and of the last layer.
         object_weight: extra weight of pixels on and around objects.
-        decoder_object_weight: the same in the second phase, which is left with the corners of small shapes.
         latents_noise: largest noise added to latents before decoding, in standard deviations, so that
             imperfect latents still decode well.
         moments_weight: weight of the pull of latents to mean 0 and standard deviation 1 per channel.
@@ -87,7 +83,6 @@ class VAETrainingSettings:
     encoder_width: int = 40
     decoder_widths: tuple[int, int, int, int] = (80, 64, 48, 32)
     object_weight: float = 4.0
-    decoder_object_weight: float = 20.0
     latents_noise: float = 0.15
     moments_weight: float = 0.01
     checkpoint_steps: int = 500
@@ -196,7 +191,6 @@ class VAETrainee:
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Frames [B, 3, F, H, W] and pixel weights [B, 1, F, H, W] of a step."""
         settings = self.settings
-        weight = settings.object_weight if self._trains_encoder else settings.decoder_object_weight
         parts, num_frames = _CLIP_SHAPES[step % len(_CLIP_SHAPES)]
         side = settings.size_px // parts
         batch_size = max(1, settings.clips * 9 * parts**2 // (num_frames * 4))
@@ -206,10 +200,8 @@ class VAETrainee:
             clip, background = self._crop(num_frames, side, rng)
             mask = _object_mask(clip, background).float()
             near = F.max_pool2d(mask, 2 * _EDGE_PX + 1, stride=1, padding=_EDGE_PX)
-            if not self._trains_encoder and rng.random() < _RECOLOURED:
-                clip = clip[..., rng.permutation(3)]
             clips.append(to_tensor(clip[None]))
-            weights.append(1 + weight * near.transpose(0, 1)[None])
+            weights.append(1 + settings.object_weight * near.transpose(0, 1)[None])
         device = self.module.device
         return torch.cat(clips).to(device), torch.cat(weights).to(device)
 
