@@ -25,7 +25,8 @@ from genstream.streaming.chunk import Chunk
 from genstream.streaming.controls import Applied
 from genstream.streaming.engine import CacheEngine
 from genstream.streaming.noise import NoiseSource, SeededNoise
-from genstream.streaming.request import StreamRequest, StreamSettings
+from genstream.streaming.request import StreamRequest
+from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSettings
 from genstream.streaming.snapshot import load_state, model_fingerprint, save_state
 from genstream.streaming.state import StreamState
 from genstream.transformer.causal_dit import CausalDiT
@@ -62,7 +63,10 @@ class CausalVideoPipeline(DiffusionPipeline):
         sink_frames: first latent frames, kept for ever.
         window_frames: latent frames kept besides the sinks and the current chunk; None keeps all.
         positions: "absolute" or "window", temporal positions of the sinks.
-        context_timestep: timestep of the pass that commits a finished chunk, in [0, 1000].
+        context: "clean", "fused", "last_step" or "recompute", where keys and values of the past come from.
+        context_timestep: timestep of the passes that make them, in [0, 1000].
+        recache: "nothing", "window" or "all", what a new prompt does to them.
+        past_weight: factor in (0, 1] on the attention to past frames but the first; 1 is off.
         independent_first_frame: the first chunk is a single latent frame.
         guidance_scale: of classifier-free guidance, when a call names none; 1 is off.
         text_tokens: prompt length the transformer was trained with.
@@ -88,7 +92,10 @@ class CausalVideoPipeline(DiffusionPipeline):
         sink_frames: int = 0,
         window_frames: int | None = None,
         positions: str = "absolute",
+        context: str = "clean",
         context_timestep: float = 0.0,
+        recache: str = "all",
+        past_weight: float = 1.0,
         independent_first_frame: bool = False,
         guidance_scale: float = 1.0,
         text_tokens: int = 512,
@@ -111,7 +118,10 @@ class CausalVideoPipeline(DiffusionPipeline):
             sink_frames=sink_frames,
             window_frames=window_frames,
             positions=positions,
+            context=context,
             context_timestep=context_timestep,
+            recache=recache,
+            past_weight=past_weight,
             independent_first_frame=independent_first_frame,
             guidance_scale=guidance_scale,
             text_tokens=text_tokens,
@@ -152,7 +162,10 @@ class CausalVideoPipeline(DiffusionPipeline):
             sink_frames=self.config.sink_frames,
             window_frames=self.config.window_frames,
             positions=PositionPolicy(self.config.positions),
+            context=ContextPolicy(self.config.context),
             context_timestep=self.config.context_timestep,
+            recache=RecachePolicy(self.config.recache),
+            past_weight=self.config.past_weight,
             independent_first_frame=self.config.independent_first_frame,
             guidance_scale=self.config.guidance_scale,
         )

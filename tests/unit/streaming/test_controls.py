@@ -15,10 +15,11 @@ from genstream.streaming.controls import (
     to_json,
 )
 from genstream.streaming.engine import NonFiniteLatentsError
+from genstream.streaming.settings import RecachePolicy
 
 RED, BLUE = "a red circle moving right", "a blue square moving left"
 ALL = (
-    PromptControl(prompt=BLUE, keep_sinks=True, blend_chunks=2),
+    PromptControl(prompt=BLUE, recache=RecachePolicy.WINDOW, blend_chunks=2),
     PauseControl(),
     ResumeControl(),
     StopControl(),
@@ -140,9 +141,9 @@ def test_blend_reaches_the_new_prompt_step_by_step(pipe, ask):
 def test_recache_matters_and_so_do_the_sinks(pipe, ask, collect):
     frames = {}
     for name, options in {
-        "new sinks": {"keep_sinks": False},
-        "old sinks": {"keep_sinks": True},
-        "old cache": {"recache": False},
+        "new sinks": {"recache": RecachePolicy.ALL},
+        "old sinks": {"recache": RecachePolicy.WINDOW},
+        "old cache": {"recache": RecachePolicy.NOTHING},
     }.items():
         state = pipe.start(ask(seed=5))
         collect(state, chunks=4)
@@ -162,7 +163,7 @@ def test_recache_rebuilds_every_kept_frame_but_kept_sinks(pipe, ask, collect):
     before = [tensor.unflatten(1, (-1, 4)).clone() for tensor in state.kv.values]
     state.prompt_embeds = pipe.encode_prompt(BLUE)
     state.text = pipe.engine.text_cache(state.prompt_embeds, state.request)
-    pipe.engine.recache(state, keep_sinks=True)
+    pipe.engine.recache(state, RecachePolicy.WINDOW)
     first, second = (
         (after.unflatten(1, (-1, 4)) - old).abs().amax(dim=(0, 2, 3, 4))
         for after, old in zip(state.kv.values, before, strict=True)
@@ -190,7 +191,7 @@ def test_recache_leaves_a_single_layer_as_it_was(build_pipeline):
     for _ in range(5):
         pipe.step(state)
     before = {name: tensor.clone() for name, tensor in state.kv.tensors().items()}
-    pipe.engine.recache(state, keep_sinks=True)
+    pipe.engine.recache(state, RecachePolicy.WINDOW)
     for name, tensor in state.kv.tensors().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-5)
 
@@ -272,7 +273,7 @@ def test_controls_from_other_threads(pipe, ask):
 
     def submit():
         for _ in range(300):
-            state.submit(PromptControl(prompt=BLUE, recache=False), not_before=10**9)
+            state.submit(PromptControl(prompt=BLUE, recache=RecachePolicy.NOTHING), not_before=10**9)
             state.submit(ResumeControl())
 
     threads = [Thread(target=submit) for _ in range(3)]

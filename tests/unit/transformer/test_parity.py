@@ -16,6 +16,7 @@ from genstream.schedulers.few_step import FewStepScheduler
 from genstream.streaming.controls import PromptControl
 from genstream.streaming.engine import CacheEngine
 from genstream.streaming.noise import GivenNoise
+from genstream.streaming.settings import RecachePolicy
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.transformer.conversion import from_wan, wan_names
 from genstream.vae.tiny import TinyVideoVAE
@@ -239,7 +240,10 @@ def test_prompt_switch(name, prefix, data, students):
     engine = CacheEngine(pipe.transformer, pipe.vae, lambda prompts: embeds[int(prompts[0])][None])
     state = engine.start(request)
     for segment, frame in enumerate(scenario.get("switch", ()), start=1):
-        control = PromptControl(prompt=str(segment), keep_sinks=scenario["global_sink"])
+        control = PromptControl(
+            prompt=str(segment),
+            recache=RecachePolicy.WINDOW if scenario["global_sink"] else RecachePolicy.ALL,
+        )
         state.submit(control, not_before=1 + 4 * (frame - 1))
     latents = torch.cat([chunk.latents for chunk in engine.run(state)], dim=2)
     torch.testing.assert_close(latents.transpose(1, 2), io[f"{prefix}.output"], rtol=0, atol=ATOL)
