@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -25,6 +25,7 @@ from genstream.streaming.chunk import Chunk
 from genstream.streaming.controls import Applied
 from genstream.streaming.engine import CacheEngine
 from genstream.streaming.noise import NoiseSource, SeededNoise
+from genstream.streaming.presets import EngineKind, Preset, find_preset
 from genstream.streaming.request import StreamRequest
 from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSettings
 from genstream.streaming.snapshot import load_state, model_fingerprint, save_state
@@ -196,6 +197,25 @@ class CausalVideoPipeline(DiffusionPipeline):
             )
         self._streaming = (self.vae, streaming)
         return streaming
+
+    def apply_preset(self, name: str) -> None:
+        """Run the model like a published student from now on: its denoising steps and all its settings.
+
+        Args:
+            name: one of `genstream.streaming.presets.PRESETS`.
+
+        Raises:
+            ValueError: there is no such preset, or the model cannot be run that way.
+        """
+        preset = find_preset(name)
+        self._check_preset(name, preset)
+        self.scheduler = FewStepScheduler(steps=list(preset.steps), shift=preset.shift, warped=preset.warped)
+        self.register_to_config(
+            **{
+                name: str(value) if isinstance(value, str) else value
+                for name, value in asdict(preset.settings).items()
+            }
+        )
 
     def encode_prompt(self, prompt: str | list[str]) -> Tensor:
         """Prompt embeddings `[B, text_tokens, text_dim]`.
@@ -491,6 +511,28 @@ class CausalVideoPipeline(DiffusionPipeline):
             return self.encode_prompt([prompt] * batch_size)
         nothing = [""] * batch_size
         return encode_prompts(nothing, self.tokenizer, self.text_encoder, self.config.text_tokens)
+
+    def _check_preset(self, name: str, preset: Preset) -> None:
+        config, wanted = self.transformer.config, preset.settings.chunk_frames
+        if preset.engine is not EngineKind.CACHE:
+            raise ValueError(
+                f"preset {name!r} needs the {preset.engine} engine, "
+                f"{type(self).__name__} runs on the cache engine"
+            )
+        if not isinstance(self.scheduler, FewStepScheduler):
+            raise ValueError(
+                f"preset {name!r} needs a few-step student, this model has a {type(self.scheduler).__name__}"
+            )
+        if wanted != self.config.chunk_frames:
+            raise ValueError(
+                f"preset {name!r} generates {wanted} latent frames at a time, "
+                f"this model was trained for {self.config.chunk_frames} (chunk_frames)"
+            )
+        if preset.takes_image and config.in_channels == self.transformer.out_channels:
+            raise ValueError(
+                f"preset {name!r} is for image-to-video models: in_channels must be above the "
+                f"{self.transformer.out_channels} of the latents, got {config.in_channels}"
+            )
 
     def _check_size(self, height: int, width: int) -> None:
         _, patch_height, patch_width = self.transformer.config.patch_size
