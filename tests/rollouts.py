@@ -210,7 +210,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def error_shares(rollout: Rollout, dtypes: Sequence[torch.dtype]) -> list[float]:
-    """Root mean square error of the latents in each dtype, as a share of their root mean square in float32."""
+    """Root mean square error of the latents in each dtype, as a share of their size in float32."""
     pipe = rollout.pipeline()
     exact, _ = rollout.run(pipe)
     shares = []

@@ -8,7 +8,7 @@ ROLLOUTS = rollouts("self_forcing", "longlive")
 if not ROLLOUTS:
     pytest.skip(f"no parity sets in {FOLDER}: set GENSTREAM_PARITY_DIR", allow_module_level=True)
 
-# Twice what was measured; eight times the rounding of a single number.
+# Twice what was measured, about two units in the last place: benchmarks/precision.md.
 BOUNDS = {torch.bfloat16: 0.015, torch.float16: 0.002}
 
 

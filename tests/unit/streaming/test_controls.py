@@ -138,6 +138,17 @@ def test_blend_reaches_the_new_prompt_step_by_step(pipe, ask):
     assert_same(state.prompt_embeds, target)
 
 
+def test_the_models_own_recache_policy(build_pipeline):
+    """A control that names none follows the settings."""
+    for policy in RecachePolicy:
+        pipe, frames = build_pipeline(recache=str(policy)), []
+        for recache in (None, policy):
+            state = pipe.start(pipe.request(RED, num_frames=69))
+            state.submit(PromptControl(prompt=BLUE, recache=recache), not_before=45)
+            frames.append(torch.cat([chunk.frames for chunk in pipe.run(state)], dim=2))
+        assert_same(*frames)
+
+
 def test_recache_matters_and_so_do_the_sinks(pipe, ask, collect):
     frames = {}
     for name, options in {
@@ -171,6 +182,19 @@ def test_recache_rebuilds_every_kept_frame_but_kept_sinks(pipe, ask, collect):
     assert first.max() < 1e-5
     assert (second[:3] == 0).all()
     assert (second[3:] > 1e-3).all()
+
+
+@pytest.mark.parametrize("chunks", range(1, 6))
+def test_sinks_are_rebuilt_until_frames_have_been_dropped(pipe, ask, collect, chunks):
+    """While the rebuilt window starts at frame 0 it holds the sinks, so keeping them has no meaning yet."""
+    frames = []
+    for policy in (RecachePolicy.WINDOW, RecachePolicy.ALL):
+        state = pipe.start(ask(seed=5))
+        collect(state, chunks=chunks)
+        state.submit(PromptControl(prompt=BLUE, recache=policy))
+        frames.append(collect(state, chunks=2))
+    fits = state.kv.layout.capacity_frames >= 3 * chunks
+    assert torch.equal(*frames) == fits
 
 
 @pytest.mark.parametrize("chunks", [1, 5])
@@ -251,9 +275,12 @@ def test_bad_seed(seed):
         ResetControl(seed=seed)
 
 
-@pytest.mark.parametrize("arguments", [{"prompt": " "}, {"prompt": RED, "blend_chunks": 0}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"prompt": " "}, {"prompt": RED, "blend_chunks": 0}, {"prompt": RED, "recache": "window"}],
+)
 def test_bad_prompt_control(arguments):
-    with pytest.raises(ValueError, match=r"prompt|blend_chunks"):
+    with pytest.raises(ValueError, match=r"prompt must|blend_chunks must|recache must"):
         PromptControl(**arguments)
 
 
