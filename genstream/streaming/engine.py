@@ -222,15 +222,18 @@ class CacheEngine:
         self._clean_pass(latents, start, state)
 
     def _check_context(self, request: StreamRequest) -> None:
-        """The frames that the context is made from must be there when the next chunk starts."""
+        """Frames that the past is made from must be there when the next chunk starts, and be encodable."""
+        if not request.settings.reencodes:
+            return
         spec = self.vae.spec
         at_once = spec.lookahead_latents == 0 and spec.first_latents == spec.chunk_latents == 1
-        if request.settings.reencodes and not (request.decode and at_once):
+        if not (request.decode and at_once):
             raise ValueError(
                 "context 'recompute' encodes decoded frames again: it needs decode=True and a VAE that "
                 "decodes every latent frame at once, or sink_frames above 0; "
                 f"got decode={request.decode} and {type(self.vae).__name__}"
             )
+        self.vae.init_state("encode", request.batch_size, request.height, request.width)
 
     @torch.no_grad()
     def text_cache(self, prompt_embeds: Tensor, request: StreamRequest) -> TextCache:
