@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -25,7 +25,9 @@ from genstream.streaming.chunk import Chunk
 from genstream.streaming.controls import Applied
 from genstream.streaming.engine import CacheEngine
 from genstream.streaming.noise import NoiseSource, SeededNoise
-from genstream.streaming.request import StreamRequest, StreamSettings
+from genstream.streaming.presets import EngineKind, Preset, find_preset
+from genstream.streaming.request import StreamRequest
+from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSettings
 from genstream.streaming.snapshot import load_state, model_fingerprint, save_state
 from genstream.streaming.state import StreamState
 from genstream.transformer.causal_dit import CausalDiT
@@ -62,7 +64,10 @@ class CausalVideoPipeline(DiffusionPipeline):
         sink_frames: first latent frames, kept for ever.
         window_frames: latent frames kept besides the sinks and the current chunk; None keeps all.
         positions: "absolute" or "window", temporal positions of the sinks.
-        context_timestep: timestep of the pass that commits a finished chunk, in [0, 1000].
+        context: "clean", "fused", "last_step" or "recompute", where keys and values of the past come from.
+        context_timestep: timestep of the passes that make them, in [0, 1000].
+        recache: "nothing", "window" or "all", what a new prompt does to them.
+        past_weight: factor in (0, 1] on the attention to past frames but the first; 1 is off.
         independent_first_frame: the first chunk is a single latent frame.
         guidance_scale: of classifier-free guidance, when a call names none; 1 is off.
         text_tokens: prompt length the transformer was trained with.
@@ -88,7 +93,10 @@ class CausalVideoPipeline(DiffusionPipeline):
         sink_frames: int = 0,
         window_frames: int | None = None,
         positions: str = "absolute",
+        context: str = "clean",
         context_timestep: float = 0.0,
+        recache: str = "all",
+        past_weight: float = 1.0,
         independent_first_frame: bool = False,
         guidance_scale: float = 1.0,
         text_tokens: int = 512,
@@ -111,7 +119,10 @@ class CausalVideoPipeline(DiffusionPipeline):
             sink_frames=sink_frames,
             window_frames=window_frames,
             positions=positions,
+            context=context,
             context_timestep=context_timestep,
+            recache=recache,
+            past_weight=past_weight,
             independent_first_frame=independent_first_frame,
             guidance_scale=guidance_scale,
             text_tokens=text_tokens,
@@ -152,7 +163,10 @@ class CausalVideoPipeline(DiffusionPipeline):
             sink_frames=self.config.sink_frames,
             window_frames=self.config.window_frames,
             positions=PositionPolicy(self.config.positions),
+            context=ContextPolicy(self.config.context),
             context_timestep=self.config.context_timestep,
+            recache=RecachePolicy(self.config.recache),
+            past_weight=self.config.past_weight,
             independent_first_frame=self.config.independent_first_frame,
             guidance_scale=self.config.guidance_scale,
         )
@@ -183,6 +197,25 @@ class CausalVideoPipeline(DiffusionPipeline):
             )
         self._streaming = (self.vae, streaming)
         return streaming
+
+    def apply_preset(self, name: str) -> None:
+        """Run the model like a published student from now on: its denoising steps and all its settings.
+
+        Args:
+            name: one of `genstream.streaming.presets.PRESETS`.
+
+        Raises:
+            ValueError: there is no such preset, or the model cannot be run that way.
+        """
+        preset = find_preset(name)
+        self._check_preset(name, preset)
+        self.scheduler = FewStepScheduler(steps=list(preset.steps), shift=preset.shift, warped=preset.warped)
+        self.register_to_config(
+            **{
+                name: str(value) if isinstance(value, str) else value
+                for name, value in asdict(preset.settings).items()
+            }
+        )
 
     def encode_prompt(self, prompt: str | list[str]) -> Tensor:
         """Prompt embeddings `[B, text_tokens, text_dim]`.
@@ -478,6 +511,28 @@ class CausalVideoPipeline(DiffusionPipeline):
             return self.encode_prompt([prompt] * batch_size)
         nothing = [""] * batch_size
         return encode_prompts(nothing, self.tokenizer, self.text_encoder, self.config.text_tokens)
+
+    def _check_preset(self, name: str, preset: Preset) -> None:
+        config, wanted = self.transformer.config, preset.settings.chunk_frames
+        if preset.engine is not EngineKind.CACHE:
+            raise ValueError(
+                f"preset {name!r} needs the {preset.engine} engine, "
+                f"{type(self).__name__} runs on the cache engine"
+            )
+        if not isinstance(self.scheduler, FewStepScheduler):
+            raise ValueError(
+                f"preset {name!r} needs a few-step student, this model has a {type(self.scheduler).__name__}"
+            )
+        if wanted != self.config.chunk_frames:
+            raise ValueError(
+                f"preset {name!r} generates {wanted} latent frames at a time, "
+                f"this model was trained for {self.config.chunk_frames} (chunk_frames)"
+            )
+        if preset.takes_image and config.in_channels == self.transformer.out_channels:
+            raise ValueError(
+                f"preset {name!r} is for image-to-video models: in_channels must be above the "
+                f"{self.transformer.out_channels} of the latents, got {config.in_channels}"
+            )
 
     def _check_size(self, height: int, width: int) -> None:
         _, patch_height, patch_width = self.transformer.config.patch_size

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from genstream.cache.layout import CacheLayout
-from genstream.kernels.rope import phases, rotate
+from genstream.kernels.rope import Phases, phases, rotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,29 @@ class CacheShape:
         return self.rows * self.columns
 
 
+@dataclass(frozen=True, eq=False)
+class CachePart:
+    """Frames of a pass that see each other and the past: all, or a finished chunk and then the next one.
+
+    Attributes:
+        tokens: where they stand in the pass.
+        runs: slots of the buffer, and the tokens of this part, counted from its first, that go there.
+        sink_tokens: leading tokens of this part that are sinks.
+        visible_tokens: tokens of the buffer, from the first, that this part attends to.
+        sinks_place: position of the first sink.
+        sinks_at: where the sinks must be rotated to before it attends; None where they already stand there.
+        weights: logarithm of each visible token's weight, `[1, visible tokens]`; None for equal ones.
+    """
+
+    tokens: slice
+    runs: list[tuple[slice, slice]]
+    sink_tokens: int
+    visible_tokens: int
+    sinks_place: int
+    sinks_at: Phases | None
+    weights: Tensor | None
+
+
 @dataclass(eq=False)
 class KVCache:
     """Preallocated keys and values, addressed by frame slot.
@@ -52,6 +78,8 @@ class KVCache:
         sinks: un-rotated sink keys, per layer `[B, sink tokens, N, D]`.
         origin: absolute index of the frame at slot 0.
         placed: position of the first sink that its rotated keys stand for; None when they must be rotated.
+        parts: what the current pass writes and sees.
+        overwritten: what a pass over two chunks has overwritten, to put it back should the step fail.
     """
 
     layout: CacheLayout
@@ -61,9 +89,8 @@ class KVCache:
     sinks: list[Tensor]
     origin: int = 0
     placed: int | None = None
-    current: list[tuple[slice, slice]] = field(default_factory=list)
-    current_sink_tokens: int = 0
-    visible_tokens: int = 0
+    parts: list[CachePart] = field(default_factory=list)
+    overwritten: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @classmethod
     def allocate(cls, layout: CacheLayout, shape: CacheShape, like: Tensor) -> KVCache:
@@ -77,32 +104,57 @@ class KVCache:
 
         return cls(layout, shape, keys=empty(tokens), values=empty(tokens), sinks=empty(sink_tokens))
 
-    def begin(self, start: int, frames: int) -> None:
-        """Prepare a pass over `frames` frames from absolute frame `start`: place sinks, choose slots."""
-        first = start - self.origin
-        self.layout.check_pass(first, frames)
-        per_frame = self.shape.tokens_per_frame
-        self.current = [
-            (
-                slice(run.slot * per_frame, (run.slot + run.length) * per_frame),
-                slice(run.offset * per_frame, (run.offset + run.length) * per_frame),
-            )
-            for run in self.layout.segments(first, frames)
-        ]
-        sinks_here = max(0, min(self.layout.sink_frames, first + frames) - first)
-        self.current_sink_tokens = sinks_here * per_frame
-        self.visible_tokens = self.layout.visible_frames(first + frames) * per_frame
-        self._place_sinks(first, frames)
+    def begin(self, start: int, frames: int, *, finished_frames: int = 0, past_weight: float = 1.0) -> None:
+        """Prepare a pass over `frames` frames from absolute frame `start`: choose slots, place sinks.
 
-    def write(self, layer: int, keys: Tensor, rotated_keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the current pass's keys and values of one layer; return all that it attends to."""
-        for slots, tokens in self.current:
+        Args:
+            start: absolute index of the first frame.
+            frames: how many.
+            finished_frames: the first of them that are a chunk of their own, which does not see the others.
+            past_weight: factor on the attention that the others pay to past frames but the first.
+        """
+        per_frame = self.shape.tokens_per_frame
+        placed, self.placed, self.parts = self.placed, None, []
+        for offset, count, weight in (
+            (0, finished_frames, 1.0),
+            (finished_frames, frames - finished_frames, past_weight),
+        ):
+            if count:
+                tokens = slice(offset * per_frame, (offset + count) * per_frame)
+                part = self._part(start + offset - self.origin, count, tokens, placed, weight)
+                self.parts.append(part)
+                placed = part.sinks_place
+        if finished_frames:
+            self._keep_overwritten(self.parts[-1])
+
+    def write(
+        self, part: CachePart, layer: int, keys: Tensor, rotated_keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of one layer of a part; return all that it attends to."""
+        keys, rotated_keys, values = (x[:, part.tokens] for x in (keys, rotated_keys, values))
+        if part.sinks_at is not None:
+            sink_tokens = self.sinks[layer].shape[1]
+            self.keys[layer][:, :sink_tokens] = rotate(self.sinks[layer], part.sinks_at)
+        for slots, tokens in part.runs:
             self.keys[layer][:, slots] = rotated_keys[:, tokens]
             self.values[layer][:, slots] = values[:, tokens]
-        if count := self.current_sink_tokens:
-            place = self.current[0][0].start
+        if count := part.sink_tokens:
+            place = part.runs[0][0].start
             self.sinks[layer][:, place : place + count] = keys[:, :count]
-        return self.keys[layer][:, : self.visible_tokens], self.values[layer][:, : self.visible_tokens]
+        if layer + 1 == self.shape.layers:
+            self.placed = part.sinks_place
+        return self.keys[layer][:, : part.visible_tokens], self.values[layer][:, : part.visible_tokens]
+
+    @contextmanager
+    def undone_on_failure(self) -> Iterator[None]:
+        """A step that fails in it leaves all that a later step can see as it was."""
+        try:
+            yield
+            self.overwritten = []
+        finally:
+            for slots, before in self.overwritten:
+                slots.copy_(before)
+            self.overwritten = []
 
     def clone(self) -> KVCache:
         """An independent copy."""
@@ -136,25 +188,54 @@ class KVCache:
         """Memory of the tensors."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
-    def _place_sinks(self, first: int, frames: int) -> None:
-        """Rotate the sinks to where they stand for a pass, unless the pass itself writes them."""
-        positions = self.layout.sink_positions(first + frames)
-        place = self.origin + positions.start
-        if first < self.layout.sink_frames or place == self.placed:
-            self.placed = self.origin if first < self.layout.sink_frames else place
-            return
-        at = phases(
-            [self.origin + position for position in positions],
-            self.shape.rows,
-            self.shape.columns,
-            self.shape.head_width,
-            self.keys[0].device,
+    def _part(
+        self, first: int, frames: int, tokens: slice, placed: int | None, past_weight: float
+    ) -> CachePart:
+        """A part from frame `first` after the origin, when the sinks stand at `placed`."""
+        self.layout.check_pass(first, frames)
+        layout, per_frame, end = self.layout, self.shape.tokens_per_frame, first + frames
+        runs = [
+            (
+                slice(run.slot * per_frame, (run.slot + run.length) * per_frame),
+                slice(run.offset * per_frame, (run.offset + run.length) * per_frame),
+            )
+            for run in layout.segments(first, frames)
+        ]
+        writes_sinks = first < layout.sink_frames
+        place = self.origin + (0 if writes_sinks else layout.sink_positions(end).start)
+        visible_tokens = layout.visible_frames(end) * per_frame
+        return CachePart(
+            tokens=tokens,
+            runs=runs,
+            sink_tokens=max(0, min(layout.sink_frames, end) - first) * per_frame,
+            visible_tokens=visible_tokens,
+            sinks_place=place,
+            sinks_at=None if writes_sinks or place == placed else self._sink_phases(place),
+            weights=None if past_weight == 1 else self._weights(runs, visible_tokens, end, past_weight),
         )
-        tokens = self.layout.sink_frames * self.shape.tokens_per_frame
-        for layer, masters in enumerate(self.sinks):
-            if tokens:
-                self.keys[layer][:, :tokens] = rotate(masters, at)
-        self.placed = place
+
+    def _sink_phases(self, place: int) -> Phases | None:
+        count = self.layout.sink_frames
+        if not count:
+            return None
+        shape, device = self.shape, self.keys[0].device
+        return phases(range(place, place + count), shape.rows, shape.columns, shape.head_width, device)
+
+    def _weights(
+        self, runs: list[tuple[slice, slice]], visible_tokens: int, end: int, past_weight: float
+    ) -> Tensor:
+        """Logarithms of the weights: 0 for the part itself and the first frame, where that is still kept."""
+        weights = self.keys[0].new_full((1, visible_tokens), math.log(past_weight))
+        for slots, _ in runs:
+            weights[:, slots] = 0
+        if self.layout.sink_frames or end <= self.layout.capacity_frames:
+            weights[:, : self.shape.tokens_per_frame] = 0
+        return weights
+
+    def _keep_overwritten(self, part: CachePart) -> None:
+        # A second try of the pass lets the finished chunk see the frames that this part overwrites.
+        for buffer in (*self.keys, *self.values):
+            self.overwritten += [(buffer[:, slots], buffer[:, slots].clone()) for slots, _ in part.runs]
 
 
 @dataclass(frozen=True, eq=False)

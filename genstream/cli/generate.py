@@ -9,6 +9,7 @@ from pathlib import Path
 from genstream.cli.figures import RunFigures
 from genstream.cli.plan import check_single_image, make_plan, parse_size, parse_switch
 from genstream.io.model_folder import find_model, read_card
+from genstream.streaming.presets import PRESETS
 
 EXIT_INTERRUPTED = 130
 
@@ -30,6 +31,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     length.add_argument("--frames", type=int, help="length in frames: 1 + 4 k for the embedded model")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same video (0)")
     parser.add_argument("--model", default="toyworld", help="installed model or model folder (toyworld)")
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="run the model like a published student: "
+        f"{', '.join(PRESETS)}; `genstream models` describes them (the model's own way)",
+    )
     parser.add_argument("--image", type=Path, help="image to start from, in the size of the video")
     parser.add_argument("--size", type=parse_size, metavar="WxH", help="size in pixels (the model's own)")
     parser.add_argument("--fps", type=float, help="frames per second (the model's own)")
@@ -72,6 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     from genstream.cli.pipeline import load_pipeline
 
     pipe = load_pipeline(folder, device=arguments.device, dtype=arguments.dtype)
+    if arguments.preset is not None:
+        pipe.apply_preset(arguments.preset)
     generation = Generation(pipe=pipe, plan=plan, image=image, vocabulary=card.vocabulary)
     load_s = time.perf_counter() - began_s
     generation.run(

@@ -1,9 +1,10 @@
-"""`genstream models`: what is installed, and what each model can do."""
+"""`genstream models`: what is installed, what each model can do, and the presets."""
 
 import argparse
 from pathlib import Path
 
 from genstream.io.model_folder import find_model, installed_models, parameter_counts, read_card, size_bytes
+from genstream.streaming.presets import PRESETS
 
 _MEGA = 1e6
 
@@ -11,7 +12,10 @@ _MEGA = 1e6
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
-        "models", help="describe the installed models", description=__doc__, allow_abbrev=False
+        "models",
+        help="describe the installed models and the presets",
+        description=__doc__,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "folders", nargs="*", type=Path, metavar="FOLDER", help="other model folders to describe"
@@ -20,10 +24,18 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print one paragraph per model."""
+    """Print one paragraph per model, then the presets."""
     names = installed_models()
-    print("\n\n".join(describe(find_model(str(model))) for model in [*names, *arguments.folders]))
+    models = [describe(find_model(str(model))) for model in [*names, *arguments.folders]]
+    print("\n\n".join([*models, describe_presets()]))
     return 0
+
+
+def describe_presets() -> str:
+    """A paragraph on the ways of running published students."""
+    width = max(map(len, PRESETS))
+    lines = [f"  {name:<{width}}  {preset.summary}" for name, preset in PRESETS.items()]
+    return "\n".join(["presets, for `genstream generate --model FOLDER --preset NAME`:", *lines])
 
 
 def describe(folder: Path) -> str:

@@ -13,11 +13,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from genstream.schedulers.schedule import (
+    TRAIN_TIMESTEPS,
     EulerSchedule,
     FewStepSchedule,
     Schedule,
     euler_timesteps,
     few_step_timesteps,
+    table_sigma,
 )
 
 
@@ -82,8 +84,9 @@ class FewStepScheduler(_FlowScheduler):
     Source: DMD2 (arXiv 2405.14867), Self Forcing (arXiv 2506.08009).
 
     Args:
-        steps: timesteps in (0, 1000], falling.
-        shift: timestep shift; 1 leaves the steps as they are.
+        steps: timesteps in [0, 1000], falling.
+        shift: timestep shift of the noise levels that the student was trained on.
+        warped: the steps are given before the shift; otherwise they are what the model is told.
         num_train_timesteps: always 1000.
     """
 
@@ -93,6 +96,7 @@ class FewStepScheduler(_FlowScheduler):
         *,  # diffusers' from_config forgets values that were given by position
         steps: Sequence[float] = (1000.0, 750.0, 500.0, 250.0),
         shift: float = 5.0,
+        warped: bool = True,
         num_train_timesteps: int = 1000,
     ) -> None:
         if shift <= 0:
@@ -111,7 +115,10 @@ class FewStepScheduler(_FlowScheduler):
                 f"num_inference_steps must be {len(steps)}, the steps this model was trained for, "
                 f"got {num_inference_steps}"
             )
-        return FewStepSchedule(few_step_timesteps(steps, self.config.shift))
+        shift, warped = self.config.shift, self.config.warped
+        timesteps = few_step_timesteps(steps, shift) if warped else tuple(map(float, steps))
+        sigmas = (t / TRAIN_TIMESTEPS if warped and t else table_sigma(t, shift) for t in timesteps)
+        return FewStepSchedule(timesteps, tuple(sigmas))
 
 
 class FlowEulerScheduler(_FlowScheduler):

@@ -21,20 +21,23 @@ class Schedule:
     """Noise levels of the denoising steps of a chunk, noisiest first.
 
     Attributes:
-        timesteps: in (0, 1000], strictly decreasing; sigma is a thousandth of it.
+        timesteps: what the model is told, in [0, 1000], strictly decreasing.
+        sigmas: noise levels in (0, 1], strictly decreasing; a thousandth of the timesteps where not given.
     """
 
     timesteps: tuple[float, ...]
+    sigmas: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        bounds = (TRAIN_TIMESTEPS + 1e-3, *self.timesteps, 0)
-        if not self.timesteps or any(a <= b for a, b in pairwise(bounds)):
+        if not self.sigmas:
+            sigmas = tuple(timestep / TRAIN_TIMESTEPS for timestep in self.timesteps)
+            object.__setattr__(self, "sigmas", sigmas)
+        if not self.timesteps or not _falls((1 + 1e-6, *self.sigmas, 0)) or not _falls(self.timesteps):
             raise ValueError(f"timesteps must fall from at most 1000 to above 0, got {list(self.timesteps)}")
-
-    @property
-    def sigmas(self) -> tuple[float, ...]:
-        """Noise levels in (0, 1]."""
-        return tuple(timestep / TRAIN_TIMESTEPS for timestep in self.timesteps)
+        if len(self.sigmas) != len(self.timesteps):
+            raise ValueError(
+                f"sigmas must be one for each of {len(self.timesteps)} timesteps, got {len(self.sigmas)}"
+            )
 
     def advance(self, step: int, x: Tensor, velocity: Tensor, draw: Callable[[], Tensor]) -> Tensor:
         """The sample after step `step`: the next noisy one, or the clean one after the last step.
@@ -72,6 +75,19 @@ class EulerSchedule(Schedule):
 def few_step_timesteps(steps: Sequence[float], shift: float) -> tuple[float, ...]:
     """Timesteps warped by the timestep shift, in [0, 1000]."""
     return tuple(TRAIN_TIMESTEPS * shifted(step / TRAIN_TIMESTEPS, shift) for step in steps)
+
+
+def table_sigma(timestep: float, shift: float) -> float:
+    """Noise level that the table of Wan's students holds for a timestep: that of its nearest entry.
+
+    The table is the shift of 1, 0.999, ... 0.001, so timestep 0 has a little noise, 0.005 at shift 5.
+    """
+    table = (shifted(step / TRAIN_TIMESTEPS, shift) for step in range(TRAIN_TIMESTEPS, 0, -1))
+    return min(table, key=lambda sigma: abs(TRAIN_TIMESTEPS * sigma - timestep))
+
+
+def _falls(values: Sequence[float]) -> bool:
+    return all(a > b for a, b in pairwise(values))
 
 
 def euler_timesteps(num_steps: int, shift: float) -> tuple[float, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from genstream.streaming.settings import RecachePolicy
+
 
 @dataclass(frozen=True)
 class Control:
@@ -17,17 +19,14 @@ class PromptControl(Control):
 
     Attributes:
         prompt: the new prompt, for every element of the batch.
-        recache: rebuild the kept keys and values with the new prompt, so that the past no longer speaks
-            for the old one.
-        keep_sinks: leave the sinks as the old prompt made them; otherwise the window's first frames
-            become the new sinks.
+        recache: what happens to the kept keys and values, so that the past no longer speaks for the old
+            prompt; the model's own way when None.
         blend_chunks: chunks over which the prompt embedding moves from the old to the new; 1 switches
             at once.
     """
 
     prompt: str
-    recache: bool = True
-    keep_sinks: bool = False
+    recache: RecachePolicy | None = None
     blend_chunks: int = 1
 
     def __post_init__(self) -> None:
@@ -35,6 +34,11 @@ class PromptControl(Control):
             raise ValueError("prompt must not be empty")
         if self.blend_chunks < 1:
             raise ValueError(f"blend_chunks must be at least 1, got {self.blend_chunks}")
+        if self.recache is not None and not isinstance(self.recache, RecachePolicy):
+            raise ValueError(
+                f"recache must be one of {[str(policy) for policy in RecachePolicy]} as RecachePolicy, "
+                f"got {self.recache!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -116,4 +120,7 @@ def from_json(values: dict[str, Any]) -> Control:
     kind = values.get("kind")
     if kind not in _KINDS:
         raise ValueError(f"control kind must be one of {sorted(_KINDS)}, got {kind!r}")
-    return _KINDS[kind](**{name: value for name, value in values.items() if name != "kind"})
+    given = {name: value for name, value in values.items() if name != "kind"}
+    if given.get("recache") is not None:
+        given["recache"] = RecachePolicy(given["recache"])
+    return _KINDS[kind](**given)

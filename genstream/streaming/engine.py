@@ -26,6 +26,7 @@ from genstream.streaming.controls import (
 )
 from genstream.streaming.noise import SeededNoise
 from genstream.streaming.request import StreamRequest
+from genstream.streaming.settings import ContextPolicy, RecachePolicy
 from genstream.streaming.state import Blend, StreamState
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.transformer.embeddings import timestep_dtype
@@ -75,6 +76,7 @@ class CacheEngine:
     @torch.no_grad()
     def start(self, request: StreamRequest, controls: Iterable[Applied] = ()) -> StreamState:
         """The state in front of the first chunk; `controls`, the log of another run, are replayed."""
+        self._check_context(request)
         device, dtype = self.transformer.device, self.transformer.dtype
         height, width = self._latent_size(request)
         layout = request.settings.layout(self._latent_frames(request))
@@ -120,13 +122,17 @@ class CacheEngine:
                 applied=controls,
                 timings=None,
             )
-        self._advance_blend(draft)
         begun = time.perf_counter()
-        latents = self.generate(draft)
-        generated = time.perf_counter()
-        self.commit(latents, draft)
-        committed = time.perf_counter()
-        frames = self._decode(latents, draft)
+        if draft.request.settings.context is ContextPolicy.RECOMPUTE:
+            # In front of a new prompt, which says itself whether the past is made with it.
+            self._rebuild(draft)
+        self._advance_blend(draft)
+        with draft.kv.undone_on_failure():
+            latents = self.generate(draft)
+            generated = time.perf_counter()
+            self.commit(latents, draft)
+            committed = time.perf_counter()
+            frames = self._decode(latents, draft)
         timings = Timings(
             denoise_s=generated - begun,
             commit_s=committed - generated,
@@ -174,42 +180,60 @@ class CacheEngine:
         Both passes see the same past. The one with the prompt comes last, so that its keys and values of the
         chunk are those that stay (Ho and Salimans, arXiv 2207.12598, in the convention where 1 is off).
         """
-        positions = range(state.frame, state.frame + x.shape[2])
+        if state.uncommitted:
+            return self._velocity_and_commit(x, timestep, state)
         if state.negative_text is None:
-            return self._velocity(x, timestep, positions, state, state.text)
-        away = self._velocity(x, timestep, positions, state, state.negative_text)
-        toward = self._velocity(x, timestep, positions, state, state.text)
+            return self._velocity(x, timestep, state, state.text)
+        away = self._velocity(x, timestep, state, state.negative_text)
+        toward = self._velocity(x, timestep, state, state.text)
         return away + state.request.settings.guidance_scale * (toward - away)
 
     def commit(self, latents: Tensor, state: StreamState) -> None:
-        """The pass on the clean chunk that makes its keys and values permanent."""
-        timestep = state.request.settings.context_timestep
-        self._velocity(
-            latents, timestep, range(state.frame, state.frame + latents.shape[2]), state, state.text
-        )
-        kept = state.kv.layout.capacity_frames
-        state.history = torch.cat([state.history, latents], dim=2)[:, :, -kept:]
+        """Make the clean chunk part of the past, by a pass over it unless the model has another way."""
+        frames, settings = latents.shape[2], state.request.settings
+        is_given = state.frame < state.request.given_frames  # so that no denoising step has seen it
+        if settings.context is ContextPolicy.FUSED and not is_given:
+            state.uncommitted = frames
+        elif settings.context is ContextPolicy.CLEAN or is_given:
+            self._clean_pass(latents, state.frame, state)
+        state.history = _kept(torch.cat([state.history, latents], dim=2), state)
 
-    def recache(self, state: StreamState, *, keep_sinks: bool) -> None:
+    def recache(self, state: StreamState, policy: RecachePolicy) -> None:
         """Rebuild the kept keys and values with the current prompt, in one pass over the kept latents.
 
         The pass is bidirectional over its frames (LongLive, arXiv 2509.22622). While nothing has been dropped
-        yet, all frames are rebuilt.
+        yet, all frames are rebuilt, sinks included, whatever the policy.
         """
-        if state.frame == 0:
+        if state.frame == 0 or policy is RecachePolicy.NOTHING:
+            return
+        if state.request.settings.context is ContextPolicy.RECOMPUTE:
+            self._rebuild(state)
             return
         layout, kv = state.kv.layout, state.kv.clone()
         if state.frame - kv.origin > layout.capacity_frames:
-            if keep_sinks:
+            if policy is RecachePolicy.WINDOW:
                 start = state.frame - layout.ring_frames
             else:
                 start = kv.origin = state.frame - layout.capacity_frames
         else:
             start = kv.origin
         latents = state.history[:, :, -(state.frame - start) :]
-        state.kv = kv
-        timestep = state.request.settings.context_timestep
-        self._velocity(latents, timestep, range(start, state.frame), state, state.text)
+        state.kv, state.uncommitted = kv, 0
+        self._clean_pass(latents, start, state)
+
+    def _check_context(self, request: StreamRequest) -> None:
+        """Frames that the past is made from must be there when the next chunk starts, and be encodable."""
+        if not request.settings.reencodes:
+            return
+        spec = self.vae.spec
+        at_once = spec.lookahead_latents == 0 and spec.first_latents == spec.chunk_latents == 1
+        if not (request.decode and at_once):
+            raise ValueError(
+                "context 'recompute' encodes decoded frames again: it needs decode=True and a VAE that "
+                "decodes every latent frame at once, or sink_frames above 0; "
+                f"got decode={request.decode} and {type(self.vae).__name__}"
+            )
+        self.vae.init_state("encode", request.batch_size, request.height, request.width)
 
     @torch.no_grad()
     def text_cache(self, prompt_embeds: Tensor, request: StreamRequest) -> TextCache:
@@ -222,19 +246,68 @@ class CacheEngine:
         embeds = request.negative_embeds
         return None if embeds is None else self.text_cache(embeds.to(like), request)
 
-    def _velocity(
-        self, x: Tensor, timestep: float, positions: range, state: StreamState, text: TextCache
-    ) -> Tensor:
-        timesteps = torch.full((x.shape[0],), timestep, dtype=timestep_dtype(x.device), device=x.device)
+    def _rebuild(self, state: StreamState) -> None:
+        """Write the whole past anew from its latents, chunk by chunk from position 0 of an empty cache.
+
+        Once frames have been dropped and there are no sinks, its first latent frame is encoded again from
+        the oldest decoded frame that it covers: as the first of a video it carries nothing of those before
+        (Krea Realtime 14B).
+        """
+        latents, settings = state.history, state.request.settings
+        frames = latents.shape[2]
+        if settings.reencodes and frames < state.frame and state.pixels is not None:
+            oldest = self.vae.encode(state.pixels[:, :, :1])  # [B, C, 1, h, w]
+            latents = torch.cat([oldest.to(latents), latents[:, :, 1:]], dim=2)
+        state.kv.origin = state.frame - frames
+        start = 0
+        while start < frames:
+            end = min(start + settings.chunk_at(start), frames)
+            self._clean_pass(latents[:, :, start:end], state.kv.origin + start, state)
+            start = end
+
+    def _velocity(self, x: Tensor, timestep: float, state: StreamState, text: TextCache) -> Tensor:
+        """Velocity of the noisy current chunk."""
         velocity: Tensor = self.transformer(
             x,
-            timesteps,
-            frame_positions=positions,
+            _timesteps(x, timestep),
+            frame_positions=range(state.frame, state.frame + x.shape[2]),
             kv_cache=state.kv,
             text_cache=text,
+            past_weight=state.request.settings.past_weight,
             return_dict=False,
         )[0]
         return velocity
+
+    def _velocity_and_commit(self, x: Tensor, timestep: float, state: StreamState) -> Tensor:
+        """Velocity of the current chunk, in a pass that commits the chunk in front of it too."""
+        settings, finished = state.request.settings, state.uncommitted
+        clean = state.history[:, :, -finished:]
+        levels = [
+            _timesteps(part, level).expand(-1, part.shape[2])
+            for part, level in ((clean, settings.context_timestep), (x, timestep))
+        ]
+        velocity: Tensor = self.transformer(
+            torch.cat([clean, x], dim=2),
+            torch.cat(levels, dim=1),
+            frame_positions=range(state.frame - finished, state.frame + x.shape[2]),
+            kv_cache=state.kv,
+            text_cache=state.text,
+            finished_frames=finished,
+            past_weight=settings.past_weight,
+            return_dict=False,
+        )[0]
+        state.uncommitted = 0
+        return velocity[:, :, finished:]
+
+    def _clean_pass(self, latents: Tensor, start: int, state: StreamState) -> None:
+        """Write the keys and values of clean latents from latent frame `start` on."""
+        self.transformer(
+            latents,
+            _timesteps(latents, state.request.settings.context_timestep),
+            frame_positions=range(start, start + latents.shape[2]),
+            kv_cache=state.kv,
+            text_cache=state.text,
+        )
 
     def _apply_due(self, state: StreamState) -> list[Submitted]:
         """Apply the controls that take effect now; returns them."""
@@ -259,8 +332,7 @@ class CacheEngine:
                     target=target.to(state.prompt_embeds),
                     chunks=control.blend_chunks,
                     done=0,
-                    recache=control.recache,
-                    keep_sinks=control.keep_sinks,
+                    recache=control.recache or state.request.settings.recache,
                 )
             case PauseControl():
                 state.paused = True
@@ -286,17 +358,23 @@ class CacheEngine:
             state.held = held if state.held is None else torch.cat([state.held, held], dim=2)
         state.vae = self._vae_state(request)
         state.history = state.history[:, :, :0]
+        state.uncommitted, state.pixels = 0, None
         state.frame = 0
 
     def _advance_blend(self, state: StreamState) -> None:
         blend = state.blend
         if blend is None:
             return
+        if state.uncommitted:
+            # Now, with the prompt that it was made with.
+            self._clean_pass(
+                state.history[:, :, -state.uncommitted :], state.frame - state.uncommitted, state
+            )
+            state.uncommitted = 0
         blend = replace(blend, done=blend.done + 1)
         state.prompt_embeds = blend.embeds
         state.text = self.text_cache(state.prompt_embeds, state.request)
-        if blend.recache:
-            self.recache(state, keep_sinks=blend.keep_sinks)
+        self.recache(state, blend.recache)
         state.blend = None if blend.done == blend.chunks else blend
 
     def _decode(self, latents: Tensor, state: StreamState) -> Tensor | None:
@@ -310,6 +388,10 @@ class CacheEngine:
             state.vae = state.vae.clone()
         like = next(iter(state.vae.slots.values()))
         frames = self.vae.decode_chunk(latents.to(like), state.vae)
+        if state.request.settings.reencodes:
+            recent = frames if state.pixels is None else torch.cat([state.pixels, frames], dim=2)
+            kept = frames_of(state.kv.layout.window_frames, self._temporal_ratio)
+            state.pixels = recent[:, :, -kept:]
         if state.held is not None:
             frames = torch.cat([state.held, frames], dim=2)
         if is_last:
@@ -361,6 +443,23 @@ class CacheEngine:
         if not request.decode:
             return None
         return self.vae.init_state("decode", request.batch_size, request.height, request.width)
+
+
+def _timesteps(x: Tensor, timestep: float) -> Tensor:
+    """The same timestep for all of a batch, `[B, 1]`."""
+    return torch.full((len(x), 1), timestep, dtype=timestep_dtype(x.device), device=x.device)
+
+
+def _kept(history: Tensor, state: StreamState) -> Tensor:
+    """Of all latents so far, those that the past can be built anew from."""
+    settings, layout = state.request.settings, state.kv.layout
+    if settings.context is not ContextPolicy.RECOMPUTE:
+        return history[:, :, -layout.capacity_frames :]
+    if history.shape[2] <= layout.window_frames:
+        return history
+    sinks = settings.sink_frames
+    recent = history[:, :, history.shape[2] - (layout.window_frames - sinks) :]
+    return torch.cat([history[:, :, :sinks], recent], dim=2)
 
 
 def denoise(predict: Predict, x: Tensor, schedule: Schedule, draw: Draw) -> Tensor:

@@ -2,67 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from genstream.cache.layout import CacheLayout, PositionPolicy
 from genstream.schedulers.schedule import Schedule
 from genstream.streaming.noise import NoiseSource
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamSettings:
-    """How a model is run; fixed by how it was trained.
-
-    Attributes:
-        chunk_frames: latent frames generated together.
-        sink_frames: first latent frames, kept for ever.
-        window_frames: latent frames kept besides the sinks and the current chunk; None keeps all.
-        positions: temporal positions of the sinks.
-        context_timestep: timestep of the pass that commits a finished chunk, in [0, 1000].
-        independent_first_frame: the first chunk is a single latent frame.
-        guidance_scale: how far each velocity is moved away from that of the negative prompt, at least 1;
-            1 is off. Each denoising step then costs two passes.
-    """
-
-    chunk_frames: int = 3
-    sink_frames: int = 0
-    window_frames: int | None = None
-    positions: PositionPolicy = PositionPolicy.ABSOLUTE
-    context_timestep: float = 0.0
-    independent_first_frame: bool = False
-    guidance_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.context_timestep <= 1000:
-            raise ValueError(f"context_timestep must be in [0, 1000], got {self.context_timestep}")
-        if not 1 <= self.guidance_scale < math.inf:
-            raise ValueError(f"guidance_scale must be at least 1 (off) and finite, got {self.guidance_scale}")
-        self.layout(self.chunk_frames)
-
-    def chunk_at(self, frame: int) -> int:
-        """Latent frames of the chunk that starts at latent frame `frame`."""
-        return 1 if self.independent_first_frame and frame == 0 else self.chunk_frames
-
-    def layout(self, latent_frames: int | None) -> CacheLayout:
-        """The cache of a stream of so many latent frames, None for an endless one.
-
-        Raises:
-            ValueError: an endless stream would have to keep everything.
-        """
-        window = self.window_frames
-        if window is None:
-            if latent_frames is None:
-                raise ValueError("window_frames must be a number for an endless stream, got None (keep all)")
-            window = max(0, latent_frames - self.sink_frames - self.chunk_frames)
-        return CacheLayout(
-            chunk_frames=self.chunk_frames,
-            sink_frames=self.sink_frames,
-            window_frames=window,
-            positions=self.positions,
-        )
+from genstream.streaming.settings import StreamSettings as StreamSettings
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -19,14 +19,24 @@ from genstream.schedulers import schedule as schedules
 from genstream.streaming.controls import Applied, Submitted, from_json, to_json
 from genstream.streaming.engine import CacheEngine
 from genstream.streaming.noise import restore_noise
-from genstream.streaming.request import StreamRequest, StreamSettings
+from genstream.streaming.request import StreamRequest
+from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSettings
 from genstream.streaming.state import Blend, StreamState
 from genstream.vae.protocol import VAEState
 from genstream.vae.wrapping import module_of
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "genstream_stream"
-_COUNTERS = ("frame", "chunk_index", "frames_out", "waiting_frames", "paused", "stopped", "sequence")
+_COUNTERS = (
+    "frame",
+    "uncommitted",
+    "chunk_index",
+    "frames_out",
+    "waiting_frames",
+    "paused",
+    "stopped",
+    "sequence",
+)
 
 
 def model_fingerprint(*modules: nn.Module) -> str:
@@ -46,6 +56,7 @@ def save_state(state: StreamState, path: str | Path, fingerprint: str) -> None:
         "prompt_embeds": state.prompt_embeds,
         "history": state.history,
         "held": state.held,
+        "pixels": state.pixels,
         "request.prompt_embeds": request.prompt_embeds,
         "request.negative_embeds": request.negative_embeds,
         "request.initial_latents": request.initial_latents,
@@ -124,6 +135,7 @@ def _meta(state: StreamState, fingerprint: str) -> dict[str, Any]:
             "schedule": {
                 "kind": type(request.schedule).__name__,
                 "timesteps": list(request.schedule.timesteps),
+                "sigmas": list(request.schedule.sigmas),
             },
             "noise": request.noise.meta(),
         },
@@ -138,7 +150,7 @@ def _meta(state: StreamState, fingerprint: str) -> dict[str, Any]:
 
 
 def _blend_meta(blend: Blend) -> dict[str, Any]:
-    return {name: getattr(blend, name) for name in ("chunks", "done", "recache", "keep_sinks")}
+    return {name: getattr(blend, name) for name in ("chunks", "done", "recache")}
 
 
 def _restore(meta: dict[str, Any], tensors: dict[str, Tensor], engine: CacheEngine) -> StreamState:
@@ -153,11 +165,13 @@ def _restore(meta: dict[str, Any], tensors: dict[str, Tensor], engine: CacheEngi
     if meta["vae"] is not None:
         slots = {name: slot.to(state.history.device) for name, slot in _under("vae", tensors).items()}
         state.vae = VAEState.restore(slots, meta["vae"])
-    if "held" in tensors:
-        state.held = tensors["held"].to(state.history.device)
+    for name in ("held", "pixels"):
+        if name in tensors:
+            setattr(state, name, tensors[name].to(state.history.device))
     if meta["blend"] is not None:
         source, target = (tensors[f"blend.{name}"].to(state.prompt_embeds) for name in ("source", "target"))
-        state.blend = Blend(source=source, target=target, **meta["blend"])
+        recache = RecachePolicy(meta["blend"]["recache"])
+        state.blend = Blend(source=source, target=target, **{**meta["blend"], "recache": recache})
     state.log = tuple(Applied(**{**item, "control": from_json(item["control"])}) for item in meta["log"])
     state.pending = deque(
         Submitted(**{**item, "control": from_json(item["control"])}) for item in meta["pending"]
@@ -166,8 +180,10 @@ def _restore(meta: dict[str, Any], tensors: dict[str, Tensor], engine: CacheEngi
 
 
 def _restore_request(meta: dict[str, Any], tensors: dict[str, Tensor]) -> StreamRequest:
-    settings = {**meta["settings"], "positions": PositionPolicy(meta["settings"]["positions"])}
-    schedule = getattr(schedules, meta["schedule"]["kind"])(tuple(meta["schedule"]["timesteps"]))
+    policies = {"positions": PositionPolicy, "context": ContextPolicy, "recache": RecachePolicy}
+    settings = {**meta["settings"], **{name: kind(meta["settings"][name]) for name, kind in policies.items()}}
+    levels = meta["schedule"]
+    schedule = getattr(schedules, levels["kind"])(tuple(levels["timesteps"]), tuple(levels["sigmas"]))
     return StreamRequest(
         prompt=tuple(meta["prompt"]),
         prompt_embeds=tensors["prompt_embeds"],

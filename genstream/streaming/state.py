@@ -13,6 +13,7 @@ from genstream.cache.kv_cache import KVCache, TextCache
 from genstream.streaming.controls import Applied, Control, Submitted
 from genstream.streaming.noise import NoiseSource
 from genstream.streaming.request import StreamRequest
+from genstream.streaming.settings import RecachePolicy
 from genstream.vae.protocol import VAEState
 
 
@@ -24,8 +25,7 @@ class Blend:
     target: Tensor
     chunks: int
     done: int
-    recache: bool
-    keep_sinks: bool
+    recache: RecachePolicy
 
     @property
     def embeds(self) -> Tensor:
@@ -49,6 +49,8 @@ class StreamState:
         kv: keys and values of the past.
         vae: decoder state; None when the stream is not decoded.
         history: the latent frames whose keys and values `kv` can hold, for re-caching.
+        uncommitted: latent frames at its end whose keys and values the next pass makes permanent.
+        pixels: the last decoded frames, where the context is made from them; None elsewhere.
         frame: latent frames finished since the start or the last reset.
         chunk_index: chunks finished.
         frames_out: frames of the finished latent frames.
@@ -71,6 +73,8 @@ class StreamState:
     kv: KVCache
     vae: VAEState | None
     history: Tensor
+    uncommitted: int = 0
+    pixels: Tensor | None = None
     frame: int = 0
     chunk_index: int = 0
     frames_out: int = 0

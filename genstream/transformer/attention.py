@@ -22,7 +22,7 @@ class AttentionProcessor:
     def __call__(
         self, attention: nn.Module, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        """Attend; `mask` is boolean `[L, S]`, True where a query may look."""
+        """Attend; `mask` `[L or 1, S]` is boolean, True where a query may look, or added to the scores."""
         out: Tensor = dispatch_attention_fn(
             query,
             keys,
@@ -76,9 +76,21 @@ class SelfAttention(_Attention):
         keys = self._split(self.norm_k(self.to_k(hidden)))
         values = self._split(self.to_v(hidden))
         rotated = rotate(keys, at)
-        if cache is not None:
-            rotated, values = cache.write(self.layer, keys, rotated, values)
-        out: Tensor = self.to_out[0](self.processor(self, query, rotated, values, mask))
+        if cache is None:
+            attended = self.processor(self, query, rotated, values, mask)
+        else:
+            # In this order: the next chunk overwrites frames that a finished one still sees.
+            parts = [
+                self.processor(
+                    self,
+                    query[:, part.tokens],
+                    *cache.write(part, self.layer, keys, rotated, values),
+                    part.weights,
+                )
+                for part in cache.parts
+            ]
+            attended = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        out: Tensor = self.to_out[0](attended)
         return out
 
 

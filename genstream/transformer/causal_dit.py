@@ -212,6 +212,8 @@ class CausalDiT(
         kv_cache: KVCache | None = None,
         text_cache: TextCache | None = None,
         attention_mask: Tensor | None = None,
+        finished_frames: int = 0,
+        past_weight: float = 1.0,
         return_dict: bool = True,
     ) -> CausalDiTOutput | tuple[Tensor]:
         """Velocity of noisy latents.
@@ -227,13 +229,17 @@ class CausalDiT(
             text_cache: prompt of the stream, from `text_cache()`.
             attention_mask: boolean `[T, T]` over latent frames, True where a query frame may see a key
                 frame; for training without a cache.
+            finished_frames: leading latent frames that are a finished chunk, which does not see those behind
+                it; with a cache.
+            past_weight: factor on the attention that the others pay to cached frames but the first; with a
+                cache.
             return_dict: return `CausalDiTOutput` instead of a tuple.
         """
         frames, height, width = hidden_states.shape[2:]
         rows, columns = self.token_grid(height, width)
         positions = range(frames) if frame_positions is None else frame_positions
         if kv_cache is not None:
-            kv_cache.begin(positions[0], frames)
+            kv_cache.begin(positions[0], frames, finished_frames=finished_frames, past_weight=past_weight)
         if text_cache is None:
             if encoder_hidden_states is None:
                 raise ValueError("encoder_hidden_states or text_cache must be given")

@@ -127,6 +127,27 @@ def test_noisy_passes_leave_no_trace(models, context):
     torch.testing.assert_close(torch.cat(found, dim=2), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("finished", [0, 1])
+def test_weights_of_the_past(models, grid, finished):
+    """Slot by slot: the first frame and the frames of the pass itself count in full."""
+    chunk, sinks, _ = grid
+    layout = layout_of(*grid)
+    cache = models[1].kv_cache(layout, 1, 2, 2)  # one token per frame
+    for start in range(0, 6 * chunk, chunk):
+        own = range(start, start + chunk)
+        if finished and start:
+            cache.begin(start - chunk, 2 * chunk, finished_frames=chunk, past_weight=0.5)
+            assert cache.parts[0].weights is None
+        else:
+            cache.begin(start, chunk, past_weight=0.5)
+        kept = [frame for frame in range(own.stop) if frame < sinks or frame >= own.stop - layout.ring_frames]
+        expected = torch.empty(1, len(kept))
+        for frame in kept:
+            expected[0, layout.slot(frame)] = 1.0 if frame == 0 or frame in own else 0.5
+        torch.testing.assert_close(cache.parts[-1].weights.exp(), expected)
+
+
 def test_a_clone_is_independent(models, context):
     model = models[2]
     cache = model.kv_cache(layout_of(3, 3, 3), 1, 4, 4)

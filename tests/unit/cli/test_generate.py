@@ -16,6 +16,7 @@ from genstream.cli.__main__ import main
 from genstream.cli.pipeline import to_uint8
 from genstream.io.reader import read_video
 from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.streaming.controls import PromptControl
 from genstream.streaming.engine import CacheEngine, NonFiniteLatentsError
 from genstream.streaming.state import StreamState
 
@@ -48,6 +49,23 @@ def test_lengths(model: str, tmp_path: Path, texts: list[str], frames: int):
     assert generate(model, "-o", str(tmp_path / "out.mp4"), *texts) == 0
     assert sum(1 for _ in read_video(tmp_path / "out.mp4")) == frames
     assert os.listdir(tmp_path) == ["out.mp4"]
+
+
+def test_preset(model: str, tmp_path: Path):
+    options = ["-o", str(tmp_path / "frames"), "--frames", "45", "--preset", "longlive"]
+    assert generate(model, *options, "--switch", "1s: a blue square moving left") == 0
+    pipe = CausalVideoPipeline.from_pretrained(model)
+    pipe.apply_preset("longlive")
+    state = pipe.start(pipe.request("a red circle moving right", num_frames=45))
+    state.submit(PromptControl(prompt="a blue square moving left"), not_before=16)
+    expected = np.concatenate([to_uint8(chunk.frames) for chunk in pipe.run(state)])
+    np.testing.assert_array_equal(np.stack(list(read_video(tmp_path / "frames"))), expected)
+
+
+def test_a_preset_that_the_model_cannot_run(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert generate(model, "-o", str(tmp_path / "out.mp4"), "--preset", "rolling-forcing") == 2
+    assert "'rolling-forcing' needs the queue engine" in error_of(capsys)
+    assert not list(tmp_path.iterdir())
 
 
 def test_frames_are_those_of_the_pipeline(model: str, tmp_path: Path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from genstream.cli.__main__ import main
+from genstream.streaming.presets import PRESETS
 
 
 def test_describes_a_folder(model_folder: Path, capsys: pytest.CaptureFixture[str]):
@@ -19,6 +20,15 @@ def test_folder_without_a_card(model_folder: Path, capsys: pytest.CaptureFixture
     (model_folder / "model_card.json").unlink()
     assert main(["models", str(model_folder)]) == 0
     assert "\ntiny\n" in capsys.readouterr().out  # after the installed models
+
+
+def test_presets_have_a_line_each(capsys: pytest.CaptureFixture[str]):
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, preset in PRESETS.items():
+        assert [line.split(maxsplit=1) for line in lines if line.startswith(f"  {name} ")] == [
+            [name, preset.summary]
+        ]
 
 
 def test_sharded_weights(model_folder: Path, capsys: pytest.CaptureFixture[str]):

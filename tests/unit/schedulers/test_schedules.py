@@ -9,6 +9,7 @@ from genstream.schedulers.schedule import (
     euler_timesteps,
     few_step_timesteps,
     shifted,
+    table_sigma,
 )
 
 STEPS = (1000.0, 750.0, 500.0, 250.0)
@@ -103,7 +104,11 @@ def test_add_noise():
 
 @pytest.mark.parametrize(
     "scheduler",
-    [FewStepScheduler(steps=(1000.0, 400.0), shift=3.0), FlowEulerScheduler(num_steps=7, shift=2.0)],
+    [
+        FewStepScheduler(steps=(1000.0, 400.0), shift=3.0),
+        FewStepScheduler(steps=(1000.0, 400.0, 0.0), shift=3.0, warped=False),
+        FlowEulerScheduler(num_steps=7, shift=2.0),
+    ],
 )
 def test_configuration_survives_a_file(scheduler, tmp_path):
     scheduler.save_pretrained(tmp_path)
@@ -118,6 +123,37 @@ def test_configuration_survives_a_file(scheduler, tmp_path):
 def test_bad_timesteps(timesteps):
     with pytest.raises(ValueError, match="timesteps must fall"):
         FewStepSchedule(timesteps)
+
+
+@pytest.mark.parametrize("sigmas", [(0.9, 0.9), (0.5, 0.9), (0.9, 0.0), (1.1, 0.5), (0.9,)])
+def test_bad_sigmas(sigmas):
+    with pytest.raises(ValueError, match=r"timesteps must fall|sigmas must be one for each of 2"):
+        FewStepSchedule((900.0, 500.0), sigmas)
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0, 8.0])
+def test_sigmas_of_the_table(shift):
+    """Entries of the table are themselves; what lies between takes the nearest; 0 takes the last."""
+    table = torch.tensor([shifted(step / 1000, shift) for step in range(1000, 0, -1)], dtype=torch.float64)
+    for timestep in (0.0, 0.3, 100.0, 522.0, 757.0, 999.9, 1000.0):
+        nearest = table[(1000 * table - timestep).abs().argmin()]
+        assert table_sigma(timestep, shift) == pytest.approx(float(nearest), abs=1e-12)
+    for step in (1, 250, 500, 999, 1000):
+        sigma = shifted(step / 1000, shift)
+        assert table_sigma(1000 * sigma, shift) == pytest.approx(sigma, abs=1e-12)
+
+
+def test_a_last_step_at_timestep_0_has_a_little_noise():
+    schedule = FewStepScheduler(steps=(*STEPS, 0.0)).schedule()
+    assert schedule.timesteps == pytest.approx((1000, 937.5, 833.3333, 625, 0), abs=1e-4)
+    assert schedule.sigmas == pytest.approx((1, 0.9375, 0.8333333, 0.625, 0.0049801), abs=1e-6)
+
+
+def test_steps_that_are_not_warped_are_told_as_they_are():
+    schedule = FewStepScheduler(steps=(1000.0, 757.0, 522.0), shift=8.0, warped=False).schedule()
+    assert schedule.timesteps == (1000.0, 757.0, 522.0)
+    assert schedule.sigmas == pytest.approx((1, 0.757, 0.522), abs=1e-3)
+    assert schedule.sigmas[1:] != (0.757, 0.522)
 
 
 def test_errors_name_argument_and_value():

@@ -15,10 +15,11 @@ from genstream.streaming.controls import (
     to_json,
 )
 from genstream.streaming.engine import NonFiniteLatentsError
+from genstream.streaming.settings import RecachePolicy
 
 RED, BLUE = "a red circle moving right", "a blue square moving left"
 ALL = (
-    PromptControl(prompt=BLUE, keep_sinks=True, blend_chunks=2),
+    PromptControl(prompt=BLUE, recache=RecachePolicy.WINDOW, blend_chunks=2),
     PauseControl(),
     ResumeControl(),
     StopControl(),
@@ -137,12 +138,23 @@ def test_blend_reaches_the_new_prompt_step_by_step(pipe, ask):
     assert_same(state.prompt_embeds, target)
 
 
+def test_the_models_own_recache_policy(build_pipeline):
+    """A control that names none follows the settings."""
+    for policy in RecachePolicy:
+        pipe, frames = build_pipeline(recache=str(policy)), []
+        for recache in (None, policy):
+            state = pipe.start(pipe.request(RED, num_frames=69))
+            state.submit(PromptControl(prompt=BLUE, recache=recache), not_before=45)
+            frames.append(torch.cat([chunk.frames for chunk in pipe.run(state)], dim=2))
+        assert_same(*frames)
+
+
 def test_recache_matters_and_so_do_the_sinks(pipe, ask, collect):
     frames = {}
     for name, options in {
-        "new sinks": {"keep_sinks": False},
-        "old sinks": {"keep_sinks": True},
-        "old cache": {"recache": False},
+        "new sinks": {"recache": RecachePolicy.ALL},
+        "old sinks": {"recache": RecachePolicy.WINDOW},
+        "old cache": {"recache": RecachePolicy.NOTHING},
     }.items():
         state = pipe.start(ask(seed=5))
         collect(state, chunks=4)
@@ -162,7 +174,7 @@ def test_recache_rebuilds_every_kept_frame_but_kept_sinks(pipe, ask, collect):
     before = [tensor.unflatten(1, (-1, 4)).clone() for tensor in state.kv.values]
     state.prompt_embeds = pipe.encode_prompt(BLUE)
     state.text = pipe.engine.text_cache(state.prompt_embeds, state.request)
-    pipe.engine.recache(state, keep_sinks=True)
+    pipe.engine.recache(state, RecachePolicy.WINDOW)
     first, second = (
         (after.unflatten(1, (-1, 4)) - old).abs().amax(dim=(0, 2, 3, 4))
         for after, old in zip(state.kv.values, before, strict=True)
@@ -170,6 +182,19 @@ def test_recache_rebuilds_every_kept_frame_but_kept_sinks(pipe, ask, collect):
     assert first.max() < 1e-5
     assert (second[:3] == 0).all()
     assert (second[3:] > 1e-3).all()
+
+
+@pytest.mark.parametrize("chunks", range(1, 6))
+def test_sinks_are_rebuilt_until_frames_have_been_dropped(pipe, ask, collect, chunks):
+    """While the rebuilt window starts at frame 0 it holds the sinks, so keeping them has no meaning yet."""
+    frames = []
+    for policy in (RecachePolicy.WINDOW, RecachePolicy.ALL):
+        state = pipe.start(ask(seed=5))
+        collect(state, chunks=chunks)
+        state.submit(PromptControl(prompt=BLUE, recache=policy))
+        frames.append(collect(state, chunks=2))
+    fits = state.kv.layout.capacity_frames >= 3 * chunks
+    assert torch.equal(*frames) == fits
 
 
 @pytest.mark.parametrize("chunks", [1, 5])
@@ -190,7 +215,7 @@ def test_recache_leaves_a_single_layer_as_it_was(build_pipeline):
     for _ in range(5):
         pipe.step(state)
     before = {name: tensor.clone() for name, tensor in state.kv.tensors().items()}
-    pipe.engine.recache(state, keep_sinks=True)
+    pipe.engine.recache(state, RecachePolicy.WINDOW)
     for name, tensor in state.kv.tensors().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-5)
 
@@ -250,9 +275,12 @@ def test_bad_seed(seed):
         ResetControl(seed=seed)
 
 
-@pytest.mark.parametrize("arguments", [{"prompt": " "}, {"prompt": RED, "blend_chunks": 0}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"prompt": " "}, {"prompt": RED, "blend_chunks": 0}, {"prompt": RED, "recache": "window"}],
+)
 def test_bad_prompt_control(arguments):
-    with pytest.raises(ValueError, match=r"prompt|blend_chunks"):
+    with pytest.raises(ValueError, match=r"prompt must|blend_chunks must|recache must"):
         PromptControl(**arguments)
 
 
@@ -272,7 +300,7 @@ def test_controls_from_other_threads(pipe, ask):
 
     def submit():
         for _ in range(300):
-            state.submit(PromptControl(prompt=BLUE, recache=False), not_before=10**9)
+            state.submit(PromptControl(prompt=BLUE, recache=RecachePolicy.NOTHING), not_before=10**9)
             state.submit(ResumeControl())
 
     threads = [Thread(target=submit) for _ in range(3)]

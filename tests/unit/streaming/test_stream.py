@@ -10,6 +10,7 @@ from genstream.streaming.controls import (
     ResumeControl,
     StopControl,
 )
+from genstream.streaming.settings import RecachePolicy
 
 RED, BLUE = "a red circle moving right", "a blue square moving left"
 FRAMES = 1 + 4 * 17  # six chunks: sinks, window, and three after the first frames have been dropped
@@ -61,7 +62,7 @@ def test_fork(pipe, ask, collect, whole, chunks):
     state = pipe.start(ask(num_frames=FRAMES, seed=5))
     before = [pipe.step(state).frames for _ in range(chunks)]
     fork = state.clone()
-    fork.submit(PromptControl(prompt=BLUE, recache=False))
+    fork.submit(PromptControl(prompt=BLUE, recache=RecachePolicy.NOTHING))
     forked = collect(fork)
     continued = torch.cat([*before, collect(state)], dim=2)
     assert_same(continued, whole)
@@ -71,7 +72,7 @@ def test_fork(pipe, ask, collect, whole, chunks):
 def scripted(pipe, request):
     """A stream that is changed in every way; also gives the numbers of frames of its chunks."""
     state = pipe.start(request)
-    state.submit(PromptControl(prompt=BLUE, keep_sinks=True), not_before=20)
+    state.submit(PromptControl(prompt=BLUE, recache=RecachePolicy.WINDOW), not_before=20)
     frames = [pipe.step(state).frames, pipe.step(state).frames]
     state.submit(PauseControl())
     assert pipe.step(state).frames is None
@@ -81,7 +82,7 @@ def scripted(pipe, request):
     frames += [pipe.step(state).frames for _ in range(4)]
     state.submit(ResetControl(seed=11))
     frames += [pipe.step(state).frames, pipe.step(state).frames]
-    state.submit(PromptControl(prompt=BLUE, recache=False))
+    state.submit(PromptControl(prompt=BLUE, recache=RecachePolicy.NOTHING))
     frames += [pipe.step(state).frames]
     state.submit(ResetControl())
     frames += [pipe.step(state).frames, pipe.step(state).frames]
