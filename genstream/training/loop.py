@@ -267,7 +267,7 @@ def _optimizers(module: nn.Module, settings: LoopSettings) -> list[torch.optim.O
     return optimizers
 
 
-def _block_matrices(module: nn.Module) -> list[nn.Parameter]:
+def _block_matrices(module: nn.Module) -> list[Tensor]:
     """Weights of linear layers inside of repeated blocks: neither embeddings nor heads."""
     blocks = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
     layers = {layer: None for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)}
