@@ -25,6 +25,7 @@ from genstream.streaming.chunk import Chunk
 from genstream.streaming.controls import Applied
 from genstream.streaming.engine import CacheEngine
 from genstream.streaming.noise import NoiseSource, SeededNoise
+from genstream.streaming.queue_engine import QueueEngine
 from genstream.streaming.request import StreamRequest, StreamSettings
 from genstream.streaming.snapshot import load_state, model_fingerprint, save_state
 from genstream.streaming.state import StreamState
@@ -34,6 +35,7 @@ from genstream.vae.wrapping import as_streaming, module_of, streams
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DEFAULT_SECONDS = 4.0
+ENGINES: dict[str, type[CacheEngine]] = {"cache": CacheEngine, "queue": QueueEngine}
 
 
 @dataclass
@@ -58,6 +60,8 @@ class CausalVideoPipeline(DiffusionPipeline):
         vae: any VAE that streams, or one of diffusers' video VAEs, which gets an adapter. An adapter or a
             tiling given here is used too, but only the VAE inside is moved and saved with the pipeline.
         scheduler: the student's denoising steps.
+        engine: "cache" finishes one chunk after the other (Self Forcing and its kin); "queue" denoises as
+            many chunks together as the scheduler has steps (Rolling Forcing), see `QueueEngine`.
         chunk_frames: latent frames generated together.
         sink_frames: first latent frames, kept for ever.
         window_frames: latent frames kept besides the sinks and the current chunk; None keeps all.
@@ -84,6 +88,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         transformer: CausalDiT,
         vae: StreamingVAE | ModelMixin,
         scheduler: FewStepScheduler | FlowEulerScheduler,
+        engine: str = "cache",
         chunk_frames: int = 3,
         sink_frames: int = 0,
         window_frames: int | None = None,
@@ -97,6 +102,8 @@ class CausalVideoPipeline(DiffusionPipeline):
         default_fps: int = 16,
     ) -> None:
         super().__init__()
+        if engine not in ENGINES:
+            raise ValueError(f"engine must be one of {list(ENGINES)}, got {engine!r}")
         module = module_of(vae)
         self._streaming = (module, vae if streams(vae) else None)
         self.register_modules(
@@ -107,6 +114,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             scheduler=scheduler,
         )
         self.register_to_config(
+            engine=engine,
             chunk_frames=chunk_frames,
             sink_frames=sink_frames,
             window_frames=window_frames,
@@ -160,7 +168,7 @@ class CausalVideoPipeline(DiffusionPipeline):
     @property
     def engine(self) -> CacheEngine:
         """The streaming core over this pipeline's components."""
-        return CacheEngine(self.transformer, self.streaming_vae, self.encode_prompt)
+        return ENGINES[self.config.engine](self.transformer, self.streaming_vae, self.encode_prompt)
 
     @property
     def streaming_vae(self) -> StreamingVAE:

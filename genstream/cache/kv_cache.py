@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -35,6 +36,20 @@ class CacheShape:
         """Tokens of one latent frame."""
         return self.rows * self.columns
 
+    def tokens(self, frame: int, frames: int) -> slice:
+        """Tokens of `frames` frames from the one at `frame`."""
+        return slice(frame * self.tokens_per_frame, (frame + frames) * self.tokens_per_frame)
+
+
+class AttentionContext(Protocol):
+    """What a pass through the transformer attends to besides the prompt."""
+
+    def begin(self, start: int, frames: int) -> None:
+        """Prepare a pass over `frames` frames from absolute frame `start`."""
+
+    def write(self, layer: int, keys: Tensor, rotated_keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the pass's keys and values of one layer; return all that it attends to."""
+
 
 @dataclass(eq=False)
 class KVCache:
@@ -63,7 +78,7 @@ class KVCache:
     placed: int | None = None
     current: list[tuple[slice, slice]] = field(default_factory=list)
     current_sink_tokens: int = 0
-    visible_tokens: int = 0
+    visible_tokens: slice = field(default_factory=lambda: slice(0))
 
     @classmethod
     def allocate(cls, layout: CacheLayout, shape: CacheShape, like: Tensor) -> KVCache:
@@ -91,7 +106,8 @@ class KVCache:
         ]
         sinks_here = max(0, min(self.layout.sink_frames, first + frames) - first)
         self.current_sink_tokens = sinks_here * per_frame
-        self.visible_tokens = self.layout.visible_frames(first + frames) * per_frame
+        hidden = self.layout.hidden_frames(first, first + frames)
+        self.visible_tokens = self.shape.tokens(hidden, self.layout.visible_frames(first + frames) - hidden)
         self._place_sinks(first, frames)
 
     def write(self, layer: int, keys: Tensor, rotated_keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +118,7 @@ class KVCache:
         if count := self.current_sink_tokens:
             place = self.current[0][0].start
             self.sinks[layer][:, place : place + count] = keys[:, :count]
-        return self.keys[layer][:, : self.visible_tokens], self.values[layer][:, : self.visible_tokens]
+        return self.keys[layer][:, self.visible_tokens], self.values[layer][:, self.visible_tokens]
 
     def clone(self) -> KVCache:
         """An independent copy."""

@@ -48,6 +48,8 @@ class StreamState:
         negative_text: those of the negative prompt; None without guidance.
         kv: keys and values of the past.
         vae: decoder state; None when the stream is not decoded.
+        queue: chunks under way `[B, C, T, h, w]` behind the finished ones, the oldest and least noisy first;
+            None until the first pass over them, and for an engine that finishes each chunk at once.
         history: the latent frames whose keys and values `kv` can hold, for re-caching.
         frame: latent frames finished since the start or the last reset.
         chunk_index: chunks finished.
@@ -71,6 +73,7 @@ class StreamState:
     kv: KVCache
     vae: VAEState | None
     history: Tensor
+    queue: Tensor | None = None
     frame: int = 0
     chunk_index: int = 0
     frames_out: int = 0

@@ -1,0 +1,145 @@
+"""The queue engine, through the public pipeline, against numbers that the published code produced.
+
+Sets are found, not listed.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.schedulers.few_step import FewStepScheduler
+from genstream.streaming.noise import GivenNoise
+from genstream.transformer.causal_dit import CausalDiT
+from genstream.transformer.conversion import from_wan
+from genstream.vae.tiny import TinyVideoVAE
+
+ATOL = 1e-4
+FOLDER = Path(
+    os.environ.get("GENSTREAM_PARITY_DIR", Path(__file__).resolve().parents[4] / "shared" / "parity")
+)
+SETS = {
+    path.stem: json.loads(path.read_text())
+    for path in sorted(FOLDER.glob("rolling_forcing_*.json"))
+    if path.with_suffix(".safetensors").is_file()
+}
+if not SETS:
+    pytest.skip(f"no parity sets in {FOLDER}: set GENSTREAM_PARITY_DIR", allow_module_level=True)
+
+
+def student(name: str) -> CausalDiT:
+    checkpoint = json.loads((FOLDER / f"{name}.checkpoint.json").read_text())
+    wan = checkpoint["model_config"]
+    config = {
+        "patch_size": tuple(wan["patch_size"]),
+        "num_attention_heads": wan["num_heads"],
+        "attention_head_dim": wan["dim"] // wan["num_heads"],
+        "in_channels": wan["in_dim"],
+        "out_channels": wan["out_dim"],
+        **{
+            name: wan[name]
+            for name in ("text_dim", "freq_dim", "ffn_dim", "num_layers", "cross_attn_norm", "eps")
+        },
+    }
+    model = CausalDiT(**config).eval()
+    model.load_state_dict(from_wan(load_file(FOLDER / checkpoint["files"]["generator_ema"]["file"]), config))
+    return model
+
+
+def pipeline(name: str) -> CausalVideoPipeline:
+    values = SETS[name]
+    chunk = values["frames_per_block"]
+    window = values["max_attention_frames"] - chunk
+    sink = values["kv_cache_frames"] - window - chunk
+    model = student(name)
+    return CausalVideoPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        transformer=model,
+        vae=TinyVideoVAE(
+            encoder_width=4, decoder_widths=(4, 4, 4, 4), latent_channels=model.out_channels
+        ).eval(),
+        scheduler=FewStepScheduler(steps=values["denoising_step_list"], shift=values["timestep_shift"]),
+        engine="queue",
+        chunk_frames=chunk,
+        sink_frames=sink,
+        window_frames=window,
+        positions="window",
+        text_tokens=values["model_config"]["text_len"],
+    )
+
+
+def renoise(values: dict, io: dict, level: int) -> torch.Tensor:
+    """The samples that took all blocks from one level to the next, in windows that follow one another."""
+    samples = [
+        io[f"window{block + level:02d}.renoise.block{block:02d}"] for block in range(values["num_blocks"])
+    ]
+    return torch.cat(samples, dim=1).transpose(1, 2)
+
+
+def queue_behind(window: int, values: dict, io: dict, sigmas: tuple[float, ...]) -> torch.Tensor:
+    """The noisy chunks that a window hands on to the next one."""
+    first, last = values["trace"][window]["blocks"]
+    chunk = values["frames_per_block"]
+    clean = io[f"window{window:02d}.x0_pred"][:, chunk:]
+    blocks = [
+        (1 - sigmas[window - block + 1]) * x
+        + sigmas[window - block + 1] * io[f"window{window:02d}.renoise.block{block:02d}"]
+        for block, x in zip(range(first + 1, last + 1), clean.split(chunk, dim=1), strict=False)
+    ]
+    return torch.cat([clean[:, :0], *blocks], dim=1).transpose(1, 2)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_rollout(name, tmp_path):
+    values, io = SETS[name], load_file(FOLDER / f"{name}.safetensors")
+    pipe = pipeline(name)
+    pipe.save_pretrained(tmp_path)
+    pipe = CausalVideoPipeline.from_pretrained(tmp_path)
+    height, width = (8 * side for side in values["latent_shape_CHW"][1:])
+    levels = len(values["denoising_step_list"])
+    request = pipe.request(
+        prompt_embeds=io["prompt_embeds"],
+        num_frames=1 + 4 * (io["noise"].shape[1] - 1),
+        height=height,
+        width=width,
+        noise=GivenNoise(
+            io["noise"].transpose(1, 2), tuple(renoise(values, io, level) for level in range(levels - 1))
+        ),
+        decode=False,
+    )
+    used = torch.tensor(values["denoising_timesteps_used"])
+    torch.testing.assert_close(torch.tensor(request.schedule.timesteps), used, rtol=0, atol=1e-3)
+    state, found = pipe.start(request), []
+    for window in range(levels - 1, len(values["trace"])):
+        found.append(pipe.step(state).latents)
+        expected = queue_behind(window, values, io, request.schedule.sigmas)
+        torch.testing.assert_close(state.queue, expected, rtol=0, atol=ATOL)
+    assert state.finished
+    latents = torch.cat(found, dim=2).transpose(1, 2)
+    torch.testing.assert_close(latents, io["output"], rtol=0, atol=ATOL)
+    check_cache(state, io)
+
+
+def check_cache(state, io):
+    """The kept keys and values at the end: un-rotated sinks, then the window in order of time."""
+    layout, per_frame = state.kv.layout, state.kv.shape.tokens_per_frame
+    sinks = layout.sink_frames * per_frame
+    rows = torch.cat(
+        [
+            torch.arange(layout.slot(frame) * per_frame, (layout.slot(frame) + 1) * per_frame)
+            for frame in [*range(layout.sink_frames), *range(state.frame - layout.ring_frames, state.frame)]
+        ]
+    )
+    for layer in range(state.kv.shape.layers):
+        keys = state.kv.keys[layer][:, rows].clone()
+        keys[:, :sinks] = state.kv.sinks[layer]
+        expected = io[f"final_kv.layer{layer}.k"]
+        torch.testing.assert_close(keys, expected, rtol=0, atol=ATOL)
+        torch.testing.assert_close(
+            state.kv.values[layer][:, rows], io[f"final_kv.layer{layer}.v"], rtol=0, atol=ATOL
+        )
