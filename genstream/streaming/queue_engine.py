@@ -31,8 +31,8 @@ class QueueEngine(CacheEngine):
     known length nothing joins any more and the queue runs empty; an endless stream never gets there.
 
     A joint pass sees the sinks and the latest finished frames, together with the queue as many latent frames
-    as `window_frames + chunk_frames`; the pass that commits a chunk sees that many latest frames, the sinks
-    only as long as they are among them.
+    as `window_frames + chunk_frames`; `positions` says where the sinks stand for it. The pass that commits a
+    chunk sees that many latest frames, the sinks only as long as they are among them.
 
     A control takes effect in front of a joint pass. A new prompt then guides every chunk of the queue from
     the level it has reached: the next chunk given out was shaped by the old prompt at all levels but its
@@ -111,7 +111,7 @@ class QueueEngine(CacheEngine):
         velocities = velocity.split([chunk.shape[2] for chunk in chunks], dim=2)
         start, advanced = state.frame, []
         for at, chunk, of_chunk in zip(levels, chunks, velocities, strict=True):
-            draw = partial(self._fresh_noise, state, start, at, chunk)
+            draw = partial(_fresh_noise, state, start, at, chunk)
             advanced.append(schedule.advance(at, chunk, of_chunk, draw))
             start += chunk.shape[2]
         following = torch.cat(advanced, dim=2)
@@ -141,9 +141,6 @@ class QueueEngine(CacheEngine):
         ratio = self._temporal_ratio
         return latent_frames_covering(frames, ratio) if state.frame == 0 else -(-frames // ratio)
 
-    def _fresh_noise(self, state: StreamState, start: int, level: int, like: Tensor) -> Tensor:
-        return state.noise.fresh(start, level, like.shape).to(like)
-
     def _joint_velocity(
         self,
         queue: Tensor,
@@ -166,3 +163,7 @@ class QueueEngine(CacheEngine):
     def _reset(self, control: ResetControl, state: StreamState) -> None:
         super()._reset(control, state)
         state.queue = None
+
+
+def _fresh_noise(state: StreamState, start: int, level: int, like: Tensor) -> Tensor:
+    return state.noise.fresh(start, level, like.shape).to(like)

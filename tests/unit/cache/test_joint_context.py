@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 
 from genstream.cache.joint_context import JointContext
 from genstream.cache.layout import CacheLayout, PositionPolicy
@@ -116,6 +117,12 @@ def test_a_late_stream_is_as_exact_as_an_early_one(models, context, latents):
         results = passes(model, kept, latents, text, 3, at)
         found.append(torch.cat([x for _, _, together, clean in results for x in (together, clean)], dim=2))
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)
+
+
+def test_device_hooks_leave_it_alone(models):
+    past, joint = layouts(3, 3, 6)
+    kept = context_of(models[2], past, joint)
+    assert send_to_device({"a": kept}, "meta") == {"a": kept}
 
 
 def test_its_buffer_is_that_of_one_layer(models):

@@ -1,5 +1,7 @@
 """What is the queue's own: the passes a chunk takes, how it begins and ends, what a new prompt reaches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -189,6 +191,15 @@ def test_start_from_an_image(pipe, ask):
     assert_same(found[:, :, :1], pipe.encode_image(image, 32, 32, batch_size=1))
     assert found.shape[2] == 22
     assert found.isfinite().all()
+
+
+def test_a_first_chunk_of_one_frame(pipe, ask, passes):
+    settings = replace(pipe.settings, independent_first_frame=True)
+    state = pipe.start(ask(num_frames=25, seed=5, settings=settings, decode=False))
+    shapes = [chunk.latents.shape[2] for chunk in pipe.run(state)]
+    assert shapes == [1, 3, 3]
+    assert [frames for frames, _ in passes] == [1, 4, 7, 1, 6, 3, 3, 3]
+    assert state.frames_out == 25
 
 
 def test_a_queue_that_does_not_fit_its_window(build_pipeline, pipe):

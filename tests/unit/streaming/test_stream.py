@@ -174,7 +174,7 @@ def test_memory_is_constant(pipe, ask):
     sizes = set()
     for index in range(50):
         pipe.step(state)
-        if index >= 2:
+        if index >= 4:
             tensors = (state.history, state.vae, *([] if state.queue is None else [state.queue]))
             sizes.add((state.kv.nbytes, *(x.nbytes for x in tensors), len(state.log), len(state.pending)))
     assert len(sizes) == 1
