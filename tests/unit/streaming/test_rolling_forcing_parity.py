@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.streaming.noise import GivenNoise
+from genstream.streaming.request import StreamRequest
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.transformer.conversion import from_wan
 from genstream.vae.tiny import TinyVideoVAE
@@ -94,28 +95,28 @@ def queue_behind(window: int, values: dict, io: dict, sigmas: tuple[float, ...])
     return torch.cat([clean[:, :0], *blocks], dim=1).transpose(1, 2)
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_rollout(name, tmp_path):
-    values, io = SETS[name], load_file(FOLDER / f"{name}.safetensors")
-    pipe = pipeline(name)
-    pipe.save_pretrained(tmp_path)
-    pipe = CausalVideoPipeline.from_pretrained(tmp_path)
+def request_of(pipe: CausalVideoPipeline, values: dict, io: dict) -> StreamRequest:
     height, width = (8 * side for side in values["latent_shape_CHW"][1:])
-    levels = len(values["denoising_step_list"])
-    request = pipe.request(
+    levels = range(len(values["denoising_step_list"]) - 1)
+    return pipe.request(
         prompt_embeds=io["prompt_embeds"],
         num_frames=1 + 4 * (io["noise"].shape[1] - 1),
         height=height,
         width=width,
-        noise=GivenNoise(
-            io["noise"].transpose(1, 2), tuple(renoise(values, io, level) for level in range(levels - 1))
-        ),
+        noise=GivenNoise(io["noise"].transpose(1, 2), tuple(renoise(values, io, level) for level in levels)),
         decode=False,
     )
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_rollout(name):
+    values, io = SETS[name], load_file(FOLDER / f"{name}.safetensors")
+    pipe = pipeline(name)
+    request = request_of(pipe, values, io)
     used = torch.tensor(values["denoising_timesteps_used"])
     torch.testing.assert_close(torch.tensor(request.schedule.timesteps), used, rtol=0, atol=1e-3)
     state, found = pipe.start(request), []
-    for window in range(levels - 1, len(values["trace"])):
+    for window in range(len(used) - 1, len(values["trace"])):
         found.append(pipe.step(state).latents)
         expected = queue_behind(window, values, io, request.schedule.sigmas)
         torch.testing.assert_close(state.queue, expected, rtol=0, atol=ATOL)
@@ -123,6 +124,20 @@ def test_rollout(name, tmp_path):
     latents = torch.cat(found, dim=2).transpose(1, 2)
     torch.testing.assert_close(latents, io["output"], rtol=0, atol=ATOL)
     check_cache(state, io)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "atol"), [(torch.float32, ATOL), (torch.float16, 0.03), (torch.bfloat16, 0.1)]
+)
+@pytest.mark.parametrize("name", SETS)
+def test_rollout_of_a_saved_model(name, dtype, atol, tmp_path):
+    values, io = SETS[name], load_file(FOLDER / f"{name}.safetensors")
+    pipeline(name).save_pretrained(tmp_path)
+    pipe = CausalVideoPipeline.from_pretrained(tmp_path, dtype=dtype)
+    assert pipe.transformer.dtype == dtype
+    chunks = [chunk.latents for chunk in pipe.run(pipe.start(request_of(pipe, values, io)))]
+    latents = torch.cat(chunks, dim=2).transpose(1, 2)
+    torch.testing.assert_close(latents.float(), io["output"], rtol=0, atol=atol)
 
 
 def check_cache(state, io):
