@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -21,67 +21,56 @@ class JointContext:
 
     Attributes:
         past: the stream's cache; only read.
-        layout: of the shared buffer; its ring holds the latest finished frames and those of the pass.
-        keys: `[B, capacity tokens, N, D]`.
-        values: `[B, capacity tokens, N, D]`.
+        layout: what a pass sees; its ring is the latest finished frames and those of the pass.
+        keys: of one layer, `[B, capacity tokens, N, D]`.
+        values: likewise.
     """
 
     past: KVCache
     layout: CacheLayout
     keys: Tensor
     values: Tensor
-    sink_frames: int = 0
+    sinks: slice = field(default_factory=lambda: slice(0))
     sinks_at: Phases | None = None
     copied: tuple[tuple[slice, slice], ...] = ()
-    own: tuple[tuple[slice, slice], ...] = ()
-    visible_tokens: int = 0
+    own: slice = field(default_factory=lambda: slice(0))
 
     @classmethod
     def allocate(cls, past: KVCache, layout: CacheLayout) -> JointContext:
         """A context whose buffer has the device and dtype of the cache."""
         shape, like = past.shape, past.keys[0]
         size = (shape.batch, layout.capacity_frames * shape.tokens_per_frame, shape.heads, shape.head_width)
-        return cls(past, layout, like.new_zeros(size), like.new_zeros(size))
+        return cls(past, layout, like.new_empty(size), like.new_empty(size))
 
     def begin(self, start: int, frames: int) -> None:
         """Prepare a pass over `frames` frames from absolute frame `start`: which keys go where."""
-        first = start - self.past.origin
+        first, tokens = start - self.past.origin, self.past.shape.tokens
         self.layout.check_pass(first, frames)
-        tokens = self.past.shape.tokens
-        self.own = tuple(
-            (tokens(run.slot, run.length), tokens(run.offset, run.length))
-            for run in self.layout.segments(first, frames)
-        )
-        kept = self.layout.kept(first, first + frames)
+        sinks, kept = min(first, self.layout.sink_frames), self.layout.kept(first, first + frames)
+        self.sinks = tokens(0, sinks)
         self.copied = tuple(
-            (tokens(run.slot + part.offset, part.length), tokens(part.slot, part.length))
-            for run in self.layout.segments(kept.start, len(kept))
-            for part in self.past.layout.segments(kept.start + run.offset, run.length)
+            (tokens(sinks + run.offset, run.length), tokens(run.slot, run.length))
+            for run in self.past.layout.segments(kept.start, len(kept))
         )
-        self.visible_tokens = tokens(0, self.layout.visible_frames(first + frames)).stop
-        self._place_sinks(first, frames)
+        self.own = tokens(sinks + len(kept), frames)
+        positions = self.layout.sink_positions(first + frames)[:sinks]
+        self.sinks_at = self._phases(positions) if sinks else None
 
     def write(self, layer: int, keys: Tensor, rotated_keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put one layer's keys and values side by side; return all that the pass attends to."""
         past_keys, past_values = self.past.keys[layer], self.past.values[layer]
         if self.sinks_at is not None:
-            sinks = self.past.shape.tokens(0, self.sink_frames)
-            self.keys[:, sinks] = rotate(self.past.sinks[layer][:, sinks], self.sinks_at)
-            self.values[:, sinks] = past_values[:, sinks]
+            self.keys[:, self.sinks] = rotate(self.past.sinks[layer][:, self.sinks], self.sinks_at)
+            self.values[:, self.sinks] = past_values[:, self.sinks]
         for here, there in self.copied:
             self.keys[:, here] = past_keys[:, there]
             self.values[:, here] = past_values[:, there]
-        for here, tokens in self.own:
-            self.keys[:, here] = rotated_keys[:, tokens]
-            self.values[:, here] = values[:, tokens]
-        return self.keys[:, : self.visible_tokens], self.values[:, : self.visible_tokens]
+        self.keys[:, self.own] = rotated_keys
+        self.values[:, self.own] = values
+        return self.keys[:, : self.own.stop], self.values[:, : self.own.stop]
 
-    def _place_sinks(self, first: int, frames: int) -> None:
-        """Where the finished sinks stand for a pass."""
-        shape = self.past.shape
-        self.sink_frames = min(first, self.layout.sink_frames)
-        positions = self.layout.sink_positions(first + frames)[: self.sink_frames]
-        self.sinks_at = None
-        if positions:
-            at = [self.past.origin + position for position in positions]
-            self.sinks_at = phases(at, shape.rows, shape.columns, shape.head_width, self.keys.device)
+    def _phases(self, positions: range) -> Phases:
+        """Rotary angles of frames at these positions, counted from the cache's origin."""
+        shape, origin = self.past.shape, self.past.origin
+        at = range(origin + positions.start, origin + positions.stop)
+        return phases(at, shape.rows, shape.columns, shape.head_width, self.keys.device)

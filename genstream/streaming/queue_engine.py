@@ -22,7 +22,7 @@ from genstream.transformer.embeddings import timestep_dtype
 
 @dataclass(frozen=True)
 class QueueEngine(CacheEngine):
-    """The session of `CacheEngine`, but the chunks are denoised together, as in a pipeline.
+    """The session of `CacheEngine`, but the chunks are denoised together, as on an assembly line.
 
     The queue holds one chunk for each noise level of the schedule, the oldest at the lowest. A joint pass,
     bidirectional over the queue, takes all of them one level further: the oldest is then clean, is committed

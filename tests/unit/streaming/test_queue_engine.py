@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from genstream.pipelines.causal_video import ENGINES, CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.streaming.controls import PromptControl, ResetControl
 from genstream.streaming.noise import GivenNoise
@@ -208,6 +209,25 @@ def test_a_queue_that_does_not_fit_its_window(build_pipeline, pipe):
         wrong = build_pipeline(engine="queue", window_frames=window, scheduler=FewStepScheduler(steps=STEPS))
         with pytest.raises(ValueError, match=f"{message} {window}"):
             wrong.start(wrong.request(RED, num_frames=9))
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 4, 6])
+def test_a_snapshot_holds_the_queue(pipe, ask, tmp_path, chunks):
+    whole = run(pipe, pipe.start(ask(num_frames=81, seed=5, decode=False)))
+    state = pipe.start(ask(num_frames=81, seed=5, decode=False))
+    before = [pipe.step(state).latents for _ in range(chunks)]
+    pipe.save_state(state, tmp_path / "stream")
+    after = run(pipe, pipe.load_state(tmp_path / "stream"))
+    assert_same(torch.cat([*before, after], dim=2), whole)
+
+
+def test_the_engine_is_part_of_the_model(build_pipeline, tmp_path):
+    for saved, other in (("queue", "cache"), ("cache", "queue")):
+        build_pipeline(engine=saved).save_pretrained(tmp_path / saved)
+        loaded = CausalVideoPipeline.from_pretrained(tmp_path / saved)
+        assert type(loaded.engine) is ENGINES[saved]
+        loaded = CausalVideoPipeline.from_pretrained(tmp_path / saved, engine=other)
+        assert type(loaded.engine) is ENGINES[other]
 
 
 def test_an_engine_that_does_not_exist(build_pipeline):
