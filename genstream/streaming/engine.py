@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from genstream.cache.kv_cache import TextCache
+from genstream.cache.layout import CacheLayout
 from genstream.schedulers.schedule import Schedule
 from genstream.shapes import frames_of, latent_frames_covering
 from genstream.streaming.chunk import Chunk, Timings
@@ -79,7 +80,7 @@ class CacheEngine:
         self._check(request)
         device, dtype = self.transformer.device, self.transformer.dtype
         height, width = self._latent_size(request)
-        layout = request.settings.layout(self._latent_frames(request))
+        layout = self.cache_layout(request)
         embeds = request.prompt_embeds.to(device, dtype)
         channels = self.transformer.out_channels
         state = StreamState(
@@ -165,12 +166,7 @@ class CacheEngine:
             return state.noise.fresh(state.frame, step, shape).to(state.history)
 
         latents = denoise(lambda x, t: self.predict(x, t, state), noise, request.schedule, draw)
-        # One synchronisation per chunk, so that a broken chunk never enters the cache or the video.
-        if not bool(latents.isfinite().all()):
-            raise NonFiniteLatentsError(
-                f"latents of chunk {state.chunk_index} (from latent frame {state.frame}) are not finite; "
-                f"the model or its dtype ({latents.dtype}) is at fault"
-            )
+        check_finite(latents, state)
         return latents
 
     def predict(self, x: Tensor, timestep: float, state: StreamState) -> Tensor:
@@ -238,6 +234,10 @@ class CacheEngine:
         image = None if image is None else image.to(prompt_embeds)
         return self.transformer.text_cache(prompt_embeds, image)
 
+    def cache_layout(self, request: StreamRequest) -> CacheLayout:
+        """Which latent frames the cache of a stream keeps."""
+        return request.settings.layout(self._latent_frames(request))
+
     def _negative_text(self, request: StreamRequest, like: Tensor) -> TextCache | None:
         embeds = request.negative_embeds
         return None if embeds is None else self.text_cache(embeds.to(like), request)
@@ -265,7 +265,7 @@ class CacheEngine:
         """Velocity of the noisy current chunk."""
         velocity: Tensor = self.transformer(
             x,
-            _timesteps(x, [timestep]),
+            timesteps_of(x, [timestep]),
             frame_positions=range(state.frame, state.frame + x.shape[2]),
             kv_cache=state.kv,
             text_cache=text,
@@ -281,7 +281,7 @@ class CacheEngine:
         levels = [settings.context_timestep] * finished + [timestep] * x.shape[2]
         velocity: Tensor = self.transformer(
             joined,
-            _timesteps(x, levels),
+            timesteps_of(x, levels),
             frame_positions=range(state.frame - finished, state.frame + x.shape[2]),
             kv_cache=state.kv,
             text_cache=state.text,
@@ -296,7 +296,7 @@ class CacheEngine:
         """Write the keys and values of clean latents from latent frame `start` on."""
         self.transformer(
             latents,
-            _timesteps(latents, [state.request.settings.context_timestep]),
+            timesteps_of(latents, [state.request.settings.context_timestep]),
             frame_positions=range(start, start + latents.shape[2]),
             kv_cache=state.kv,
             text_cache=state.text,
@@ -438,7 +438,7 @@ class CacheEngine:
         return self.vae.init_state("decode", request.batch_size, request.height, request.width)
 
 
-def _timesteps(x: Tensor, levels: list[float]) -> Tensor:
+def timesteps_of(x: Tensor, levels: Sequence[float]) -> Tensor:
     """Timesteps `[B, 1]` or `[B, T]` of a batch whose elements are all at the same noise levels."""
     row = torch.tensor(levels, dtype=timestep_dtype(x.device), device=x.device)
     return row.expand(len(x), -1)
@@ -454,6 +454,15 @@ def _kept(history: Tensor, state: StreamState) -> Tensor:
     sinks = settings.sink_frames
     recent = history[:, :, history.shape[2] - (layout.window_frames - sinks) :]
     return torch.cat([history[:, :, :sinks], recent], dim=2)
+
+
+def check_finite(latents: Tensor, state: StreamState) -> None:
+    """One synchronisation, so that a broken chunk never enters the cache, the queue or the video."""
+    if not bool(latents.isfinite().all()):
+        raise NonFiniteLatentsError(
+            f"latents of chunk {state.chunk_index} (from latent frame {state.frame}) are not finite; "
+            f"the model or its dtype ({latents.dtype}) is at fault"
+        )
 
 
 def denoise(predict: Predict, x: Tensor, schedule: Schedule, draw: Draw) -> Tensor:
