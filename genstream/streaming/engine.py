@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -77,7 +77,7 @@ class CacheEngine:
     @torch.no_grad()
     def start(self, request: StreamRequest, controls: Iterable[Applied] = ()) -> StreamState:
         """The state in front of the first chunk; `controls`, the log of another run, are replayed."""
-        self._check(request)
+        self._check_context(request)
         device, dtype = self.transformer.device, self.transformer.dtype
         height, width = self._latent_size(request)
         layout = self.cache_layout(request)
@@ -125,6 +125,7 @@ class CacheEngine:
             )
         begun = time.perf_counter()
         if draft.request.settings.context is ContextPolicy.RECOMPUTE:
+            # In front of a new prompt, which says itself whether the past is made with it.
             self._rebuild(draft)
         self._advance_blend(draft)
         with draft.kv.undone_on_failure():
@@ -216,16 +217,19 @@ class CacheEngine:
         state.kv, state.uncommitted = kv, 0
         self._clean_pass(latents, start, state)
 
-    def _check(self, request: StreamRequest) -> None:
-        """The frames that the context is made from must be there when the next chunk starts."""
+    def _check_context(self, request: StreamRequest) -> None:
+        """Frames that the past is made from must be there when the next chunk starts, and be encodable."""
+        if not request.settings.reencodes:
+            return
         spec = self.vae.spec
         at_once = spec.lookahead_latents == 0 and spec.first_latents == spec.chunk_latents == 1
-        if request.settings.reencodes and not (request.decode and at_once):
+        if not (request.decode and at_once):
             raise ValueError(
                 "context 'recompute' encodes decoded frames again: it needs decode=True and a VAE that "
                 "decodes every latent frame at once, or sink_frames above 0; "
                 f"got decode={request.decode} and {type(self.vae).__name__}"
             )
+        self.vae.init_state("encode", request.batch_size, request.height, request.width)
 
     @torch.no_grad()
     def text_cache(self, prompt_embeds: Tensor, request: StreamRequest) -> TextCache:
@@ -265,7 +269,7 @@ class CacheEngine:
         """Velocity of the noisy current chunk."""
         velocity: Tensor = self.transformer(
             x,
-            timesteps_of(x, [timestep]),
+            _timesteps(x, timestep),
             frame_positions=range(state.frame, state.frame + x.shape[2]),
             kv_cache=state.kv,
             text_cache=text,
@@ -277,11 +281,14 @@ class CacheEngine:
     def _velocity_and_commit(self, x: Tensor, timestep: float, state: StreamState) -> Tensor:
         """Velocity of the current chunk, in a pass that commits the chunk in front of it too."""
         settings, finished = state.request.settings, state.uncommitted
-        joined = torch.cat([state.history[:, :, -finished:], x], dim=2)
-        levels = [settings.context_timestep] * finished + [timestep] * x.shape[2]
+        clean = state.history[:, :, -finished:]
+        levels = [
+            _timesteps(part, level).expand(-1, part.shape[2])
+            for part, level in ((clean, settings.context_timestep), (x, timestep))
+        ]
         velocity: Tensor = self.transformer(
-            joined,
-            timesteps_of(x, levels),
+            torch.cat([clean, x], dim=2),
+            torch.cat(levels, dim=1),
             frame_positions=range(state.frame - finished, state.frame + x.shape[2]),
             kv_cache=state.kv,
             text_cache=state.text,
@@ -296,7 +303,7 @@ class CacheEngine:
         """Write the keys and values of clean latents from latent frame `start` on."""
         self.transformer(
             latents,
-            timesteps_of(latents, [state.request.settings.context_timestep]),
+            _timesteps(latents, state.request.settings.context_timestep),
             frame_positions=range(start, start + latents.shape[2]),
             kv_cache=state.kv,
             text_cache=state.text,
@@ -438,10 +445,9 @@ class CacheEngine:
         return self.vae.init_state("decode", request.batch_size, request.height, request.width)
 
 
-def timesteps_of(x: Tensor, levels: Sequence[float]) -> Tensor:
-    """Timesteps `[B, 1]` or `[B, T]` of a batch whose elements are all at the same noise levels."""
-    row = torch.tensor(levels, dtype=timestep_dtype(x.device), device=x.device)
-    return row.expand(len(x), -1)
+def _timesteps(x: Tensor, timestep: float) -> Tensor:
+    """The same timestep for all of a batch, `[B, 1]`."""
+    return torch.full((len(x), 1), timestep, dtype=timestep_dtype(x.device), device=x.device)
 
 
 def _kept(history: Tensor, state: StreamState) -> Tensor:

@@ -14,7 +14,7 @@ from genstream.cache.kv_cache import TextCache
 from genstream.cache.layout import CacheLayout, PositionPolicy
 from genstream.shapes import latent_frames_covering
 from genstream.streaming.controls import ResetControl
-from genstream.streaming.engine import CacheEngine, check_finite, timesteps_of
+from genstream.streaming.engine import CacheEngine, check_finite
 from genstream.streaming.request import StreamRequest
 from genstream.streaming.settings import ContextPolicy
 from genstream.streaming.state import StreamState
@@ -159,7 +159,7 @@ class QueueEngine(CacheEngine):
         )[0]
         return velocity
 
-    def _check(self, request: StreamRequest) -> None:
+    def _check_context(self, request: StreamRequest) -> None:
         settings = request.settings
         if settings.context is not ContextPolicy.CLEAN or settings.past_weight != 1:
             raise ValueError(

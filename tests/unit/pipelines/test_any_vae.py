@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -10,6 +11,7 @@ from small_vaes import adapter, own_vae
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.streaming.controls import ResetControl
+from genstream.streaming.settings import ContextPolicy
 from genstream.vae.adapters.base import Adapter
 from genstream.vae.protocol import StreamingVAE
 from genstream.vae.tiling import TiledVAE, Tiling
@@ -59,6 +61,22 @@ def decoded_at_once(pipe, latents):
     vae = pipe.streaming_vae
     state = vae.init_state("decode", latents.shape[0], SIZE["height"], SIZE["width"])
     return torch.cat([vae.decode_chunk(latents, state), vae.flush(state)], dim=2)
+
+
+def test_a_past_that_is_encoded_again(name, build_pipeline):
+    """A VAE that can show and encode the oldest frame in time does; another one is refused at the start."""
+    pipe = build_pipeline(vae=single(name), context="recompute", sink_frames=0, window_frames=2)
+    request = pipe.request([RED, RED], num_frames=frames_for(pipe, 12), **SIZE)
+    if name in LATE or name == "turbo":
+        with pytest.raises(ValueError, match=r"decodes every latent frame at once|without encoder"):
+            pipe.start(request)
+        return
+    chunks = streamed(pipe, pipe.start(request))
+    assert all(chunk.latents.isfinite().all() for chunk in chunks)
+    settings = replace(request.settings, context=ContextPolicy.CLEAN)
+    plain = streamed(pipe, pipe.start(replace(request, settings=settings)))
+    same = [torch.allclose(a.latents, b.latents, atol=1e-5) for a, b in zip(chunks, plain, strict=True)]
+    assert same == [True, False, False, False]
 
 
 @torch.no_grad()

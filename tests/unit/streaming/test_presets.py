@@ -62,6 +62,17 @@ def test_a_preset_runs_and_is_saved_with_the_model(build_pipeline, tmp_path, nam
     assert loaded.scheduler.schedule() == pipe.scheduler.schedule()
 
 
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_a_preset_starts_from_an_image(build_pipeline, name):
+    pipe = build_pipeline()
+    pipe.apply_preset(name)
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    frames = [chunk.frames for chunk in pipe.stream(RED, num_frames=1 + 4 * 15, image=picture)]
+    assert [part.shape[2] for part in frames] == [1, *[12] * 5]
+    plain = next(pipe.stream(RED, num_frames=1 + 4 * 15)).frames
+    assert not torch.allclose(frames[0], plain[:, :, :1])
+
+
 def test_presets_replace_each_other(build_pipeline):
     pipe, fresh = build_pipeline(guidance_scale=3.0), build_pipeline()
     for name in ("krea", "rolling-forcing", "causvid"):
