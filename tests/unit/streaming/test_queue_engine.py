@@ -28,8 +28,9 @@ def passes(pipe):
     found = []
 
     def note(module, inputs, options):
-        time = inputs[1].expand(1, inputs[0].shape[2]) if inputs[1].ndim == 2 else inputs[1][:1, None]
-        found.append((inputs[0].shape[2], tuple(time[0].tolist())))
+        frames = inputs[0].shape[2]
+        by_frame = inputs[1].reshape(len(inputs[1]), -1).expand(-1, frames)
+        found.append((frames, tuple(by_frame[0].tolist())))
 
     handle = pipe.transformer.register_forward_pre_hook(note, with_kwargs=True)
     yield found
@@ -53,7 +54,7 @@ def joint(*levels):
     return CHUNK * len(levels), tuple(schedule.timesteps[level] for level in levels for _ in range(CHUNK))
 
 
-COMMIT = (CHUNK, (0.0,))
+COMMIT = (CHUNK, (0.0,) * CHUNK)
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 3, 4, 6])
