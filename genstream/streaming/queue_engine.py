@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,6 +17,7 @@ from genstream.streaming.engine import CacheEngine, check_finite
 from genstream.streaming.request import StreamRequest
 from genstream.streaming.settings import ContextPolicy
 from genstream.streaming.state import StreamState
+from genstream.transformer.embeddings import timestep_dtype
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ class QueueEngine(CacheEngine):
         return latents
 
     def predict_queue(
-        self, queue: Tensor, timesteps: Sequence[float], state: StreamState, context: JointContext
+        self, queue: Tensor, timesteps: Tensor, state: StreamState, context: JointContext
     ) -> Tensor:
-        """Velocity of the queue at one timestep for each latent frame, with classifier-free guidance."""
+        """Velocity of the queue at timesteps `[B, T]`, with classifier-free guidance."""
         toward = self._joint_velocity(queue, timesteps, state, context, state.text)
         if state.negative_text is None:
             return toward
@@ -102,11 +102,10 @@ class QueueEngine(CacheEngine):
         chunks = self._with_noise(state)
         levels = range(level, level - len(chunks), -1)
         queue = torch.cat(chunks, dim=2)
-        timesteps = [
-            schedule.timesteps[at]
-            for at, chunk in zip(levels, chunks, strict=True)
-            for _ in range(chunk.shape[2])
-        ]
+        timesteps = torch.cat(
+            [_timesteps(chunk, schedule.timesteps[at]) for at, chunk in zip(levels, chunks, strict=True)],
+            dim=1,
+        )
         velocity = self.predict_queue(queue, timesteps, state, context)
         velocities = velocity.split([chunk.shape[2] for chunk in chunks], dim=2)
         start, advanced = state.frame, []
@@ -144,14 +143,14 @@ class QueueEngine(CacheEngine):
     def _joint_velocity(
         self,
         queue: Tensor,
-        timesteps: Sequence[float],
+        timesteps: Tensor,
         state: StreamState,
         context: JointContext,
         text: TextCache,
     ) -> Tensor:
         velocity: Tensor = self.transformer(
             queue,
-            timesteps_of(queue, timesteps),
+            timesteps,
             frame_positions=range(state.frame, state.frame + queue.shape[2]),
             kv_cache=context,
             text_cache=text,
@@ -170,6 +169,11 @@ class QueueEngine(CacheEngine):
     def _reset(self, control: ResetControl, state: StreamState) -> None:
         super()._reset(control, state)
         state.queue = None
+
+
+def _timesteps(chunk: Tensor, timestep: float) -> Tensor:
+    size = (chunk.shape[0], chunk.shape[2])
+    return torch.full(size, timestep, dtype=timestep_dtype(chunk.device), device=chunk.device)
 
 
 def _fresh_noise(state: StreamState, start: int, level: int, like: Tensor) -> Tensor:
