@@ -26,6 +26,7 @@ from genstream.streaming.controls import Applied
 from genstream.streaming.engine import CacheEngine
 from genstream.streaming.noise import NoiseSource, SeededNoise
 from genstream.streaming.presets import EngineKind, Preset, find_preset
+from genstream.streaming.queue_engine import QueueEngine
 from genstream.streaming.request import StreamRequest
 from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSettings
 from genstream.streaming.snapshot import load_state, model_fingerprint, save_state
@@ -36,6 +37,7 @@ from genstream.vae.wrapping import as_streaming, module_of, streams
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DEFAULT_SECONDS = 4.0
+ENGINES: dict[str, type[CacheEngine]] = {EngineKind.CACHE: CacheEngine, EngineKind.QUEUE: QueueEngine}
 
 
 @dataclass
@@ -60,6 +62,8 @@ class CausalVideoPipeline(DiffusionPipeline):
         vae: any VAE that streams, or one of diffusers' video VAEs, which gets an adapter. An adapter or a
             tiling given here is used too, but only the VAE inside is moved and saved with the pipeline.
         scheduler: the student's denoising steps.
+        engine: "cache" finishes one chunk after the other (Self Forcing and its kin); "queue" denoises as
+            many chunks together as the scheduler has steps (Rolling Forcing), see `QueueEngine`.
         chunk_frames: latent frames generated together.
         sink_frames: first latent frames, kept for ever.
         window_frames: latent frames kept besides the sinks and the current chunk; None keeps all.
@@ -89,6 +93,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         transformer: CausalDiT,
         vae: StreamingVAE | ModelMixin,
         scheduler: FewStepScheduler | FlowEulerScheduler,
+        engine: str = "cache",
         chunk_frames: int = 3,
         sink_frames: int = 0,
         window_frames: int | None = None,
@@ -105,6 +110,8 @@ class CausalVideoPipeline(DiffusionPipeline):
         default_fps: int = 16,
     ) -> None:
         super().__init__()
+        if engine not in ENGINES:
+            raise ValueError(f"engine must be one of {[str(kind) for kind in ENGINES]}, got {engine!r}")
         module = module_of(vae)
         self._streaming = (module, vae if streams(vae) else None)
         self.register_modules(
@@ -115,6 +122,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             scheduler=scheduler,
         )
         self.register_to_config(
+            engine=engine,
             chunk_frames=chunk_frames,
             sink_frames=sink_frames,
             window_frames=window_frames,
@@ -174,7 +182,7 @@ class CausalVideoPipeline(DiffusionPipeline):
     @property
     def engine(self) -> CacheEngine:
         """The streaming core over this pipeline's components."""
-        return CacheEngine(self.transformer, self.streaming_vae, self.encode_prompt)
+        return ENGINES[self.config.engine](self.transformer, self.streaming_vae, self.encode_prompt)
 
     @property
     def streaming_vae(self) -> StreamingVAE:
@@ -211,10 +219,11 @@ class CausalVideoPipeline(DiffusionPipeline):
         self._check_preset(name, preset)
         self.scheduler = FewStepScheduler(steps=list(preset.steps), shift=preset.shift, warped=preset.warped)
         self.register_to_config(
+            engine=str(preset.engine),
             **{
                 name: str(value) if isinstance(value, str) else value
                 for name, value in asdict(preset.settings).items()
-            }
+            },
         )
 
     def encode_prompt(self, prompt: str | list[str]) -> Tensor:
@@ -514,11 +523,6 @@ class CausalVideoPipeline(DiffusionPipeline):
 
     def _check_preset(self, name: str, preset: Preset) -> None:
         config, wanted = self.transformer.config, preset.settings.chunk_frames
-        if preset.engine is not EngineKind.CACHE:
-            raise ValueError(
-                f"preset {name!r} needs the {preset.engine} engine, "
-                f"{type(self).__name__} runs on the cache engine"
-            )
         if not isinstance(self.scheduler, FewStepScheduler):
             raise ValueError(
                 f"preset {name!r} needs a few-step student, this model has a {type(self.scheduler).__name__}"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -38,6 +39,10 @@ class CacheShape:
         """Tokens of one latent frame."""
         return self.rows * self.columns
 
+    def tokens(self, frame: int, frames: int) -> slice:
+        """Tokens of `frames` frames from the one at `frame`."""
+        return slice(frame * self.tokens_per_frame, (frame + frames) * self.tokens_per_frame)
+
 
 @dataclass(frozen=True, eq=False)
 class CachePart:
@@ -47,7 +52,7 @@ class CachePart:
         tokens: where they stand in the pass.
         runs: slots of the buffer, and the tokens of this part, counted from its first, that go there.
         sink_tokens: leading tokens of this part that are sinks.
-        visible_tokens: tokens of the buffer, from the first, that this part attends to.
+        visible: tokens of the buffer that this part attends to.
         sinks_place: position of the first sink.
         sinks_at: where the sinks must be rotated to before it attends; None where they already stand there.
         weights: logarithm of each visible token's weight, `[1, visible tokens]`; None for equal ones.
@@ -56,10 +61,24 @@ class CachePart:
     tokens: slice
     runs: list[tuple[slice, slice]]
     sink_tokens: int
-    visible_tokens: int
+    visible: slice
     sinks_place: int
     sinks_at: Phases | None
     weights: Tensor | None
+
+
+class AttentionContext(Protocol):
+    """What a pass through the transformer attends to besides the prompt."""
+
+    parts: list[CachePart]
+
+    def begin(self, start: int, frames: int, *, finished_frames: int = 0, past_weight: float = 1.0) -> None:
+        """Prepare a pass over `frames` frames from absolute frame `start`: its parts."""
+
+    def write(
+        self, part: CachePart, layer: int, keys: Tensor, rotated_keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Take the keys and values of one layer of a part; return all that it attends to."""
 
 
 @dataclass(eq=False)
@@ -143,7 +162,7 @@ class KVCache:
             self.sinks[layer][:, place : place + count] = keys[:, :count]
         if layer + 1 == self.shape.layers:
             self.placed = part.sinks_place
-        return self.keys[layer][:, : part.visible_tokens], self.values[layer][:, : part.visible_tokens]
+        return self.keys[layer][:, part.visible], self.values[layer][:, part.visible]
 
     @contextmanager
     def undone_on_failure(self) -> Iterator[None]:
@@ -203,15 +222,16 @@ class KVCache:
         ]
         writes_sinks = first < layout.sink_frames
         place = self.origin + (0 if writes_sinks else layout.sink_positions(end).start)
-        visible_tokens = layout.visible_frames(end) * per_frame
+        hidden = layout.hidden_frames(first, end)
+        visible = self.shape.tokens(hidden, layout.visible_frames(end) - hidden)
         return CachePart(
             tokens=tokens,
             runs=runs,
             sink_tokens=max(0, min(layout.sink_frames, end) - first) * per_frame,
-            visible_tokens=visible_tokens,
+            visible=visible,
             sinks_place=place,
             sinks_at=None if writes_sinks or place == placed else self._sink_phases(place),
-            weights=None if past_weight == 1 else self._weights(runs, visible_tokens, end, past_weight),
+            weights=None if past_weight == 1 else self._weights(runs, visible.stop, end, past_weight),
         )
 
     def _sink_phases(self, place: int) -> Phases | None:

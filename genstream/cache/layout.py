@@ -35,12 +35,15 @@ class CacheLayout:
         sink_frames: first latent frames, kept for ever.
         window_frames: most recent finished latent frames kept besides the sinks.
         positions: where the sinks stand in time.
+        sink_reach_frames: only passes that end at or before this frame attend to the sinks, and those that
+            write them; None: all do.
     """
 
     chunk_frames: int
     sink_frames: int
     window_frames: int
     positions: PositionPolicy = PositionPolicy.ABSOLUTE
+    sink_reach_frames: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("chunk_frames", 1), ("sink_frames", 0), ("window_frames", 0)):
@@ -77,6 +80,15 @@ class CacheLayout:
     def visible_frames(self, end: int) -> int:
         """Slots, from the first, that a pass over frames up to `end` (exclusive) attends to."""
         return min(end, self.capacity_frames)
+
+    def hidden_frames(self, start: int, end: int) -> int:
+        """Slots, from the first, that a pass over frames `start .. end - 1` leaves out of those."""
+        reach = end if self.sink_reach_frames is None else self.sink_reach_frames
+        return self.sink_frames if end > reach and start >= self.sink_frames else 0
+
+    def kept(self, start: int, end: int) -> range:
+        """Frames behind the sinks and before `start` that a pass over frames `start .. end - 1` sees."""
+        return range(min(start, max(self.sink_frames, end - self.ring_frames)), start)
 
     def check_pass(self, start: int, frames: int) -> None:
         """A pass must leave no stale slot visible: it fills the ring's free part or the buffer's front.

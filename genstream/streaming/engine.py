@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from genstream.cache.kv_cache import TextCache
+from genstream.cache.layout import CacheLayout
 from genstream.schedulers.schedule import Schedule
 from genstream.shapes import frames_of, latent_frames_covering
 from genstream.streaming.chunk import Chunk, Timings
@@ -79,7 +80,7 @@ class CacheEngine:
         self._check_context(request)
         device, dtype = self.transformer.device, self.transformer.dtype
         height, width = self._latent_size(request)
-        layout = request.settings.layout(self._latent_frames(request))
+        layout = self.cache_layout(request)
         embeds = request.prompt_embeds.to(device, dtype)
         channels = self.transformer.out_channels
         state = StreamState(
@@ -166,12 +167,7 @@ class CacheEngine:
             return state.noise.fresh(state.frame, step, shape).to(state.history)
 
         latents = denoise(lambda x, t: self.predict(x, t, state), noise, request.schedule, draw)
-        # One synchronisation per chunk, so that a broken chunk never enters the cache or the video.
-        if not bool(latents.isfinite().all()):
-            raise NonFiniteLatentsError(
-                f"latents of chunk {state.chunk_index} (from latent frame {state.frame}) are not finite; "
-                f"the model or its dtype ({latents.dtype}) is at fault"
-            )
+        check_finite(latents, state)
         return latents
 
     def predict(self, x: Tensor, timestep: float, state: StreamState) -> Tensor:
@@ -241,6 +237,10 @@ class CacheEngine:
         image = request.image_embeds
         image = None if image is None else image.to(prompt_embeds)
         return self.transformer.text_cache(prompt_embeds, image)
+
+    def cache_layout(self, request: StreamRequest) -> CacheLayout:
+        """Which latent frames the cache of a stream keeps."""
+        return request.settings.layout(self._latent_frames(request))
 
     def _negative_text(self, request: StreamRequest, like: Tensor) -> TextCache | None:
         embeds = request.negative_embeds
@@ -460,6 +460,15 @@ def _kept(history: Tensor, state: StreamState) -> Tensor:
     sinks = settings.sink_frames
     recent = history[:, :, history.shape[2] - (layout.window_frames - sinks) :]
     return torch.cat([history[:, :, :sinks], recent], dim=2)
+
+
+def check_finite(latents: Tensor, state: StreamState) -> None:
+    """One synchronisation, so that a broken chunk never enters the cache, the queue or the video."""
+    if not bool(latents.isfinite().all()):
+        raise NonFiniteLatentsError(
+            f"latents of chunk {state.chunk_index} (from latent frame {state.frame}) are not finite; "
+            f"the model or its dtype ({latents.dtype}) is at fault"
+        )
 
 
 def denoise(predict: Predict, x: Tensor, schedule: Schedule, draw: Draw) -> Tensor:

@@ -55,6 +55,7 @@ def save_state(state: StreamState, path: str | Path, fingerprint: str) -> None:
     sources = {
         "prompt_embeds": state.prompt_embeds,
         "history": state.history,
+        "queue": state.queue,
         "held": state.held,
         "pixels": state.pixels,
         "request.prompt_embeds": request.prompt_embeds,
@@ -142,6 +143,7 @@ def _meta(state: StreamState, fingerprint: str) -> dict[str, Any]:
         "counters": {name: getattr(state, name) for name in _COUNTERS},
         "noise": state.noise.meta(),
         "origin": state.kv.origin,
+        "layout": asdict(state.kv.layout),
         "vae": None if state.vae is None else state.vae.meta(),
         "blend": None if state.blend is None else _blend_meta(state.blend),
         "log": [{**asdict(item), "control": to_json(item.control)} for item in state.log],
@@ -155,12 +157,16 @@ def _blend_meta(blend: Blend) -> dict[str, Any]:
 
 def _restore(meta: dict[str, Any], tensors: dict[str, Tensor], engine: CacheEngine) -> StreamState:
     state = engine.start(_restore_request(meta["request"], _under("request", tensors)))
+    layout = asdict(state.kv.layout)
+    if meta.get("layout", layout) != layout:
+        raise ValueError(f"snapshot must have the engine's cache layout {layout}, got {meta['layout']}")
     for name, value in meta["counters"].items():
         setattr(state, name, value)
     state.noise = restore_noise(meta["noise"], _under("noise", tensors))
     state.prompt_embeds = tensors["prompt_embeds"].to(state.prompt_embeds)
     state.text = engine.text_cache(state.prompt_embeds, state.request)
     state.history = tensors["history"].to(state.history)
+    state.queue = tensors["queue"].to(state.history) if "queue" in tensors else None
     state.kv.load(_under("kv", tensors), meta["origin"])
     if meta["vae"] is not None:
         slots = {name: slot.to(state.history.device) for name, slot in _under("vae", tensors).items()}

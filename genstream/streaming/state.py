@@ -48,6 +48,8 @@ class StreamState:
         negative_text: those of the negative prompt; None without guidance.
         kv: keys and values of the past.
         vae: decoder state; None when the stream is not decoded.
+        queue: chunks under way `[B, C, T, h, w]` behind the finished ones, the oldest and least noisy first;
+            None until the first pass over them, and for an engine that finishes each chunk at once.
         history: the latent frames whose keys and values `kv` can hold, for re-caching.
         uncommitted: latent frames at its end whose keys and values the next pass makes permanent.
         pixels: the last decoded frames, where the context is made from them; None elsewhere.
@@ -73,6 +75,7 @@ class StreamState:
     kv: KVCache
     vae: VAEState | None
     history: Tensor
+    queue: Tensor | None = None
     uncommitted: int = 0
     pixels: Tensor | None = None
     frame: int = 0

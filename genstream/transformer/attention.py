@@ -7,7 +7,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from genstream.cache.kv_cache import KVCache
+from genstream.cache.kv_cache import AttentionContext
 from genstream.kernels.rope import Phases, rotate
 
 KeysValues = tuple[Tensor, Tensor]
@@ -69,7 +69,7 @@ class SelfAttention(_Attention):
         self.layer = layer
 
     def forward(
-        self, hidden: Tensor, at: Phases, cache: KVCache | None = None, mask: Tensor | None = None
+        self, hidden: Tensor, at: Phases, cache: AttentionContext | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Tokens `[B, L, C]` to `[B, L, C]`; with a cache, writes this pass's keys and values into it."""
         query = rotate(self._query(hidden), at)

@@ -16,7 +16,7 @@ from diffusers.models.normalization import FP32LayerNorm
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from genstream.cache.kv_cache import CacheShape, KVCache, TextCache
+from genstream.cache.kv_cache import AttentionContext, CacheShape, KVCache, TextCache
 from genstream.cache.layout import CacheLayout
 from genstream.kernels.rope import Phases, phases
 from genstream.transformer.attention import CrossAttention, KeysValues, SelfAttention
@@ -59,7 +59,7 @@ class CausalBlock(nn.Module):
         at: Phases,
         text: KeysValues,
         image: KeysValues | None = None,
-        cache: KVCache | None = None,
+        cache: AttentionContext | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """Tokens by frame `[B, T, tokens, C]`, modulation `[B, T or 1, 6, C]`, to tokens by frame."""
@@ -209,7 +209,7 @@ class CausalDiT(
         encoder_hidden_states: Tensor | None = None,
         encoder_hidden_states_image: Tensor | None = None,
         frame_positions: Sequence[int] | None = None,
-        kv_cache: KVCache | None = None,
+        kv_cache: AttentionContext | None = None,
         text_cache: TextCache | None = None,
         attention_mask: Tensor | None = None,
         finished_frames: int = 0,

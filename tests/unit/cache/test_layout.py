@@ -1,5 +1,6 @@
 """The slots of a stream, against a simulation that remembers every frame."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -38,6 +39,27 @@ def test_a_pass_sees_sinks_window_and_itself(layout, first_single):
         sinks = range(min(layout.sink_frames, end))
         recent = range(max(0, start - layout.window_frames), end)
         assert sorted(visible) == sorted({*sinks, *recent})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+def test_sinks_out_of_reach_are_hidden(layout):
+    for reach, (start, length) in product((None, 0, 3, 8, 10**9), spans(layout, first_single=False)):
+        limited = replace(layout, sink_reach_frames=reach)
+        end = start + length
+        hidden = limited.hidden_frames(start, end)
+        in_reach = reach is None or end <= reach or start < layout.sink_frames
+        assert hidden == (0 if in_reach else layout.sink_frames)
+        assert limited.visible_frames(end) - hidden >= length
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+def test_kept_frames_and_the_pass_fill_the_ring(layout):
+    for start in range(3 * layout.capacity_frames):
+        for length in range(1, layout.ring_frames + 1):
+            kept, end = layout.kept(start, start + length), start + length
+            behind_sinks = max(0, end - layout.sink_frames)
+            assert kept.stop == start
+            assert len(kept) + min(length, behind_sinks) == min(layout.ring_frames, behind_sinks)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)

@@ -63,8 +63,8 @@ def test_preset(model: str, tmp_path: Path):
 
 
 def test_a_preset_that_the_model_cannot_run(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert generate(model, "-o", str(tmp_path / "out.mp4"), "--preset", "rolling-forcing") == 2
-    assert "'rolling-forcing' needs the queue engine" in error_of(capsys)
+    assert generate(model, "-o", str(tmp_path / "out.mp4"), "--preset", "motionstream") == 2
+    assert "'motionstream' is for image-to-video models" in error_of(capsys)
     assert not list(tmp_path.iterdir())
 
 

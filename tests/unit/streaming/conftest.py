@@ -2,6 +2,13 @@ import pytest
 import torch
 
 PROMPT, OTHER = "a red circle moving right", "a blue square moving left"
+WINDOW_FRAMES = {"cache": 3, "queue": 9}
+
+
+@pytest.fixture(scope="module", params=WINDOW_FRAMES)
+def pipe(request, build_pipeline):
+    """A pipeline with each of the engines, shared by the tests of a file."""
+    return build_pipeline(engine=request.param, window_frames=WINDOW_FRAMES[request.param])
 
 
 @pytest.fixture

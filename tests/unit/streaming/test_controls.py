@@ -157,7 +157,7 @@ def test_recache_matters_and_so_do_the_sinks(pipe, ask, collect):
         "old cache": {"recache": RecachePolicy.NOTHING},
     }.items():
         state = pipe.start(ask(seed=5))
-        collect(state, chunks=4)
+        collect(state, chunks=6)
         sinks = [keys.clone() for keys in state.kv.sinks]
         state.submit(PromptControl(prompt=BLUE, **options))
         frames[name] = collect(state, chunks=2)
@@ -170,7 +170,7 @@ def test_recache_matters_and_so_do_the_sinks(pipe, ask, collect):
 def test_recache_rebuilds_every_kept_frame_but_kept_sinks(pipe, ask, collect):
     """The first layer's keys depend on the frame alone, the second's on the prompt too."""
     state = pipe.start(ask(seed=5))
-    collect(state, chunks=5)
+    collect(state, chunks=6)
     before = [tensor.unflatten(1, (-1, 4)).clone() for tensor in state.kv.values]
     state.prompt_embeds = pipe.encode_prompt(BLUE)
     state.text = pipe.engine.text_cache(state.prompt_embeds, state.request)

@@ -6,12 +6,11 @@ import torch
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FlowEulerScheduler
 from genstream.streaming.controls import PromptControl
-from genstream.streaming.presets import PRESETS, EngineKind, find_preset
+from genstream.streaming.presets import PRESETS, find_preset
 from genstream.streaming.settings import ContextPolicy
 
 RED, BLUE = "a red circle moving right", "a blue square moving left"
-CACHED = [name for name, preset in PRESETS.items() if preset.engine is EngineKind.CACHE]
-RUNNABLE = [name for name in CACHED if not PRESETS[name].takes_image]
+RUNNABLE = [name for name, preset in PRESETS.items() if not preset.takes_image]
 
 
 def test_names():
@@ -33,11 +32,12 @@ def test_names():
         ("self-forcing", (1000, 937.5, 833.333, 625), 21),
         ("causvid", (1000, 757, 522), 21),
         ("longlive", (1000, 937.5, 833.333, 625), 12),
+        ("rolling-forcing", (1000, 952.381, 882.353, 769.231, 555.556), 24),
         ("krea", (1000, 937.5, 833.333, 625, 0), 6),
     ],
 )
 def test_published_numbers(build_pipeline, name, timesteps, frames_seen):
-    """Timesteps that the model is told, and latent frames that a chunk attends to, itself included."""
+    """Timesteps that the model is told, and latent frames that are kept, the chunk included."""
     pipe = build_pipeline()
     pipe.apply_preset(name)
     request = pipe.request(RED)
@@ -58,6 +58,7 @@ def test_a_preset_runs_and_is_saved_with_the_model(build_pipeline, tmp_path, nam
     pipe.save_pretrained(tmp_path)
     loaded = CausalVideoPipeline.from_pretrained(tmp_path)
     assert loaded.settings == PRESETS[name].settings
+    assert loaded.config.engine == PRESETS[name].engine
     assert loaded.scheduler.schedule() == pipe.scheduler.schedule()
 
 
@@ -74,10 +75,11 @@ def test_a_preset_starts_from_an_image(build_pipeline, name):
 
 def test_presets_replace_each_other(build_pipeline):
     pipe, fresh = build_pipeline(guidance_scale=3.0), build_pipeline()
-    for name in ("krea", "causvid"):
+    for name in ("krea", "rolling-forcing", "causvid"):
         pipe.apply_preset(name)
     fresh.apply_preset("causvid")
     assert pipe.settings == fresh.settings
+    assert type(pipe.engine) is type(fresh.engine)
     assert pipe.scheduler.schedule() == fresh.scheduler.schedule()
     assert pipe.settings.context is ContextPolicy.CLEAN
 
@@ -85,7 +87,6 @@ def test_presets_replace_each_other(build_pipeline):
 @pytest.mark.parametrize(
     ("name", "model", "message"),
     [
-        ("rolling-forcing", {}, "'rolling-forcing' needs the queue engine"),
         ("motionstream", {}, "'motionstream' is for image-to-video models: in_channels must be above the 4"),
         ("longlive", {"chunk_frames": 2}, r"generates 3 latent frames at a time, .* trained for 2"),
         (
