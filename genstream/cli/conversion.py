@@ -172,22 +172,16 @@ def _plan_transformer(settings: ConversionSettings) -> _Plan:
         if (settings.source / "transformer_2").is_dir():
             raise ValueError(f"{str(settings.source)!r} holds two transformers; name the folder of one")
     checkpoint = open_checkpoint(path, settings.weights)
-    content, notes = _config_beside(path, settings.config)
-    known = read_config(content)
-    if settings.heads is not None:
-        known = {**known, "num_attention_heads": settings.heads}
-        known.pop("attention_head_dim", None)
+    content, note = _config_beside(path, settings.config)
     with naming(path):
+        known = _with_heads(read_config(content), settings.heads)
         config = infer_config(checkpoint.shapes, known)
         found = places(checkpoint.shapes, config)
-    taken = "" if checkpoint.weights is None else f"weights {checkpoint.weights!r} of "
-    notes.insert(0, f"took {taken}{path.name}, {len(found)} tensors")
-    if checkpoint.others:
-        notes.append(f"left out of {path.name}: {', '.join(repr(name) for name in checkpoint.others)}")
+    weights = "" if checkpoint.weights is None else f" {checkpoint.weights!r}"
+    notes = [f"took weights{weights} of {path.name}, {len(found)} tensors", note, *_left_out(checkpoint)]
     if "num_attention_heads" not in known:
-        notes.append(
-            f"heads: {config['num_attention_heads']}, of {WAN_HEAD_WIDTH} channels as in all Wan models"
-        )
+        heads = config["num_attention_heads"]
+        notes.append(f"heads: {heads}, of {WAN_HEAD_WIDTH} channels as in all Wan models")
     return _Plan(
         config=config,
         tensors={
@@ -195,25 +189,36 @@ def _plan_transformer(settings: ConversionSettings) -> _Plan:
             for ours, theirs in found.items()
         },
         text_tokens=content.get("text_len", _WAN_TEXT_TOKENS),
-        files=[
-            (f"transformer ({taken.removesuffix(' of ') or 'weights'})", file) for file in checkpoint.files
-        ],
+        files=[(f"transformer{weights}", file) for file in checkpoint.files],
         notes=notes,
     )
 
 
-def _config_beside(path: Path, given: Path | None) -> tuple[dict[str, Any], list[str]]:
+def _left_out(checkpoint: Checkpoint) -> list[str]:
+    others = ", ".join(repr(name) for name in checkpoint.others)
+    return [f"left out of {checkpoint.files[0].name}: {others}"] if others else []
+
+
+def _with_heads(known: Mapping[str, Any], heads: int | None) -> dict[str, Any]:
+    """What is known of the transformer, with what the user says."""
+    if heads is not None and known.get("num_attention_heads", heads) != heads:
+        told = known["num_attention_heads"]
+        raise ValueError(f"heads (--heads) must be {told}, as its configuration says, got {heads}")
+    return dict(known) if heads is None else {**known, "num_attention_heads": heads}
+
+
+def _config_beside(path: Path, given: Path | None) -> tuple[dict[str, Any], str]:
     """What describes the transformer, by the user's word or beside the weights, and what to say about it."""
     if given is not None:
-        return read_object(given), [f"configuration: {given.name}"]
+        return read_object(given), f"configuration: {given.name}, which agrees with the tensors"
     beside = (path if path.is_dir() else path.parent) / _CONFIG_NAME
     if not beside.is_file():
-        return {}, ["configuration: from the shapes of the tensors; no file stands beside them"]
+        return {}, "configuration: from the shapes of the tensors; no file stands beside them"
     content = read_object(beside)
     if content.get("_class_name") not in _WAN_CLASSES and not {"dim", "num_heads"} <= content.keys():
         kind = content.get("_class_name", "something else")
-        return {}, [f"configuration: from the tensors; {_CONFIG_NAME} beside them describes {kind}"]
-    return content, [f"configuration: {_CONFIG_NAME}, which agrees with the tensors"]
+        return {}, f"configuration: from the tensors; {_CONFIG_NAME} beside them describes {kind}"
+    return content, f"configuration: {_CONFIG_NAME}, which agrees with the tensors"
 
 
 def _cast(tensor: PlannedTensor, name: str | None) -> PlannedTensor:
@@ -245,8 +250,7 @@ def _plan_lora(plan: _Plan, settings: ConversionSettings, path: Path) -> None:
     scales = sorted({alphas[name] / layer.rank for name, layer in layers.items()})
     strength = ", ".join(f"{scale:g}" for scale in scales)
     plan.notes.append(f"{done}: LoRA {path.name}, {len(layers)} layers, alpha / rank {strength}")
-    if lora.others:
-        plan.notes.append(f"left out of {path.name}: {', '.join(repr(name) for name in lora.others)}")
+    plan.notes += _left_out(lora)
     plan.files += [("LoRA", file) for file in lora.files]
 
 
@@ -264,7 +268,7 @@ def _alpha(layer: LoRALayer, lora: Checkpoint, settings: ConversionSettings) -> 
     given = settings.lora_alpha
     if told is None and given is None:
         raise ValueError(
-            f"lora_alpha (--lora-alpha) must be given, as no file tells it; often it is the rank, {layer.rank}"
+            f"lora_alpha (--lora-alpha) must be given, as no file tells it; it is often the rank {layer.rank}"
         )
     if told is not None and given not in (None, told):
         raise ValueError(f"lora_alpha (--lora-alpha) must be {told:g}, as the LoRA says, got {given:g}")
@@ -335,9 +339,12 @@ def _streaming(settings: ConversionSettings, plan: _Plan) -> tuple[Component, di
     values = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     index = settings.source / INDEX_NAME
     own = read_object(index) if index.is_file() else {}
-    if own.get("_class_name") == CausalVideoPipeline.__name__ and settings.preset is None:
-        library, kind = own["scheduler"]
+    is_own = own.get("_class_name") == CausalVideoPipeline.__name__
+    values["text_tokens"] = plan.text_tokens
+    if is_own:
         values |= {name: value for name, value in own.items() if name in values}
+    if is_own and settings.preset is None:
+        library, kind = own["scheduler"]
         scheduler = copied("scheduler", library, kind, settings.source / "scheduler")
         return scheduler, values, f"streams as {settings.source.name} does"
     name = settings.preset or DEFAULT_PRESET
@@ -347,7 +354,6 @@ def _streaming(settings: ConversionSettings, plan: _Plan) -> tuple[Component, di
         if setting.name not in values:
             raise ValueError(f"preset {name!r} sets {setting.name}, which the pipeline does not keep")
         values[setting.name] = value.value if isinstance(value, Enum) else value
-    values["text_tokens"] = plan.text_tokens
     steps = FewStepScheduler(steps=preset.steps, shift=preset.shift)
     scheduler = Component(
         name="scheduler",
