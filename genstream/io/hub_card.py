@@ -112,6 +112,8 @@ class ConversionCard:
 
 def copy_card(source: Path, target: Path) -> None:
     """Copy the card and the text of the licence from one model folder to another, where there are any."""
+    if source.resolve() == target.resolve():
+        return
     for name in (CARD_NAME, _LICENSE_NAMES[0]):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

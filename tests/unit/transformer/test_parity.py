@@ -5,19 +5,23 @@ Sets are found, not listed.
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from genstream.cache.layout import PositionPolicy
+from genstream.cli.__main__ import main
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.streaming.controls import PromptControl
 from genstream.streaming.engine import CacheEngine
 from genstream.streaming.noise import GivenNoise
+from genstream.streaming.request import StreamSettings
 from genstream.transformer.causal_dit import CausalDiT
-from genstream.transformer.conversion import from_wan, wan_names
+from genstream.transformer.conversion import wan_names
 from genstream.vae.tiny import TinyVideoVAE
 
 ATOL = 1e-4
@@ -56,53 +60,41 @@ def data():
     return {name: tensors(name) for name in (*WAN, *SELF_FORCING, *LONGLIVE)}
 
 
-def transformer(weights: dict[str, torch.Tensor], config: dict) -> CausalDiT:
-    model = CausalDiT(**config).eval().requires_grad_(requires_grad=False)
-    model.load_state_dict(from_wan(weights, config))
-    return model
+def tiny_vae(latent_channels: int) -> TinyVideoVAE:
+    widths = {"encoder_width": 4, "decoder_widths": (4, 4, 4, 4)}
+    return TinyVideoVAE(latent_channels=latent_channels, **widths).eval()
 
 
-def config_of(wan: dict) -> dict:
-    """Our arguments for a text-to-video configuration under Wan's names."""
-    assert wan["model_type"] == "t2v" and wan["qk_norm"]
-    return {
-        "patch_size": tuple(wan["patch_size"]),
-        "num_attention_heads": wan["num_heads"],
-        "attention_head_dim": wan["dim"] // wan["num_heads"],
-        "in_channels": wan["in_dim"],
-        "out_channels": wan["out_dim"],
-        **{
-            name: wan[name]
-            for name in ("text_dim", "freq_dim", "ffn_dim", "num_layers", "cross_attn_norm", "eps")
-        },
-    }
+def converted(folder: Path, source: str, config: dict, *options: str) -> Path:
+    """What the command makes of a file in `folder`, beside which the model is described as Wan does it."""
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["convert", str(folder / source), "-o", str(folder / "model"), *options]) == 0
+    return folder / "model"
+
+
+def published(name: str, folder: Path) -> list[str]:
+    """Write the torch files of a set as they are published; gives the options that convert them."""
+    checkpoint = json.loads((FOLDER / f"{name}.checkpoint.json").read_text())
+    content = {key: load_file(FOLDER / file["file"]) for key, file in checkpoint["files"].items()}
+    lora = {key: content.pop(key) for key in list(content) if key.endswith("lora")}
+    torch.save({**content, "step": 600}, folder / "weights.pt")
+    if not lora:
+        return []
+    torch.save(lora, folder / "lora.pt")
+    return ["--lora", str(folder / "lora.pt"), "--lora-alpha", str(checkpoint["lora_alpha"])]
 
 
 @pytest.fixture(scope="module")
-def students():
-    """The transformers of the rollouts, one for each set."""
-    models = {}
-    for name, values in SELF_FORCING.items():
-        checkpoint = json.loads((FOLDER / f"{name}.checkpoint.json").read_text())
-        file = checkpoint["files"][checkpoint["use_for_reference"].split()[0]]["file"]
-        models[name] = transformer(load_file(FOLDER / file), config_of(values["model_config"]))
-    for name, values in LONGLIVE.items():
-        models[name] = transformer(with_lora(name), config_of(values["model_config"]))
-    return models
-
-
-def with_lora(name: str) -> dict[str, torch.Tensor]:
-    """The weights of a set with its LoRA merged into them."""
-    checkpoint = json.loads((FOLDER / f"{name}.checkpoint.json").read_text())
-    files, prefixes = checkpoint["files"], checkpoint["strip_prefix"]
-    weights = load_file(FOLDER / files["generator"]["file"])
-    lora = load_file(FOLDER / files["generator_lora"]["file"])
-    scale = checkpoint["lora_alpha"] / checkpoint["lora_rank"]
-    for key, down in lora.items():
-        if ".lora_A" in key:
-            target = key.replace(".lora_A", "").removeprefix(prefixes["generator_lora"])
-            weights[prefixes["generator"] + target] += scale * lora[key.replace("lora_A", "lora_B")] @ down
-    return weights
+def students(tmp_path_factory):
+    """The pipelines of the rollouts, one for each set, converted from what is published."""
+    pipes = {}
+    for name, values in (SELF_FORCING | LONGLIVE).items():
+        folder = tmp_path_factory.mktemp(name)
+        options = published(name, folder)
+        model = converted(folder, "weights.pt", values["model_config"], *options)
+        vae = tiny_vae(values["model_config"]["out_dim"])
+        pipes[name] = CausalVideoPipeline.from_pretrained(model, vae=vae)
+    return pipes
 
 
 def padded(context: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -116,9 +108,11 @@ def test_names(name, variant):
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
-def test_bidirectional_forward(name, variant, data):
+def test_bidirectional_forward(name, variant, data, tmp_path):
     values, io = WAN[name]["variants"][variant], data[name]
-    model = transformer(tensors(f"{name}.{variant}_weights"), values["diffusers_config"])
+    weights = shutil.copy(FOLDER / f"{name}.{variant}_weights.safetensors", tmp_path)
+    folder = converted(tmp_path, Path(weights).name, values["config"])
+    model = CausalDiT.from_pretrained(folder / "transformer").requires_grad_(requires_grad=False)
     tokens = values["config"]["text_len"]
     x = io[f"{variant}.x"]
     context = torch.stack([padded(io[f"{variant}.context{i}"], tokens) for i in range(len(x))])
@@ -130,7 +124,8 @@ def test_bidirectional_forward(name, variant, data):
 
 @pytest.mark.parametrize(("name", "case"), MASKED)
 def test_masked_forward(name, case, data, students):
-    values, io, model = SELF_FORCING[name]["full_sequence"][case], data[name], students[name]
+    values, io = SELF_FORCING[name]["full_sequence"][case], data[name]
+    model = students[name].transformer
     x, timestep = io[f"{case}.x"], io[f"{case}.timestep"]
     positions = list(range(x.shape[2]))
     if values["teacher_forcing"]:
@@ -148,24 +143,14 @@ def test_masked_forward(name, case, data, students):
     torch.testing.assert_close(velocity[:, :, -expected.shape[2] :], expected, rtol=0, atol=ATOL)
 
 
-def rollout_pipeline(values: dict, scenario: dict, model: CausalDiT) -> CausalVideoPipeline:
+def rollout_settings(scenario: dict) -> StreamSettings:
     chunk, sink, local = (scenario[name] for name in ("frame_per_block", "sink", "local"))
-    return CausalVideoPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        transformer=model,
-        vae=TinyVideoVAE(
-            encoder_width=4, decoder_widths=(4, 4, 4, 4), latent_channels=model.out_channels
-        ).eval(),
-        scheduler=FewStepScheduler(
-            steps=scenario["steps"], shift=scenario["shift"] if scenario["warp"] else 1.0
-        ),
+    return StreamSettings(
         chunk_frames=chunk,
         sink_frames=sink,
         window_frames=None if local < 0 else local - sink - chunk,
         context_timestep=float(scenario["ctx"]),
         independent_first_frame=scenario["iff"],
-        text_tokens=values["model_config"]["text_len"],
     )
 
 
@@ -184,7 +169,9 @@ def given_noise(scenario: dict, io: dict, prefix: str) -> GivenNoise:
 def test_rollout(name, prefix, data, students):
     values, io = SELF_FORCING[name], data[name]
     scenario = values["scenarios"][prefix]
-    pipe = rollout_pipeline(values, scenario, students[name])
+    pipe = students[name]
+    shift = scenario["shift"] if scenario["warp"] else 1.0
+    pipe.scheduler = FewStepScheduler(steps=scenario["steps"], shift=shift)
     noise = given_noise(scenario, io, prefix)
     initial = io.get(f"{prefix}.initial_latent")
     height, width = (8 * side for side in values["latent_shape_CHW"][1:])
@@ -195,6 +182,7 @@ def test_rollout(name, prefix, data, students):
         width=width,
         noise=noise,
         initial_latents=None if initial is None else initial.transpose(1, 2),
+        settings=rollout_settings(scenario),
         decode=False,
     )
     state = pipe.start(request)
@@ -208,17 +196,13 @@ def test_prompt_switch(name, prefix, data, students):
     values, io = LONGLIVE[name], data[name]
     scenario = values["scenarios"][prefix]
     chunk = values["frames_per_block"]
-    pipe = CausalVideoPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        transformer=students[name],
-        vae=TinyVideoVAE(encoder_width=4, decoder_widths=(4, 4, 4, 4)).eval(),
-        scheduler=FewStepScheduler(steps=values["denoising_step_list"], shift=values["timestep_shift"]),
+    pipe = students[name]
+    pipe.scheduler = FewStepScheduler(steps=values["denoising_step_list"], shift=values["timestep_shift"])
+    settings = StreamSettings(
         chunk_frames=chunk,
         sink_frames=scenario["sink"],
         window_frames=scenario["local"] - scenario["sink"] - chunk,
-        positions="window" if scenario.get("infinity") else "absolute",
-        text_tokens=values["model_config"]["text_len"],
+        positions=PositionPolicy("window" if scenario.get("infinity") else "absolute"),
     )
     embeds = io[f"{prefix}.prompt_embeds"]
     noise = given_noise(
@@ -233,6 +217,7 @@ def test_prompt_switch(name, prefix, data, students):
         height=height,
         width=width,
         noise=noise,
+        settings=settings,
         decode=False,
     )
     # The prompts of this set are embeddings only; a control names one by its number.
