@@ -28,6 +28,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 """What weights may be kept in, by its name in safetensors files."""
 
+_REFUSED = re.compile(r"unsupported (?:global: )?(?:global |class |operand )?(\S+)", re.IGNORECASE)
 _LISTING = Path(__file__).with_name("torch_listing.py")
 _USUAL_WEIGHTS = ("generator_ema", "generator", "model", "state_dict")
 """Dictionaries that trainers keep weights in; the first one that is there is taken."""
@@ -254,7 +255,7 @@ def _listing(path: Path) -> dict[str, Any]:
 
 def _reason(text: str, code: int) -> str:
     """The telling line of torch's explanations, which would have people load what it refused."""
-    if refused := re.search(r"Unsupported (?:global|class|operand)\S*:? (?:GLOBAL )?(\S+)", text):
+    if refused := _REFUSED.search(text):
         return f"it holds more than plain tensors ({refused[1]}); nothing of it was run"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else f"reading it ended with code {code}"
