@@ -81,7 +81,7 @@ def main() -> None:
         "next to no weights, is what the program itself takes."
     )
     write_section(arguments.output, f"{arguments.size} student", f"{note}\n\n{table}")
-    print(table)
+    sys.stdout.write(f"{table}\n")
 
 
 def measure(folder: Path, config: dict[str, int]) -> list[Figures]:

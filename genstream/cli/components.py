@@ -22,6 +22,7 @@ _TEXT_ENCODER = "UMT5EncoderModel"
 _WAN_TEXT_ENCODER = "models_t5*"
 _WAN_TOKENIZER = Path("google") / "umt5-xxl"
 _WAN_VAE = "*VAE*"
+_KNOWN_PARTS = ("transformer", "scheduler", "tokenizer", "text_encoder", "vae")
 _LATENT_CHANNELS = ("latent_channels", "z_dim")
 
 
@@ -48,12 +49,22 @@ class Component:
 
 @dataclass(frozen=True, kw_only=True)
 class PartSources:
-    """Where the parts come from; None takes what the source of the transformer holds."""
+    """Where the parts come from; None takes what the source of the transformer holds.
+
+    Attributes:
+        source: file or folder of the transformer.
+        text_encoder: folder or file.
+        tokenizer: folder.
+        vae: folder or file.
+        accepted: parts that the pipeline takes; those of a model folder that it does not take are left out.
+        max_shard_bytes: of a weight file that is written.
+    """
 
     source: Path
     text_encoder: Path | None = None
     tokenizer: Path | None = None
     vae: Path | None = None
+    accepted: frozenset[str] = frozenset()
     max_shard_bytes: int = 5 * 10**9
 
 
@@ -90,6 +101,7 @@ def find_parts(sources: PartSources) -> Parts:
         _find_text_encoder(parts, place, sources)
     if (place := sources.vae or held) is not None and (vae := _find_vae(place, sources)) is not None:
         parts.add(vae, place)
+    _find_others(parts, sources)
     found = {component.name for component in parts.components}
     for name, option in (("text_encoder", "--text-encoder"), ("vae", "--vae")):
         if name not in found:
@@ -121,7 +133,22 @@ def _indexed(name: str, folder: Path) -> Component | None:
     """A part of a model folder, as its index says."""
     index = folder / INDEX_NAME
     entry = read_object(index).get(name) if index.is_file() else None
-    return copied(name, entry[0], entry[1], folder / name) if entry and entry[0] else None
+    if not isinstance(entry, list) or len(entry) != 2 or not entry[0]:
+        return None
+    return copied(name, entry[0], entry[1], folder / name)
+
+
+def _find_others(parts: Parts, sources: PartSources) -> None:
+    """All else that a model folder holds."""
+    index = sources.source / INDEX_NAME
+    for name in sorted(read_object(index)) if index.is_file() else ():
+        if name not in _KNOWN_PARTS and (other := _indexed(name, sources.source)) is not None:
+            if name in sources.accepted:
+                parts.add(other, sources.source)
+            else:
+                parts.notes.append(
+                    f"left out of {sources.source.name}: {name!r}, which the pipeline does not take"
+                )
 
 
 def _find_text_encoder(parts: Parts, place: Path, sources: PartSources) -> None:

@@ -310,6 +310,7 @@ def _write_model(folder: Path, plan: _Plan, settings: ConversionSettings) -> Par
             text_encoder=settings.text_encoder,
             tokenizer=settings.tokenizer,
             vae=settings.vae,
+            accepted=frozenset(inspect.signature(CausalVideoPipeline.__init__).parameters),
             max_shard_bytes=int(settings.max_shard_gb * _GIGABYTE),
         )
     )

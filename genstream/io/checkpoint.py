@@ -65,7 +65,7 @@ class StoredTensor:
         numbers = torch.empty(self.span_bytes, dtype=torch.uint8)
         with self.file.open("rb") as file:
             file.seek(self.start)
-            read = file.readinto(numbers.numpy())
+            read = file.readinto(numbers.numpy().data)
         if read != self.span_bytes:
             raise ValueError(
                 f"file {str(self.file)!r} is cut off: {self.span_bytes - read} bytes are missing"
@@ -258,4 +258,4 @@ def _reason(text: str, code: int) -> str:
     if refused := _REFUSED.search(text):
         return f"it holds more than plain tensors ({refused[1]}); nothing of it was run"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else f"reading it ended with code {code}"
+    return str(lines[-1]) if lines else f"reading it ended with code {code}"

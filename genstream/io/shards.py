@@ -147,4 +147,4 @@ def _numbers(planned: PlannedTensor) -> memoryview:
         raise ValueError(
             f"{planned.name!r} holds NaN or infinity as {str(planned.dtype).removeprefix('torch.')}"
         )
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -52,7 +52,7 @@ def umt5_places(shapes: Shapes, config: dict[str, Any]) -> dict[str, str]:
         ValueError: a tensor is missing, superfluous, or of another shape.
     """
     plain = plain_names(shapes)
-    expected = _expected(config)
+    expected = umt5_tensors(config)
     check_tensors(
         {name: shapes[given] for name, given in plain.items()},
         {theirs: shape for theirs, (_, shape) in expected.items()},
@@ -60,7 +60,7 @@ def umt5_places(shapes: Shapes, config: dict[str, Any]) -> dict[str, str]:
     return {ours: plain[theirs] for theirs, (ours, _) in expected.items()}
 
 
-def _expected(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def umt5_tensors(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Published name -> name in transformers, and shape."""
     width, hidden = config["d_model"], config["d_ff"]
     inner = config["num_heads"] * config["d_kv"]

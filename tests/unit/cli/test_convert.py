@@ -15,6 +15,7 @@ from genstream.pipelines import causal_video
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.transformer.conversion import wan_names
+from genstream.transformer.umt5 import umt5_places, umt5_tensors
 from genstream.vae.tiny import TinyVideoVAE
 from genstream.vae.wan import WanVideoVAE
 
@@ -410,3 +411,46 @@ def test_bad_usage(source, tmp_path, capsys):
     check_refused(capsys, [source, "-o", source.parent], "new or an empty folder")
     assert main(["convert", str(source), "-o", str(tmp_path / "no" / "where")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_the_folder_of_the_original_model(source, pipe, tmp_path, capsys):
+    """Its text encoder, tokenizer and VAE are found in it, in torch files."""
+    folder = source.parent
+    ours = pipe.text_encoder.state_dict()
+    published = {
+        theirs: ours[name]
+        for name, theirs in umt5_places(*_published_text_encoder(pipe.text_encoder.config)).items()
+    }
+    torch.save(published, folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    pipe.tokenizer.save_pretrained(folder / "google" / "umt5-xxl")
+    torch.manual_seed(4)
+    vae = WanVideoVAE(encoder_widths=(4,) * 5, decoder_widths=(4,) * 5)
+    torch.save(vae.state_dict(), folder / "Wan2.1_VAE.pth")
+    convert(folder, "-o", tmp_path / "out")
+    loaded = CausalVideoPipeline.from_pretrained(tmp_path / "out")
+    prompt = "a red circle"
+    torch.testing.assert_close(loaded.encode_prompt(prompt), pipe.encode_prompt(prompt), rtol=0, atol=0)
+    latents = torch.randn(1, 16, 1, 2, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.vae.decode(latents), vae.eval().decode(latents), rtol=0, atol=0)
+    assert "took vae (WanVideoVAE)" in capsys.readouterr().out
+
+
+def _published_text_encoder(config):
+    """Names and shapes of the published file for transformers' configuration, and that for the map."""
+    arguments = {
+        name: getattr(config, name)
+        for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+    } | {"relative_attention_num_buckets": config.relative_attention_num_buckets}
+    return {theirs: shape for theirs, (_, shape) in umt5_tensors(arguments).items()}, arguments
+
+
+def test_parts_that_the_pipeline_does_not_take_are_told(source, vae, tmp_path, capsys):
+    convert(source, "-o", tmp_path / "first", "--vae", vae)
+    index = json.loads((tmp_path / "first" / "model_index.json").read_text())
+    index |= {"_class_name": "WanPipeline", "image_encoder": ["transformers", "CLIPVisionModel"]}
+    (tmp_path / "first" / "image_encoder").mkdir()
+    (tmp_path / "first" / "model_index.json").write_text(json.dumps(index))
+    convert(tmp_path / "first", "-o", tmp_path / "second")
+    assert "left out of first: 'image_encoder'" in capsys.readouterr().out
+    assert not (tmp_path / "second" / "image_encoder").exists()
