@@ -224,9 +224,10 @@ def _choice(path: Path, groups: list[str], weights: str | None, usual: Sequence[
         if weights not in groups:
             raise ValueError(f"weights (--weights) must be one of {named or 'none'}, got {weights!r}")
         return weights
-    for group in (*usual, "", *(groups if len(groups) == 1 else ())):
-        if group in groups:
-            return group
+    candidates = [*usual, "", *(groups if len(groups) == 1 else [])]
+    for candidate in candidates:
+        if candidate in groups:
+            return candidate
     raise ValueError(f"weights (--weights) must be given for {str(path)!r}: one of {named}")
 
 
