@@ -1,42 +1,28 @@
 """Turns published weights into a model folder."""
 
 import inspect
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from enum import Enum
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import diffusers
 import torch
 
 import genstream
-from genstream.cli.components import Component, Parts, PartSources, copied, find_parts
+from genstream.cli.components import Parts, PartSources, find_parts
+from genstream.cli.conversion_index import ACCEPTED_PARTS, streaming_of
+from genstream.cli.conversion_lora import ADAPTER, LoRA, open_lora
 from genstream.io.checkpoint import Checkpoint, naming, open_checkpoint, sha256
 from genstream.io.hub_card import ConversionCard, Origin, find_license
 from genstream.io.model_folder import INDEX_NAME, check_model_folder, read_object
-from genstream.io.shards import (
-    PlannedTensor,
-    check_new_folder,
-    new_folder,
-    write_json,
-    write_safetensors,
-    write_shards,
-)
-from genstream.pipelines.causal_video import CausalVideoPipeline
-from genstream.schedulers.few_step import FewStepScheduler
-from genstream.streaming.request import StreamSettings
+from genstream.io.shards import PlannedTensor, check_new_folder, new_folder, write_json, write_shards
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.transformer.conversion import WAN_HEAD_WIDTH, infer_config, places, read_config
-from genstream.transformer.lora import LoRALayer, diffusers_name, lora_layers, merged
 
-DEFAULT_PRESET = "self-forcing"
-ADAPTER = "lora/pytorch_lora_weights.safetensors"
 _STEM = "diffusion_pytorch_model"
 _GIGABYTE = 10**9
 _WAN_TEXT_TOKENS = 512
-_LORA_WEIGHTS = ("generator_lora", "model", "state_dict")
 _CONFIG_NAME = "config.json"
 _WAN_CLASSES = ("WanModel", "CausalWanModel", "WanTransformer3DModel", "CausalDiT")
 Kind = Literal["genstream", "diffusers"]
@@ -93,6 +79,11 @@ class ConversionSettings:
         if self.lora is None and self.lora_alpha is not None:
             raise ValueError(f"lora_alpha (--lora-alpha) needs a lora (--lora), got {self.lora_alpha}")
 
+    @property
+    def max_shard_bytes(self) -> int:
+        """Size of a weight file."""
+        return int(self.max_shard_gb * _GIGABYTE)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
@@ -113,26 +104,15 @@ class Conversion:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Preset:
-    """How a model streams."""
-
-    settings: StreamSettings
-    steps: Sequence[float]
-    shift: float
-
-
 @dataclass(kw_only=True)
 class _Plan:
     """A transformer to write, and what there is to say about it."""
 
     config: dict[str, Any]
-    tensors: dict[str, PlannedTensor]
+    tensors: list[PlannedTensor]
     text_tokens: int
     files: list[tuple[str, Path]]
     notes: list[str]
-    adapter: list[PlannedTensor] = field(default_factory=list)
-    adapter_metadata: dict[str, str] = field(default_factory=dict)
 
 
 def convert(settings: ConversionSettings) -> Conversion:
@@ -144,33 +124,27 @@ def convert(settings: ConversionSettings) -> Conversion:
     """
     check_new_folder(settings.output)
     plan = _plan_transformer(settings)
-    if settings.lora is not None:
-        _plan_lora(plan, settings, settings.lora)
+    lora = None if settings.lora is None else _plan_lora(plan, settings, settings.lora)
     with new_folder(settings.output) as folder:
         if settings.kind == "diffusers":
             _write_transformer(folder, "WanTransformer3DModel", plan, settings)
             parts = Parts()
         else:
             parts = _write_model(folder, plan, settings)
-        if plan.adapter:
-            (folder / ADAPTER).parent.mkdir()
-            write_safetensors(folder / ADAPTER, plan.adapter, plan.adapter_metadata)
+        if lora is not None and settings.lora_mode == "adapter":
+            lora.write_adapter(folder)
         _card(settings, plan, parts).write(folder)
     return Conversion(
         folder=settings.output,
         config=plan.config,
         tensors=len(plan.tensors),
-        size_bytes=sum(tensor.size_bytes for tensor in plan.tensors.values()),
+        size_bytes=sum(tensor.size_bytes for tensor in plan.tensors),
         notes=(*plan.notes, *parts.notes),
     )
 
 
 def _plan_transformer(settings: ConversionSettings) -> _Plan:
-    path = settings.source
-    if (path / INDEX_NAME).is_file():
-        path = path / "transformer"
-        if (settings.source / "transformer_2").is_dir():
-            raise ValueError(f"{str(settings.source)!r} holds two transformers; name the folder of one")
+    path = _transformer_in(settings.source)
     checkpoint = open_checkpoint(path, settings.weights)
     content, note = _config_beside(path, settings.config)
     with naming(path):
@@ -182,16 +156,23 @@ def _plan_transformer(settings: ConversionSettings) -> _Plan:
     if "num_attention_heads" not in known:
         heads = config["num_attention_heads"]
         notes.append(f"heads: {heads}, of {WAN_HEAD_WIDTH} channels as in all Wan models")
+    tensors = (PlannedTensor.of(ours, checkpoint.tensors[theirs]) for ours, theirs in found.items())
     return _Plan(
         config=config,
-        tensors={
-            ours: _cast(PlannedTensor.of(ours, checkpoint.tensors[theirs]), settings.dtype)
-            for ours, theirs in found.items()
-        },
+        tensors=[_cast(tensor, settings.dtype) for tensor in tensors],
         text_tokens=content.get("text_len", _WAN_TEXT_TOKENS),
         files=[(f"transformer{weights}", file) for file in checkpoint.files],
         notes=notes,
     )
+
+
+def _transformer_in(source: Path) -> Path:
+    """Where the transformer is: in its folder of a model folder, else the source itself."""
+    if not (source / INDEX_NAME).is_file():
+        return source
+    if (source / "transformer_2").is_dir():
+        raise ValueError(f"{str(source)!r} holds two transformers; name the folder of one")
+    return source / "transformer"
 
 
 def _left_out(checkpoint: Checkpoint) -> list[str]:
@@ -229,73 +210,20 @@ def _cast(tensor: PlannedTensor, name: str | None) -> PlannedTensor:
     return replace(tensor, dtype=torch.float32 if exempt else getattr(torch, name))
 
 
-def _plan_lora(plan: _Plan, settings: ConversionSettings, path: Path) -> None:
-    """Merge the LoRA into the planned weights, or plan the adapter."""
-    lora = open_checkpoint(path, None, usual=_LORA_WEIGHTS)
-    shapes = {name: tensor.shape for name, tensor in plan.tensors.items()}
-    with naming(path):
-        layers = lora_layers(lora.shapes, plan.config, shapes)
-        alphas = {name: _alpha(layer, lora, settings) for name, layer in layers.items()}
+def _plan_lora(plan: _Plan, settings: ConversionSettings, path: Path) -> LoRA:
+    """The LoRA; merged into the planned weights, unless it is to be kept."""
+    shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
+    lora = open_lora(path, plan.config, shapes, settings.lora_alpha)
     if settings.lora_mode == "merge":
-        for name, layer in layers.items():
-            plan.tensors[name] = _merged(plan.tensors[name], layer, lora, alphas[name] / layer.rank)
-    else:
-        plan.adapter = [
-            PlannedTensor.of(diffusers_name(name, part), lora.tensors[stored])
-            for name, layer in layers.items()
-            for part, stored in (("lora_A", layer.down), ("lora_B", layer.up))
-        ]
-        plan.adapter_metadata = {"lora_adapter_metadata": json.dumps(_adapter_metadata(layers, alphas))}
-    done = "merged" if settings.lora_mode == "merge" else f"kept as {ADAPTER}"
-    scales = sorted({alphas[name] / layer.rank for name, layer in layers.items()})
-    strength = ", ".join(f"{scale:g}" for scale in scales)
-    plan.notes.append(f"{done}: LoRA {path.name}, {len(layers)} layers, alpha / rank {strength}")
-    plan.notes += _left_out(lora)
-    plan.files += [("LoRA", file) for file in lora.files]
-
-
-def _alpha(layer: LoRALayer, lora: Checkpoint, settings: ConversionSettings) -> float:
-    """Alpha of a layer: as its file says, else as PEFT's configuration beside it does, else as given."""
-    told: float | None = None
-    beside = lora.files[0].parent / "adapter_config.json"
-    if layer.alpha is not None:
-        told = float(lora.tensors[layer.alpha].read())
-    elif beside.is_file():
-        content = read_object(beside)
-        if content.get("use_rslora") or content.get("alpha_pattern"):
-            raise ValueError(f"{str(beside)!r}: use_rslora and alpha_pattern are not known here")
-        told = float(content["lora_alpha"])
-    given = settings.lora_alpha
-    if told is None and given is None:
-        raise ValueError(
-            f"lora_alpha (--lora-alpha) must be given, as no file tells it; it is often the rank {layer.rank}"
-        )
-    if told is not None and given not in (None, told):
-        raise ValueError(f"lora_alpha (--lora-alpha) must be {told:g}, as the LoRA says, got {given:g}")
-    return told if told is not None else cast(float, given)
-
-
-def _merged(base: PlannedTensor, layer: LoRALayer, lora: Checkpoint, scale: float) -> PlannedTensor:
-    down, up = lora.tensors[layer.down], lora.tensors[layer.up]
-    return replace(base, read=lambda: merged(base.read(), down.read(), up.read(), scale))
-
-
-def _adapter_metadata(layers: Mapping[str, LoRALayer], alphas: Mapping[str, float]) -> dict[str, object]:
-    """PEFT's configuration, under the prefix that diffusers expects in a file."""
-    modules = {name.removesuffix(".weight"): name for name in layers}
-    first = next(iter(layers))
-    config: dict[str, object] = {
-        "r": layers[first].rank,
-        "lora_alpha": alphas[first],
-        "target_modules": list(modules),
-        "rank_pattern": {module: layers[name].rank for module, name in modules.items()},
-        "alpha_pattern": {module: alphas[name] for module, name in modules.items()},
-    }
-    return {f"transformer.{name}": value for name, value in config.items()}
+        plan.tensors = [lora.merged_into(tensor) for tensor in plan.tensors]
+    done = "merged" if settings.lora_mode == "merge" else f"kept as {ADAPTER.as_posix()}"
+    plan.notes += [f"LoRA {done}: {lora.summary}", *_left_out(lora.checkpoint)]
+    plan.files += [("LoRA", file) for file in lora.checkpoint.files]
+    return lora
 
 
 def _write_transformer(folder: Path, kind: str, plan: _Plan, settings: ConversionSettings) -> None:
-    write_shards(folder, _STEM, list(plan.tensors.values()), int(settings.max_shard_gb * _GIGABYTE))
+    write_shards(folder, _STEM, plan.tensors, settings.max_shard_bytes)
     arguments = inspect.signature(CausalDiT.__init__).parameters
     defaults = {name: argument.default for name, argument in arguments.items() if name != "self"}
     kinds = {"_class_name": kind, "_diffusers_version": diffusers.__version__}
@@ -310,68 +238,19 @@ def _write_model(folder: Path, plan: _Plan, settings: ConversionSettings) -> Par
             text_encoder=settings.text_encoder,
             tokenizer=settings.tokenizer,
             vae=settings.vae,
-            accepted=frozenset(inspect.signature(CausalVideoPipeline.__init__).parameters),
-            max_shard_bytes=int(settings.max_shard_gb * _GIGABYTE),
+            accepted=ACCEPTED_PARTS,
+            max_shard_bytes=settings.max_shard_bytes,
         )
     )
     parts.check(plan.config)
-    scheduler, streaming, note = _streaming(settings, plan)
-    plan.notes.append(note)
-    components = [*parts.components, scheduler]
-    for component in components:
+    streaming = streaming_of(settings.source, settings.preset, plan.text_tokens)
+    plan.notes.append(streaming.note)
+    for component in (*parts.components, streaming.scheduler):
         component.write(folder / component.name)
     _write_transformer(folder / "transformer", CausalDiT.__name__, plan, settings)
-    index = {
-        "_class_name": CausalVideoPipeline.__name__,
-        "_diffusers_version": diffusers.__version__,
-        **dict.fromkeys(("tokenizer", "text_encoder", "vae"), (None, None)),
-        "transformer": ("genstream", CausalDiT.__name__),
-        **{component.name: (component.library, component.kind) for component in components},
-        **streaming,
-    }
-    write_json(folder / INDEX_NAME, index)
+    write_json(folder / INDEX_NAME, streaming.index(parts.components))
     check_model_folder(folder)
     return parts
-
-
-def _streaming(settings: ConversionSettings, plan: _Plan) -> tuple[Component, dict[str, Any], str]:
-    """The scheduler, the pipeline's settings, and what to say about them."""
-    parameters = inspect.signature(CausalVideoPipeline.__init__).parameters
-    values = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    index = settings.source / INDEX_NAME
-    own = read_object(index) if index.is_file() else {}
-    is_own = own.get("_class_name") == CausalVideoPipeline.__name__
-    values["text_tokens"] = plan.text_tokens
-    if is_own:
-        values |= {name: value for name, value in own.items() if name in values}
-    if is_own and settings.preset is None:
-        library, kind = own["scheduler"]
-        scheduler = copied("scheduler", library, kind, settings.source / "scheduler")
-        return scheduler, values, f"streams as {settings.source.name} does"
-    name = settings.preset or DEFAULT_PRESET
-    preset = _preset(name)
-    for setting in fields(preset.settings):
-        value = getattr(preset.settings, setting.name)
-        if setting.name not in values:
-            raise ValueError(f"preset {name!r} sets {setting.name}, which the pipeline does not keep")
-        values[setting.name] = value.value if isinstance(value, Enum) else value
-    steps = FewStepScheduler(steps=preset.steps, shift=preset.shift)
-    scheduler = Component(
-        name="scheduler",
-        library="genstream",
-        kind=FewStepScheduler.__name__,
-        config={},
-        files=(),
-        write=steps.save_pretrained,
-    )
-    return scheduler, values, f"streams by the preset {name!r}"
-
-
-def _preset(name: str) -> _Preset:
-    """How the published students stream, by name."""
-    if name != DEFAULT_PRESET:
-        raise ValueError(f"preset (--preset) must be {DEFAULT_PRESET}, got {name!r}")
-    return _Preset(settings=StreamSettings(chunk_frames=3), steps=(1000.0, 750.0, 500.0, 250.0), shift=5.0)
 
 
 def _card(settings: ConversionSettings, plan: _Plan, parts: Parts) -> ConversionCard:
