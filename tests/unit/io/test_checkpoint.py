@@ -2,6 +2,7 @@
 
 import json
 import os
+import weakref
 
 import pytest
 import torch
@@ -111,6 +112,23 @@ def test_shards(tmp_path, limit):
     for held in read:
         assert len(held) == 1 or sum(tensor.nbytes for tensor in held.values()) <= limit
     assert (len(paths) > 1) == (tmp_path / "model.safetensors.index.json").is_file() == (limit < 10**9)
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path):
+    alive: list[weakref.ref] = []
+
+    def read():
+        assert all(reference() is None for reference in alive)
+        tensor = torch.ones(100, 100)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    tensors = [
+        PlannedTensor(name=f"{number}", dtype=torch.float32, shape=(100, 100), read=read)
+        for number in range(5)
+    ]
+    write_shards(tmp_path, "model", tensors, 100_000)
+    assert len(alive) == 5
 
 
 def test_a_number_that_is_none_is_not_written(tmp_path):
