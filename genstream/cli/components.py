@@ -10,7 +10,7 @@ from diffusers import ModelMixin
 from transformers import UMT5Config
 
 from genstream.io.checkpoint import SAFETENSORS, TORCH_SUFFIXES, naming, open_checkpoint
-from genstream.io.model_folder import INDEX_NAME, read_object, weight_files
+from genstream.io.model_folder import INDEX_NAME, check_component, read_object, weight_files
 from genstream.io.shards import PlannedTensor, write_shards
 from genstream.transformer.umt5 import infer_umt5_config, umt5_places
 from genstream.vae.taehv import load_taehv
@@ -113,6 +113,7 @@ def copied(name: str, library: str, kind: str, folder: Path) -> Component:
     """A part that is taken over as it is, without weights in pickles."""
     if not folder.is_dir():
         raise ValueError(f"{name} must be in the folder {str(folder)!r}, which does not exist")
+    check_component(folder, kind)
     skip = shutil.ignore_patterns(*(f"*{suffix}" for suffix in TORCH_SUFFIXES))
     config = folder / _CONFIG_NAME
     return Component(
@@ -129,26 +130,31 @@ def _copy(folder: Path, target: Path, skip: Callable[[Any, list[str]], set[str]]
     shutil.copytree(folder, target, ignore=skip)
 
 
+def _index(folder: Path) -> dict[str, tuple[str, str]]:
+    """Library and class of the parts of a model folder; empty for any other."""
+    path = folder / INDEX_NAME
+    entries = read_object(path) if path.is_file() else {}
+    return {
+        name: (entry[0], entry[1])
+        for name, entry in entries.items()
+        if isinstance(entry, list) and len(entry) == 2 and entry[0]
+    }
+
+
 def _indexed(name: str, folder: Path) -> Component | None:
     """A part of a model folder, as its index says."""
-    index = folder / INDEX_NAME
-    entry = read_object(index).get(name) if index.is_file() else None
-    if not isinstance(entry, list) or len(entry) != 2 or not entry[0]:
-        return None
-    return copied(name, entry[0], entry[1], folder / name)
+    index = _index(folder)
+    return copied(name, *index[name], folder / name) if name in index else None
 
 
 def _find_others(parts: Parts, sources: PartSources) -> None:
     """All else that a model folder holds."""
-    index = sources.source / INDEX_NAME
-    for name in sorted(read_object(index)) if index.is_file() else ():
-        if name not in _KNOWN_PARTS and (other := _indexed(name, sources.source)) is not None:
-            if name in sources.accepted:
-                parts.add(other, sources.source)
-            else:
-                parts.notes.append(
-                    f"left out of {sources.source.name}: {name!r}, which the pipeline does not take"
-                )
+    source = sources.source
+    for name, (library, kind) in sorted(_index(source).items()):
+        if name in sources.accepted and name not in _KNOWN_PARTS:
+            parts.add(copied(name, library, kind, source / name), source)
+        elif name not in _KNOWN_PARTS:
+            parts.notes.append(f"left out of {source.name}: {name!r}, which the pipeline does not take")
 
 
 def _find_text_encoder(parts: Parts, place: Path, sources: PartSources) -> None:

@@ -24,7 +24,8 @@ _STEM = "diffusion_pytorch_model"
 _GIGABYTE = 10**9
 _WAN_TEXT_TOKENS = 512
 _CONFIG_NAME = "config.json"
-_WAN_CLASSES = ("WanModel", "CausalWanModel", "WanTransformer3DModel", "CausalDiT")
+# What a configuration of such a transformer tells, under the names of Wan or of diffusers.
+_TELLING = ({"dim", "num_heads"}, {"num_attention_heads", "attention_head_dim"})
 Kind = Literal["genstream", "diffusers"]
 LoRAMode = Literal["merge", "adapter"]
 
@@ -196,7 +197,7 @@ def _config_beside(path: Path, given: Path | None) -> tuple[dict[str, Any], str]
     if not beside.is_file():
         return {}, "configuration: from the shapes of the tensors; no file stands beside them"
     content = read_object(beside)
-    if content.get("_class_name") not in _WAN_CLASSES and not {"dim", "num_heads"} <= content.keys():
+    if not any(names <= content.keys() for names in _TELLING):
         kind = content.get("_class_name", "something else")
         return {}, f"configuration: from the tensors; {_CONFIG_NAME} beside them describes {kind}"
     return content, f"configuration: {_CONFIG_NAME}, which agrees with the tensors"

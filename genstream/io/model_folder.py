@@ -101,10 +101,10 @@ def check_model_folder(folder: Path, replaced: Collection[str] = ()) -> None:
             continue
         if not (folder / name).is_dir():
             raise ValueError(f"model folder {str(folder)!r} lacks the folder {name!r} named in {INDEX_NAME}")
-        _check_component(folder / name, kind)
+        check_component(folder / name, kind)
 
 
-def _check_component(component: Path, kind: str) -> None:
+def check_component(component: Path, kind: str) -> None:
     """Check the files of one component, an object of class `kind`."""
     required = next((files for end, files in _FILES_OF.items() if kind.endswith(end)), _MODEL_FILES)
     for name in required:

@@ -396,7 +396,9 @@ def test_parts_that_do_not_fit(source, vae, pipe, tmp_path, capsys):
     )
     weights = next(vae.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-9])
-    check_refused(capsys, [source, "--vae", vae, *output], "cut off", weights.name)
+    check_refused(capsys, [source, "--vae", vae, *output], "cut off", str(weights))
+    weights.rename(weights.with_suffix(".bin"))
+    check_refused(capsys, [source, "--vae", vae, *output], str(vae), "no .safetensors file")
 
 
 def test_bad_usage(source, tmp_path, capsys):
