@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from genstream.cache.layout import PositionPolicy
 from genstream.conditioning.text import check_prompts, encode_prompts, unknown_words
-from genstream.io.hub_card import CARD_NAME, copy_card
+from genstream.io.hub_card import CARD_NAME, copy_companions
 from genstream.io.model_folder import check_model_folder, installed_folder, installed_models, read_json
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.shapes import check_divides, check_whole, frames_for_seconds, frames_of, latent_frames_of
@@ -154,7 +154,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         return loaded
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # noqa: ANN401
-        """Save the pipeline, with the card and the licence of the folder that it was loaded from.
+        """Save the pipeline, with card, licence and adapter of the folder that it was loaded from.
 
         Args:
             save_directory: folder to write to.
@@ -162,7 +162,7 @@ class CausalVideoPipeline(DiffusionPipeline):
         """
         super().save_pretrained(save_directory, **kwargs)
         if (source := self._loaded_from) is not None:
-            copy_card(source, Path(save_directory))
+            copy_companions(source, Path(save_directory))
 
     def push_to_hub(
         self,

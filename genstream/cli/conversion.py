@@ -157,6 +157,8 @@ def _plan_transformer(settings: ConversionSettings) -> _Plan:
     if "num_attention_heads" not in known:
         heads = config["num_attention_heads"]
         notes.append(f"heads: {heads}, of {WAN_HEAD_WIDTH} channels as in all Wan models")
+    if settings.dtype is not None:
+        notes.append(f"stored in {settings.dtype}, and in float32 what the model computes in float32")
     tensors = (PlannedTensor.of(ours, checkpoint.tensors[theirs]) for ours, theirs in found.items())
     return _Plan(
         config=config,

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from genstream.io.checkpoint import Checkpoint, naming, open_checkpoint
+from genstream.io.hub_card import ADAPTER_FOLDER
 from genstream.io.model_folder import read_object
 from genstream.io.shards import PlannedTensor, write_safetensors
 from genstream.transformer.lora import LoRALayer, diffusers_name, lora_layers, merged
 from genstream.transformer.matching import Shapes
 
-ADAPTER = Path("lora") / "pytorch_lora_weights.safetensors"
+ADAPTER = Path(ADAPTER_FOLDER) / "pytorch_lora_weights.safetensors"
 _USUAL_WEIGHTS = ("generator_lora", "model", "state_dict")
 _PEFT_CONFIG = "adapter_config.json"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 CARD_NAME = "README.md"
+ADAPTER_FOLDER = "lora"
 _LICENSE_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 _OTHER = "other"
 _ORIGIN = "## Origin"
@@ -110,13 +111,15 @@ class ConversionCard:
         return str(data.to_yaml())
 
 
-def copy_card(source: Path, target: Path) -> None:
-    """Copy the card and the text of the licence from one model folder to another, where there are any."""
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy card, licence and adapter from one model folder to another, where there are any."""
     if source.resolve() == target.resolve():
         return
     for name in (CARD_NAME, _LICENSE_NAMES[0]):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    if (source / ADAPTER_FOLDER).is_dir():
+        shutil.copytree(source / ADAPTER_FOLDER, target / ADAPTER_FOLDER, dirs_exist_ok=True)
 
 
 def _told(terms: License | None) -> str:

@@ -163,7 +163,13 @@ def read_config(content: Mapping[str, Any]) -> dict[str, Any]:
     """
     if content.get("qk_norm") is False:
         raise ValueError("config says qk_norm False; only models with qk_norm are known")
-    known = {_WAN_CONFIG.get(name, name): value for name, value in content.items() if name != "qk_norm"}
+    # Wan says True for the one kind it has; diffusers may leave out_channels to in_channels.
+    unsaid = {"qk_norm": True, "out_channels": None}
+    known = {
+        _WAN_CONFIG.get(name, name): value
+        for name, value in content.items()
+        if name not in unsaid or value is not unsaid[name]
+    }
     if "dim" in content and "num_heads" in content:
         known["attention_head_dim"] = content["dim"] / content["num_heads"]
     return {name: value for name, value in known.items() if name in _CONFIG}

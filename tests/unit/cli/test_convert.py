@@ -273,7 +273,9 @@ def test_licence_and_origin_are_in_the_card(source, tmp_path, said):
 
 
 def test_push_to_hub(source, vae, tmp_path, monkeypatch):
-    convert(source, "-o", tmp_path / "out", "--vae", vae, "--license", "mit")
+    save_file(lora(), tmp_path / "lora.safetensors")
+    kept = ("--lora", tmp_path / "lora.safetensors", "--lora-alpha", 3, "--lora-mode", "adapter")
+    convert(source, "-o", tmp_path / "out", "--vae", vae, "--license", "mit", *kept)
     pipe = CausalVideoPipeline.from_pretrained(tmp_path / "out")
     pushed = {}
 
@@ -283,6 +285,7 @@ def test_push_to_hub(source, vae, tmp_path, monkeypatch):
     def upload(*, repo_id, folder_path, **others):
         pushed["id"] = repo_id
         pushed["card"] = ModelCard.load(Path(folder_path) / "README.md")
+        pushed["adapter"] = weights_of(Path(folder_path) / "lora")
         pushed["transformer"] = weights_of(Path(folder_path) / "transformer")
         return "https://hub/me/model"
 
@@ -292,6 +295,7 @@ def test_push_to_hub(source, vae, tmp_path, monkeypatch):
     assert pushed["id"] == "me/model"
     assert pushed["card"].data.license == "mit"
     assert hashlib.sha256(source.read_bytes()).hexdigest() in pushed["card"].text
+    assert len(pushed["adapter"]) == len(lora())
     assert pushed["transformer"].keys() == pipe.transformer.state_dict().keys()
 
 

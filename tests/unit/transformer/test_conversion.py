@@ -162,6 +162,13 @@ def test_configuration_under_the_names_of_wan():
         read_config({**wan, "qk_norm": False})
 
 
+def test_configuration_under_our_own_names():
+    given = {"_class_name": "WanTransformer3DModel", "qk_norm": "rms_norm", "out_channels": None, "eps": 1e-5}
+    assert read_config(given) == {"qk_norm": "rms_norm", "eps": 1e-5}
+    with pytest.raises(ValueError, match="qk_norm must be 'rms_norm_across_heads', got 'rms_norm'"):
+        places(expected_shapes(CONFIG), {**CONFIG, **read_config(given)})
+
+
 def test_what_is_no_transformer():
     with pytest.raises(ValueError, match=r"lacks 'patch_embedding.weight' and is no model of this kind"):
         infer_config({"encoder.conv1.weight": (4, 4)}, {})
