@@ -258,19 +258,31 @@ def _write_model(folder: Path, plan: _Plan, settings: ConversionSettings) -> Par
 
 def _card(settings: ConversionSettings, plan: _Plan, parts: Parts) -> ConversionCard:
     files = [*plan.files, *((part.name, file) for part in parts.components for file in part.files)]
-    name = settings.output.name
-    usage = f'import genstream\n\npipe = genstream.CausalVideoPipeline.from_pretrained("{name}")'
-    if settings.kind == "diffusers":
-        usage = (
-            f"from diffusers import WanTransformer3DModel\n\n"
-            f'transformer = WanTransformer3DModel.from_pretrained("{name}")'
-        )
     return ConversionCard(
-        title=name,
+        title=settings.output.name,
         library=settings.kind,
-        usage=usage,
+        usage=_usage(settings),
         notes=[*plan.notes, *parts.notes, f"converted by genstream {genstream.__version__}"],
         origins=[Origin(part=part, file=file.name, sha256=sha256(file)) for part, file in files],
         terms=find_license(settings.license, settings.source),
         source=settings.source,
     )
+
+
+def _usage(settings: ConversionSettings) -> str:
+    """Python code that loads the model."""
+    name = settings.output.name
+    code, transformer = (
+        f'import genstream\n\npipe = genstream.CausalVideoPipeline.from_pretrained("{name}")',
+        "pipe.transformer",
+    )
+    if settings.kind == "diffusers":
+        code, transformer = (
+            "from diffusers import WanTransformer3DModel\n\n"
+            f'transformer = WanTransformer3DModel.from_pretrained("{name}")',
+            "transformer",
+        )
+    if settings.lora is not None and settings.lora_mode == "adapter":
+        folder = f"{name}/{ADAPTER.parent.as_posix()}"
+        code += f'\n{transformer}.load_lora_adapter("{folder}", use_safetensors=True)  # needs peft'
+    return code

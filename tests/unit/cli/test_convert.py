@@ -247,6 +247,7 @@ def test_kept_lora_acts_as_the_merged_one(source, tmp_path):
     convert(*options, "-o", tmp_path / "merged")
     convert(*options, "-o", tmp_path / "kept", "--lora-mode", "adapter")
     merged, kept = (CausalDiT.from_pretrained(tmp_path / name / "transformer") for name in ("merged", "kept"))
+    assert "load_lora_adapter(" in (tmp_path / "kept" / "README.md").read_text()
     base = velocity(kept)
     kept.load_lora_adapter(tmp_path / "kept" / "lora", use_safetensors=True)
     torch.testing.assert_close(velocity(kept), velocity(merged), rtol=1e-4, atol=1e-5)
