@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -12,12 +13,14 @@ import torch
 from diffusers import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import BaseOutput
+from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from genstream.cache.layout import PositionPolicy
 from genstream.conditioning.text import check_prompts, encode_prompts, unknown_words
+from genstream.io.hub_card import CARD_NAME, copy_companions
 from genstream.io.model_folder import check_model_folder, installed_folder, installed_models, read_json
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.shapes import check_divides, check_whole, frames_for_seconds, frames_of, latent_frames_of
@@ -157,11 +160,69 @@ class CausalVideoPipeline(DiffusionPipeline):
             loaded: Self = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
             return loaded
         check_model_folder(folder, kwargs)
-        kind = read_json(folder / "model_index.json").get("_class_name")
+        index = read_json(folder / "model_index.json")
+        kind = index.get("_class_name")
         if kind != cls.__name__:
             raise ValueError(f"model folder {str(folder)!r} must hold a {cls.__name__}, got a {kind}")
+        if "vae" not in kwargs and index.get("vae", [None])[0] is None:
+            raise ValueError(
+                f"model folder {str(folder)!r} has no vae: give vae=..., or make a folder that has one with "
+                f"genstream convert {folder} --vae PATH -o NEW_FOLDER"
+            )
         loaded = super().from_pretrained(folder, **kwargs)
         return loaded
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # noqa: ANN401
+        """Save the pipeline, with card, licence and adapter of the folder that it was loaded from.
+
+        Args:
+            save_directory: folder to write to.
+            **kwargs: those of `DiffusionPipeline.save_pretrained`.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        if (source := self._loaded_from) is not None:
+            copy_companions(source, Path(save_directory))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> str:
+        """Upload the pipeline; the card, which tells licence and origin of the weights, goes with it.
+
+        Args:
+            repo_id: name of the repository, owner/name; made where it does not exist.
+            commit_message: of the upload.
+            private: make the repository private; by the owner's default when None.
+            token: for the Hub; the stored one when None.
+            create_pr: upload as a pull request.
+            **kwargs: those of `DiffusionPipeline.save_pretrained`.
+        """
+        if self._loaded_from is None or not (self._loaded_from / CARD_NAME).is_file():
+            url: str = super().push_to_hub(repo_id, commit_message, private, token, create_pr, **kwargs)
+            return url
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            return str(
+                upload_folder(
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    commit_message=commit_message or f"Upload {type(self).__name__}",
+                    token=token,
+                    create_pr=create_pr,
+                )
+            )
+
+    @property
+    def _loaded_from(self) -> Path | None:
+        """Folder that the pipeline was loaded from; None for one that was built, or came from the Hub."""
+        name = self.name_or_path
+        return Path(name) if name is not None and Path(name).is_dir() else None
 
     @property
     def settings(self) -> StreamSettings:
@@ -234,7 +295,8 @@ class CausalVideoPipeline(DiffusionPipeline):
         """
         if self.tokenizer is None or self.text_encoder is None:
             raise ValueError(
-                "prompt needs a text encoder, which this pipeline was loaded without; give prompt_embeds"
+                "prompt needs a text encoder, which this pipeline was loaded without; give prompt_embeds, or "
+                "make a folder that has one with genstream convert FOLDER --text-encoder PATH -o NEW_FOLDER"
             )
         prompts = [prompt] if isinstance(prompt, str) else prompt
         check_prompts(prompts, self.tokenizer, self.config.text_tokens)
@@ -532,11 +594,7 @@ class CausalVideoPipeline(DiffusionPipeline):
                 f"preset {name!r} generates {wanted} latent frames at a time, "
                 f"this model was trained for {self.config.chunk_frames} (chunk_frames)"
             )
-        if preset.takes_image and config.in_channels == self.transformer.out_channels:
-            raise ValueError(
-                f"preset {name!r} is for image-to-video models: in_channels must be above the "
-                f"{self.transformer.out_channels} of the latents, got {config.in_channels}"
-            )
+        preset.check_channels(name, config.in_channels, self.transformer.out_channels)
 
     def _check_size(self, height: int, width: int) -> None:
         _, patch_height, patch_width = self.transformer.config.patch_size

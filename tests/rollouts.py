@@ -14,18 +14,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from genstream.cli.__main__ import main
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.streaming.controls import PromptControl
 from genstream.streaming.noise import GivenNoise
 from genstream.streaming.state import StreamState
 from genstream.transformer.causal_dit import CausalDiT
-from genstream.transformer.conversion import from_wan
 from genstream.vae.tiny import TinyVideoVAE
 
 FOLDER = Path(
     os.environ.get("GENSTREAM_PARITY_DIR", Path(__file__).resolve().parents[2] / "shared" / "parity")
 )
+
+_CONVERTED = tempfile.TemporaryDirectory()
 
 
 def sets(prefix: str) -> dict[str, dict]:
@@ -45,51 +47,35 @@ def tensors(file: str) -> dict[str, torch.Tensor]:
     return load_file(FOLDER / f"{file}.safetensors")
 
 
-def transformer(weights: dict[str, torch.Tensor], config: dict) -> CausalDiT:
-    """The model of a checkpoint under Wan's names."""
-    model = CausalDiT(**config).eval().requires_grad_(requires_grad=False)
-    model.load_state_dict(from_wan(weights, config))
-    return model
+@cache
+def converted(name: str, preset: str = "self-forcing") -> Path:
+    """The folder that `genstream convert` makes of the torch files of a set, as they are published."""
+    checkpoint = json.loads((FOLDER / f"{name}.checkpoint.json").read_text())
+    folder = Path(_CONVERTED.name) / name
+    folder.mkdir()
+    content = {key: load_file(FOLDER / file["file"]) for key, file in checkpoint["files"].items()}
+    lora = {key: content.pop(key) for key in list(content) if key.endswith("lora")}
+    torch.save({**content, "step": 600}, folder / "weights.pt")
+    options = ["--preset", preset]
+    if lora:
+        torch.save(lora, folder / "lora.pt")
+        options += ["--lora", str(folder / "lora.pt"), "--lora-alpha", str(checkpoint["lora_alpha"])]
+    return convert(folder / "weights.pt", checkpoint["model_config"], *options)
 
 
-def config_of(wan: dict) -> dict:
-    """Our arguments for a text-to-video configuration under Wan's names."""
-    assert wan["model_type"] == "t2v" and wan["qk_norm"]
-    return {
-        "patch_size": tuple(wan["patch_size"]),
-        "num_attention_heads": wan["num_heads"],
-        "attention_head_dim": wan["dim"] // wan["num_heads"],
-        "in_channels": wan["in_dim"],
-        "out_channels": wan["out_dim"],
-        **{
-            name: wan[name]
-            for name in ("text_dim", "freq_dim", "ffn_dim", "num_layers", "cross_attn_norm", "eps")
-        },
-    }
+def convert(source: Path, config: dict, *options: str) -> Path:
+    """What the command makes of a file, beside which the model is described as Wan does it."""
+    (source.parent / "config.json").write_text(json.dumps(config))
+    output = source.parent / "model"
+    assert main(["convert", str(source), "-o", str(output), *options]) == 0
+    return output
 
 
 @cache
 def student(name: str) -> CausalDiT:
     """The transformer that the rollouts of a set were made with."""
-    checkpoint = json.loads((FOLDER / f"{name}.checkpoint.json").read_text())
-    config = config_of(checkpoint["model_config"])
-    if "lora_rank" in checkpoint:
-        return transformer(_with_lora(checkpoint), config)
-    file = checkpoint["files"][checkpoint["use_for_reference"].split()[0]]["file"]
-    return transformer(load_file(FOLDER / file), config)
-
-
-def _with_lora(checkpoint: dict) -> dict[str, torch.Tensor]:
-    """The weights of a set with its LoRA merged into them."""
-    files, prefixes = checkpoint["files"], checkpoint["strip_prefix"]
-    weights = load_file(FOLDER / files["generator"]["file"])
-    lora = load_file(FOLDER / files["generator_lora"]["file"])
-    scale = checkpoint["lora_alpha"] / checkpoint["lora_rank"]
-    for key, down in lora.items():
-        if ".lora_A" in key:
-            target = key.replace(".lora_A", "").removeprefix(prefixes["generator_lora"])
-            weights[prefixes["generator"] + target] += scale * lora[key.replace("lora_A", "lora_B")] @ down
-    return weights
+    model = CausalDiT.from_pretrained(converted(name) / "transformer")
+    return model.requires_grad_(requires_grad=False)
 
 
 class EmbeddedPrompts(CausalVideoPipeline):
@@ -157,14 +143,16 @@ class Rollout:
         chunk = scenario.get("frame_per_block") or self.values["frames_per_block"]
         shift = scenario.get("shift") or self.values["timestep_shift"]
         sink, local = scenario["sink"], scenario["local"]
-        return EmbeddedPrompts(
-            tokenizer=None,
-            text_encoder=None,
+        loaded = CausalVideoPipeline.from_pretrained(
+            converted(self.set_name),
             transformer=student(self.set_name),
             vae=TinyVideoVAE(
                 encoder_width=4, decoder_widths=(4, 4, 4, 4), latent_channels=config["out_dim"]
             ).eval(),
             scheduler=FewStepScheduler(steps=self.steps, shift=shift, warped=scenario.get("warp", True)),
+        )
+        return EmbeddedPrompts(
+            **loaded.components,
             chunk_frames=chunk,
             sink_frames=sink,
             window_frames=None if local < 0 else local - sink - chunk,
@@ -172,7 +160,7 @@ class Rollout:
             context_timestep=float(scenario.get("ctx", 0)),
             recache="window" if scenario.get("global_sink") else "all",
             independent_first_frame=scenario.get("iff", False),
-            text_tokens=config["text_len"],
+            text_tokens=loaded.config.text_tokens,
         )
 
     def run(self, pipe: EmbeddedPrompts) -> tuple[torch.Tensor, StreamState]:

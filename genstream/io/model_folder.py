@@ -10,7 +10,7 @@ from typing import Any
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _HEADER_LENGTH_BYTES = 8
 _CARD_NAME = "model_card.json"
-_INDEX_NAME = "model_index.json"
+INDEX_NAME = "model_index.json"
 _MODEL_FILES = ("config.json",)
 _FILES_OF: Mapping[str, tuple[str, ...]] = {
     "Scheduler": ("scheduler_config.json",),
@@ -67,11 +67,11 @@ def find_model(name_or_folder: str) -> Path:
 
 def read_card(folder: Path) -> ModelCard:
     """What `model_index.json` and, where there is one, `model_card.json` in `folder` say."""
-    index = _read_object(folder / _INDEX_NAME)
+    index = read_object(folder / INDEX_NAME)
     path = folder / _CARD_NAME
     content: dict[str, Any] = {"name": folder.name, "description": "", "vocabulary": {}}
     if path.is_file():
-        content = _read_object(path)
+        content = read_object(path)
     try:
         return ModelCard(
             name=content["name"],
@@ -94,17 +94,17 @@ def check_model_folder(folder: Path, replaced: Collection[str] = ()) -> None:
         folder: in diffusers layout.
         replaced: components that will not be read from it.
     """
-    if not (folder / _INDEX_NAME).is_file():
-        raise ValueError(f"model folder {str(folder)!r} has no {_INDEX_NAME}")
+    if not (folder / INDEX_NAME).is_file():
+        raise ValueError(f"model folder {str(folder)!r} has no {INDEX_NAME}")
     for name, kind in _components(folder).items():
         if name in replaced:
             continue
         if not (folder / name).is_dir():
-            raise ValueError(f"model folder {str(folder)!r} lacks the folder {name!r} named in {_INDEX_NAME}")
-        _check_component(folder / name, kind)
+            raise ValueError(f"model folder {str(folder)!r} lacks the folder {name!r} named in {INDEX_NAME}")
+        check_component(folder / name, kind)
 
 
-def _check_component(component: Path, kind: str) -> None:
+def check_component(component: Path, kind: str) -> None:
     """Check the files of one component, an object of class `kind`."""
     required = next((files for end, files in _FILES_OF.items() if kind.endswith(end)), _MODEL_FILES)
     for name in required:
@@ -112,18 +112,18 @@ def _check_component(component: Path, kind: str) -> None:
             raise ValueError(f"model file {str(component / name)!r} is missing")
     for path in sorted(component.glob("*.json")):
         read_json(path)
-    weights = _weight_files(component)
+    weights = weight_files(component)
     if required is _MODEL_FILES and not weights:
         raise ValueError(f"model folder {str(component)!r} has no .safetensors file")
     for path in weights:
-        _check_weights(path)
+        check_weights(path)
 
 
 def parameter_counts(folder: Path) -> dict[str, int]:
     """Number of weights of each component that has any."""
     counts: dict[str, int] = {}
     for name in _components(folder):
-        headers = [_read_header(path)[0] for path in _weight_files(folder / name)]
+        headers = [read_header(path)[0] for path in weight_files(folder / name)]
         entries = [entry for header in headers for key, entry in header.items() if key != "__metadata__"]
         if entries:
             counts[name] = sum(math.prod(entry["shape"]) for entry in entries)
@@ -137,36 +137,38 @@ def size_bytes(folder: Path) -> int:
 
 def _components(folder: Path) -> dict[str, str]:
     """Class by name, of the entries in the index whose value is [library, class], both given."""
-    index = _read_object(folder / _INDEX_NAME)
+    index = read_object(folder / INDEX_NAME)
     pairs = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2}
     return {name: kind for name, (library, kind) in pairs.items() if library and kind}
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Content of a file that holds a json object."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"model file {str(path)!r} must hold a json object, got {type(content).__name__}")
     return content
 
 
-def _weight_files(component: Path) -> list[Path]:
+def weight_files(component: Path) -> list[Path]:
     """Weight files of a component: those that its shard index names, or those that are there."""
     indices = sorted(component.glob("*.safetensors.index.json"))
     named = {component / name for index in indices for name in read_json(index)["weight_map"].values()}
     return sorted(named | set(component.glob("*.safetensors")))
 
 
-def _check_weights(path: Path) -> None:
+def check_weights(path: Path) -> None:
+    """Raise ValueError if a safetensors file is missing or cut off."""
     if not path.is_file():
         raise ValueError(f"model file {str(path)!r} is missing")
-    header, data_start = _read_header(path)
+    header, data_start = read_header(path)
     ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
     expected, found = data_start + max(ends, default=0), path.stat().st_size
     if found != expected:
         raise ValueError(f"model file {str(path)!r} is cut off: {found} bytes, its header says {expected}")
 
 
-def _read_header(path: Path) -> tuple[dict[str, dict[str, list[int]]], int]:
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     """Header of a safetensors file, and where its data starts in bytes."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")

@@ -42,6 +42,14 @@ class Preset:
     engine: EngineKind = EngineKind.CACHE
     takes_image: bool = False
 
+    def check_channels(self, name: str, in_channels: int, out_channels: int) -> None:
+        """Raise ValueError if a transformer with so many channels cannot be run that way."""
+        if self.takes_image and in_channels == out_channels:
+            raise ValueError(
+                f"preset {name!r} is for image-to-video models: in_channels must be above the "
+                f"{out_channels} of the latents, got {in_channels}"
+            )
+
 
 # Sources: the code of each project; for MotionStream, whose code is not out, its paper (arXiv 2511.01266),
 # which names three steps but not which.

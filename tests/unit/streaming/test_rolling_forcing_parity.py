@@ -1,14 +1,12 @@
 """The queue engine, through the public pipeline, against numbers that the published code produced."""
 
-import json
-
 import pytest
 import torch
-from rollouts import FOLDER, config_of, sets, tensors, transformer
+from rollouts import FOLDER, converted, sets, tensors
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
-from genstream.schedulers.few_step import FewStepScheduler
 from genstream.streaming.noise import GivenNoise
+from genstream.streaming.queue_engine import QueueEngine
 from genstream.streaming.request import StreamRequest
 from genstream.vae.tiny import TinyVideoVAE
 
@@ -19,21 +17,11 @@ if not SETS:
 
 
 def pipeline(name: str) -> CausalVideoPipeline:
-    values = SETS[name]
-    checkpoint = json.loads((FOLDER / f"{name}.checkpoint.json").read_text())
-    weights = tensors(checkpoint["files"]["generator_ema"]["file"].removesuffix(".safetensors"))
-    model = transformer(weights, config_of(values["model_config"]))
-    pipe = CausalVideoPipeline(
-        tokenizer=None,
-        text_encoder=None,
-        transformer=model,
-        vae=TinyVideoVAE(
-            encoder_width=4, decoder_widths=(4, 4, 4, 4), latent_channels=model.out_channels
-        ).eval(),
-        scheduler=FewStepScheduler(),
-        text_tokens=values["model_config"]["text_len"],
-    )
-    pipe.apply_preset("rolling-forcing")
+    values, folder = SETS[name], converted(name, "rolling-forcing")
+    channels = values["model_config"]["out_dim"]
+    vae = TinyVideoVAE(encoder_width=4, decoder_widths=(4, 4, 4, 4), latent_channels=channels).eval()
+    pipe = CausalVideoPipeline.from_pretrained(folder, vae=vae)
+    assert isinstance(pipe.engine, QueueEngine)
     assert list(pipe.scheduler.config.steps) == values["denoising_step_list"]
     assert pipe.settings.layout(None).capacity_frames == values["kv_cache_frames"]
     assert pipe.settings.layout(None).ring_frames == values["max_attention_frames"]

@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from genstream.transformer.causal_dit import CausalDiT
-from genstream.transformer.conversion import from_wan, wan_names
+from genstream.transformer.conversion import (
+    expected_shapes,
+    from_wan,
+    infer_config,
+    places,
+    read_config,
+    wan_names,
+)
 
 CONFIG = {
     "num_attention_heads": 2,
@@ -86,3 +93,82 @@ def test_any_wrong_shape(weights):
 def test_a_tensor_under_two_prefixes(weights):
     with pytest.raises(ValueError, match="twice"):
         from_wan({**weights, f"model.{NAME}": weights[NAME]}, CONFIG)
+
+
+WITHOUT_IMAGE = {
+    name: value
+    for name, value in CONFIG.items()
+    if name not in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        WITHOUT_IMAGE,
+        WITHOUT_IMAGE | {"cross_attn_norm": False},
+        WITHOUT_IMAGE | {"patch_size": (1, 1, 1), "num_layers": 1},
+        CONFIG | {"pos_embed_seq_len": None, "num_attention_heads": 3, "ffn_dim": 7},
+    ],
+)
+@pytest.mark.parametrize("names", ["wan", "diffusers"])
+def test_configuration_from_the_shapes(config, names):
+    shapes = expected_shapes(config)
+    if names == "wan":
+        shapes = {wan: shapes[ours] for wan, ours in wan_names(config).items()}
+    found = infer_config(shapes, {"num_attention_heads": config["num_attention_heads"]})
+    assert expected_shapes(found) == expected_shapes(config)
+    model = CausalDiT(**config)
+    assert {name: found.get(name, value) for name, value in model.config.items()} == dict(model.config)
+    assert places(shapes, found).keys() == expected_shapes(config).keys()
+
+
+def test_heads_of_the_published_models():
+    config = WITHOUT_IMAGE | {"num_attention_heads": 3, "attention_head_dim": 128, "num_layers": 1}
+    assert infer_config(expected_shapes(config), {})["num_attention_heads"] == 3
+
+
+def test_heads_that_nobody_tells():
+    with pytest.raises(ValueError, match="width 24 is no multiple of 128"):
+        infer_config(expected_shapes(CONFIG), {})
+
+
+@pytest.mark.parametrize("name", [name for name, value in CONFIG.items() if value is not None])
+def test_a_configuration_that_contradicts_the_tensors(name):
+    wrong = {"num_attention_heads": 2, "attention_head_dim": 12} | {name: CONFIG[name] + 1}
+    with pytest.raises(ValueError, match=f"config says ({name} {wrong[name]}|attention_head_dim 12), but"):
+        infer_config(expected_shapes(CONFIG), wrong)
+
+
+def test_configuration_under_the_names_of_wan():
+    wan = {
+        "model_type": "i2v",
+        "dim": 24,
+        "num_heads": 2,
+        "in_dim": 8,
+        "out_dim": 4,
+        "text_len": 512,
+        "eps": 1e-5,
+    }
+    assert read_config({**wan, "qk_norm": True}) == {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 8,
+        "out_channels": 4,
+        "eps": 1e-5,
+    }
+    with pytest.raises(ValueError, match="qk_norm"):
+        read_config({**wan, "qk_norm": False})
+
+
+def test_configuration_under_our_own_names():
+    given = {"_class_name": "WanTransformer3DModel", "qk_norm": "rms_norm", "out_channels": None, "eps": 1e-5}
+    assert read_config(given) == {"qk_norm": "rms_norm", "eps": 1e-5}
+    with pytest.raises(ValueError, match="qk_norm must be 'rms_norm_across_heads', got 'rms_norm'"):
+        places(expected_shapes(CONFIG), {**CONFIG, **read_config(given)})
+
+
+def test_what_is_no_transformer():
+    with pytest.raises(ValueError, match=r"lacks 'patch_embedding.weight' and is no model of this kind"):
+        infer_config({"encoder.conv1.weight": (4, 4)}, {})

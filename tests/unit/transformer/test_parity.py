@@ -3,12 +3,16 @@
 Sets are found, not listed.
 """
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
-from rollouts import FOLDER, Rollout, rollouts, sets, student, tensors, transformer
+from rollouts import FOLDER, Rollout, convert, rollouts, sets, student, tensors
 
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.schedulers.schedule import table_sigma
+from genstream.transformer.causal_dit import CausalDiT
 from genstream.transformer.conversion import wan_names
 
 ATOL = 1e-4
@@ -32,9 +36,11 @@ def test_names(name, variant):
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
-def test_bidirectional_forward(name, variant):
+def test_bidirectional_forward(name, variant, tmp_path):
     values, io = WAN[name]["variants"][variant], tensors(name)
-    model = transformer(tensors(f"{name}.{variant}_weights"), values["diffusers_config"])
+    weights = shutil.copy(FOLDER / f"{name}.{variant}_weights.safetensors", tmp_path)
+    model = CausalDiT.from_pretrained(convert(Path(weights), values["config"]) / "transformer")
+    model.requires_grad_(requires_grad=False)
     tokens = values["config"]["text_len"]
     x = io[f"{variant}.x"]
     context = torch.stack([padded(io[f"{variant}.context{i}"], tokens) for i in range(len(x))])

@@ -1,0 +1,272 @@
+"""The parts of a model folder besides the transformer: taken over from other folders, or made of files."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffusers import ModelMixin
+from transformers import UMT5Config
+
+from genstream.io.checkpoint import SAFETENSORS, TORCH_SUFFIXES, naming, open_checkpoint
+from genstream.io.model_folder import INDEX_NAME, check_component, read_object, weight_files
+from genstream.io.shards import PlannedTensor, write_shards
+from genstream.transformer.umt5 import infer_umt5_config, umt5_places
+from genstream.vae.taehv import load_taehv
+from genstream.vae.wan_weights import load_wan_vae
+
+_CONFIG_NAME = "config.json"
+_OWN_VAES = ("CausalVideoVAE", "TinyVideoVAE", "TurboVAED", "WanVideoVAE")
+_TEXT_ENCODER = "UMT5EncoderModel"
+_WAN_TEXT_ENCODER = "models_t5*"
+_WAN_TOKENIZER = Path("google") / "umt5-xxl"
+_WAN_VAE = "*VAE*"
+_KNOWN_PARTS = ("transformer", "scheduler", "tokenizer", "text_encoder", "vae")
+_LATENT_CHANNELS = ("latent_channels", "z_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """A part of a model folder.
+
+    Attributes:
+        name: of its folder and of its entry in the index.
+        library: that loads it.
+        kind: its class.
+        config: what its configuration says.
+        files: weights that it is made of.
+        write: fills its folder.
+    """
+
+    name: str
+    library: str
+    kind: str
+    config: Mapping[str, Any]
+    files: tuple[Path, ...]
+    write: Callable[[Path], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartSources:
+    """Where the parts come from; None takes what the source of the transformer holds.
+
+    Attributes:
+        source: file or folder of the transformer.
+        text_encoder: folder or file.
+        tokenizer: folder.
+        vae: folder or file.
+        accepted: parts that the pipeline takes; those of a model folder that it does not take are left out.
+        max_shard_bytes: of a weight file that is written.
+    """
+
+    source: Path
+    text_encoder: Path | None = None
+    tokenizer: Path | None = None
+    vae: Path | None = None
+    accepted: frozenset[str] = frozenset()
+    max_shard_bytes: int = 5 * 10**9
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """The parts that were found, and what there is to say about them."""
+
+    components: list[Component] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, component: Component, source: Path) -> None:
+        """Take a part."""
+        self.components.append(component)
+        self.notes.append(f"took {component.name} ({component.kind}) from {source.name}")
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raise ValueError if a part does not fit the transformer with that configuration."""
+        for component in self.components:
+            for name in _LATENT_CHANNELS if component.name == "vae" else ():
+                _check_equal(component, name, "out_channels", config)
+            if component.name == "text_encoder":
+                _check_equal(component, "d_model", "text_dim", config)
+
+
+def find_parts(sources: PartSources) -> Parts:
+    """Text encoder, tokenizer and VAE, as far as there are any.
+
+    Raises:
+        ValueError: what was named holds none, or is not whole.
+    """
+    parts = Parts()
+    held = sources.source if sources.source.is_dir() else None
+    if (place := sources.text_encoder or held) is not None:
+        _find_text_encoder(parts, place, sources)
+    if (place := sources.vae or held) is not None and (vae := _find_vae(place, sources)) is not None:
+        parts.add(vae, place)
+    _find_others(parts, sources)
+    found = {component.name for component in parts.components}
+    for name, option in (("text_encoder", "--text-encoder"), ("vae", "--vae")):
+        if name not in found:
+            parts.notes.append(f"there is no {name}: convert the folder again with {option} to add one")
+    return parts
+
+
+def copied(name: str, library: str, kind: str, folder: Path) -> Component:
+    """A part that is taken over as it is, without weights in pickles."""
+    if not folder.is_dir():
+        raise ValueError(f"{name} must be in the folder {str(folder)!r}, which does not exist")
+    check_component(folder, kind)
+    skip = shutil.ignore_patterns(*(f"*{suffix}" for suffix in TORCH_SUFFIXES))
+    config = folder / _CONFIG_NAME
+    return Component(
+        name=name,
+        library=library,
+        kind=kind,
+        config=read_object(config) if config.is_file() else {},
+        files=tuple(weight_files(folder)),
+        write=lambda target: _copy(folder, target, skip),
+    )
+
+
+def _copy(folder: Path, target: Path, skip: Callable[[Any, list[str]], set[str]]) -> None:
+    shutil.copytree(folder, target, ignore=skip)
+
+
+def _index(folder: Path) -> dict[str, tuple[str, str]]:
+    """Library and class of the parts of a model folder; empty for any other."""
+    path = folder / INDEX_NAME
+    entries = read_object(path) if path.is_file() else {}
+    return {
+        name: (entry[0], entry[1])
+        for name, entry in entries.items()
+        if isinstance(entry, list) and len(entry) == 2 and entry[0]
+    }
+
+
+def _indexed(name: str, folder: Path) -> Component | None:
+    """A part of a model folder, as its index says."""
+    index = _index(folder)
+    return copied(name, *index[name], folder / name) if name in index else None
+
+
+def _find_others(parts: Parts, sources: PartSources) -> None:
+    """All else that a model folder holds."""
+    source = sources.source
+    for name, (library, kind) in sorted(_index(source).items()):
+        if name in sources.accepted and name not in _KNOWN_PARTS:
+            parts.add(copied(name, library, kind, source / name), source)
+        elif name not in _KNOWN_PARTS:
+            parts.notes.append(f"left out of {source.name}: {name!r}, which the pipeline does not take")
+
+
+def _find_text_encoder(parts: Parts, place: Path, sources: PartSources) -> None:
+    encoder, beside = _text_encoder(place, sources.max_shard_bytes), place
+    if encoder is None:
+        if sources.text_encoder is not None:
+            raise ValueError(
+                f"text_encoder (--text-encoder) must be or hold a umT5 encoder, got {str(place)!r}"
+            )
+        return
+    parts.add(encoder, place)
+    tokenizer = _indexed("tokenizer", beside) if sources.tokenizer is None else None
+    parts.add(tokenizer or _tokenizer(sources.tokenizer, place), sources.tokenizer or place)
+
+
+def _text_encoder(place: Path, max_shard_bytes: int) -> Component | None:
+    if place.is_dir():
+        if (indexed := _indexed("text_encoder", place)) is not None:
+            return indexed
+        if _TEXT_ENCODER in _config(place).get("architectures", ()):
+            return copied("text_encoder", "transformers", _TEXT_ENCODER, place)
+        file = _one_file(place, _WAN_TEXT_ENCODER)
+    else:
+        file = place
+    return None if file is None else _published_text_encoder(file, max_shard_bytes)
+
+
+def _published_text_encoder(file: Path, max_shard_bytes: int) -> Component:
+    checkpoint = open_checkpoint(file, None)
+    with naming(file):
+        arguments = infer_umt5_config(checkpoint.shapes)
+        places = umt5_places(checkpoint.shapes, arguments)
+    tensors = [PlannedTensor.of(name, checkpoint.tensors[theirs]) for name, theirs in places.items()]
+    dtype = str(tensors[0].dtype).removeprefix("torch.")
+    config = UMT5Config(**arguments, architectures=[_TEXT_ENCODER], dtype=dtype)
+
+    def write(folder: Path) -> None:
+        write_shards(folder, "model", tensors, max_shard_bytes)
+        config.save_pretrained(folder)
+
+    return Component(
+        name="text_encoder",
+        library="transformers",
+        kind=_TEXT_ENCODER,
+        config=arguments,
+        files=checkpoint.files,
+        write=write,
+    )
+
+
+def _tokenizer(given: Path | None, encoder: Path) -> Component:
+    """The tokenizer that was given, or the one beside a published text encoder."""
+    folder = encoder if encoder.is_dir() else encoder.parent
+    candidates = [given] if given else [folder / _WAN_TOKENIZER, folder.parent / "tokenizer"]
+    for place in candidates:
+        if (place / "tokenizer_config.json").is_file():
+            kind = read_object(place / "tokenizer_config.json").get("tokenizer_class", "T5Tokenizer")
+            return copied("tokenizer", "transformers", kind, place)
+    raise ValueError(
+        f"tokenizer (--tokenizer) must be a folder with tokenizer_config.json, got "
+        f"{' and '.join(repr(str(place)) for place in candidates)}"
+    )
+
+
+def _find_vae(place: Path, sources: PartSources) -> Component | None:
+    file: Path | None = place
+    if place.is_dir():
+        if (indexed := _indexed("vae", place)) is not None:
+            return indexed
+        kind = _config(place).get("_class_name", "")
+        if kind in _OWN_VAES or "Autoencoder" in kind:
+            return copied("vae", "genstream" if kind in _OWN_VAES else "diffusers", kind, place)
+        file = _one_file(place, _WAN_VAE)
+    if file is None:
+        if sources.vae is not None:
+            raise ValueError(f"vae (--vae) must be or hold a video VAE, got {str(place)!r}")
+        return None
+    return _published_vae(file)
+
+
+def _published_vae(file: Path) -> Component:
+    checkpoint = open_checkpoint(file, None)
+    with naming(file):
+        tensors = {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
+        vae: ModelMixin = load_taehv(tensors) if "encoder.0.weight" in tensors else load_wan_vae(tensors)
+    return Component(
+        name="vae",
+        library="genstream",
+        kind=type(vae).__name__,
+        config=dict(vae.config),
+        files=checkpoint.files,
+        write=vae.save_pretrained,
+    )
+
+
+def _one_file(folder: Path, pattern: str) -> Path | None:
+    files = [path for path in sorted(folder.glob(pattern)) if path.suffix in (*TORCH_SUFFIXES, SAFETENSORS)]
+    if len(files) > 1:
+        raise ValueError(
+            f"{str(folder)!r} holds {', '.join(path.name for path in files)}: name the file to take"
+        )
+    return files[0] if files else None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / _CONFIG_NAME
+    return read_object(path) if path.is_file() else {}
+
+
+def _check_equal(component: Component, name: str, argument: str, config: Mapping[str, Any]) -> None:
+    if name in component.config and component.config[name] != config[argument]:
+        raise ValueError(
+            f"{component.name} must have {name} {config[argument]} like the transformer's {argument}, "
+            f"got {component.config[name]}"
+        )

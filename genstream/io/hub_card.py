@@ -1,0 +1,146 @@
+"""The model card of a converted model: README.md with the Hub's header, licence and origin of the weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+CARD_NAME = "README.md"
+ADAPTER_FOLDER = "lora"
+_LICENSE_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
+_OTHER = "other"
+_ORIGIN = "## Origin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class License:
+    """Under which terms the weights may be used.
+
+    Attributes:
+        name: the Hub's name, such as "apache-2.0"; None where only the text is known.
+        text: file that holds it; None where there is none.
+        found: where it was said.
+    """
+
+    name: str | None
+    text: Path | None
+    found: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """A file that a part of the model was made of.
+
+    Attributes:
+        part: of the model, in words.
+        file: its name.
+        sha256: of its content.
+    """
+
+    part: str
+    file: str
+    sha256: str
+
+
+def find_license(given: str | None, source: Path) -> License | None:
+    """The licence that the user gave, or what stands beside the source; None where nobody says.
+
+    Args:
+        given: the Hub's name of it.
+        source: file or folder of the weights.
+    """
+    folder = source if source.is_dir() else source.parent
+    text = next((folder / name for name in _LICENSE_NAMES if (folder / name).is_file()), None)
+    if given is not None:
+        return License(name=given, text=text, found="given")
+    if (name := _license_in_card(folder / CARD_NAME)) is not None:
+        return License(name=name, text=text, found=CARD_NAME)
+    return None if text is None else License(name=None, text=text, found=text.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionCard:
+    """What the card says.
+
+    Attributes:
+        title: of the card.
+        library: that loads the model, by the Hub's name.
+        usage: Python code that loads it.
+        notes: what was done, a sentence each.
+        origins: of all parts.
+        terms: licence; None where it is not known.
+        source: file or folder of the weights; the origins that its own card tells are told here too.
+    """
+
+    title: str
+    library: str
+    usage: str
+    notes: Sequence[str]
+    origins: Sequence[Origin]
+    terms: License | None
+    source: Path
+
+    def write(self, folder: Path) -> None:
+        """Write README.md into `folder`, and the text of the licence beside it."""
+        header = "| part | file | sha256 |\n|---|---|---|\n"
+        rows = [f"| {origin.part} | `{origin.file}` | `{origin.sha256}` |" for origin in self.origins]
+        parts = [
+            f"# {self.title}",
+            f"```python\n{self.usage}\n```",
+            f"## Licence\n\n{_told(self.terms)}.",
+            _ORIGIN + "\n\n" + header + "\n".join(rows),
+            "\n".join(f"- {note}" for note in self.notes),
+            *_origin_before(self.source),
+        ]
+        ModelCard(f"---\n{self._header()}\n---\n\n" + "\n\n".join(parts) + "\n").save(folder / CARD_NAME)
+        if self.terms is not None and self.terms.text is not None:
+            shutil.copyfile(self.terms.text, folder / _LICENSE_NAMES[0])
+
+    def _header(self) -> str:
+        """The Hub takes licences from its list; any other one is "other", with its text linked."""
+        data = ModelCardData(library_name=self.library, pipeline_tag="text-to-video", tags=["genstream"])
+        if self.terms is not None:
+            data.license = self.terms.name or _OTHER
+            if self.terms.name is None:
+                data.license_name = "see-license-file"
+                data.license_link = _LICENSE_NAMES[0]
+        return str(data.to_yaml())
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy card, licence and adapter from one model folder to another, where there are any."""
+    if source.resolve() == target.resolve():
+        return
+    for name in (CARD_NAME, _LICENSE_NAMES[0]):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if (source / ADAPTER_FOLDER).is_dir():
+        shutil.copytree(source / ADAPTER_FOLDER, target / ADAPTER_FOLDER, dirs_exist_ok=True)
+
+
+def _told(terms: License | None) -> str:
+    if terms is None:
+        return "Not known: none was given, and none stood beside the source"
+    linked = f"[{_LICENSE_NAMES[0]}]({_LICENSE_NAMES[0]})"
+    return f"See {linked}" if terms.name is None else terms.name
+
+
+def _origin_before(source: Path) -> list[str]:
+    """What the source's own card says about where its files come from."""
+    path = source / CARD_NAME
+    if not path.is_file() or f"\n{_ORIGIN}\n" not in (text := path.read_text(encoding="utf-8")):
+        return []
+    return [f"## Origin of {source.name}\n\n{text.partition(f'{_ORIGIN}')[2].strip()}"]
+
+
+def _license_in_card(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    data = ModelCard.load(path, ignore_metadata_errors=True).data
+    if data.license == _OTHER and data.license_name:
+        return str(data.license_name)
+    return None if data.license is None else str(data.license)

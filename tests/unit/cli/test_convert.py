@@ -1,0 +1,476 @@
+"""`genstream convert`: what comes in comes out; what does not fit is refused and nothing is written."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from genstream.cli.__main__ import main
+from genstream.pipelines import causal_video
+from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.schedulers.few_step import FewStepScheduler
+from genstream.streaming.presets import PRESETS, find_preset
+from genstream.transformer.causal_dit import CausalDiT
+from genstream.transformer.conversion import wan_names
+from genstream.transformer.umt5 import umt5_places, umt5_tensors
+from genstream.vae.tiny import TinyVideoVAE
+from genstream.vae.wan import WanVideoVAE
+
+CONFIG = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 16,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 2,
+}
+WAN_CONFIG = {"_class_name": "WanModel", "dim": 24, "num_heads": 2, "num_layers": 2, "text_len": 12}
+LINEAR = "blocks.1.self_attn.q"
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return CausalDiT(**CONFIG).eval().requires_grad_(requires_grad=False)
+
+
+@pytest.fixture(scope="module")
+def wan(model):
+    """The model's weights under the published names."""
+    ours = model.state_dict()
+    return {f"model.{wan}": ours[name] for wan, name in wan_names(CONFIG).items()}
+
+
+@pytest.fixture
+def source(wan, tmp_path):
+    """A published file, with its configuration beside it."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    save_file(wan, folder / "weights.safetensors")
+    (folder / "config.json").write_text(json.dumps(WAN_CONFIG))
+    return folder / "weights.safetensors"
+
+
+@pytest.fixture
+def vae(tmp_path):
+    torch.manual_seed(1)
+    widths = (4, 4, 4, 4)
+    vae = TinyVideoVAE(latent_channels=16, encoder_width=4, decoder_widths=widths, first_frame_copies=3)
+    vae.save_pretrained(tmp_path / "tiny_vae")
+    return tmp_path / "tiny_vae"
+
+
+def convert(*arguments: object) -> None:
+    assert main(["convert", *map(str, arguments)]) == 0
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    files = folder.glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def check_same(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    found = weights_of(folder)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
+
+
+class ExactTimesteps(torch.nn.Module):
+    """The sinusoid of diffusers' model, in float64."""
+
+    def forward(self, timestep):
+        frequencies = torch.exp(-torch.arange(8, dtype=torch.float64) * torch.log(torch.tensor(1e4)) / 8)
+        angles = timestep.double()[:, None] * frequencies
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def velocity(model, **arguments):
+    torch.manual_seed(2)
+    latents, prompt = torch.randn(2, 16, 3, 4, 6), torch.randn(2, 12, 16)
+    with torch.no_grad():
+        return model(latents, torch.tensor([1000, 317]), prompt, **arguments).sample
+
+
+@pytest.fixture(scope="module")
+def wan_folder(tmp_path_factory):
+    """A folder of diffusers' own model with random weights, and what it computes."""
+    torch.manual_seed(3)
+    theirs = diffusers.WanTransformer3DModel(**CONFIG).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("diffusers")
+    theirs.save_pretrained(folder, max_shard_size="20KB")
+    theirs.condition_embedder.timesteps_proj = ExactTimesteps()
+    return folder, velocity(theirs)
+
+
+def test_diffusers_model_gives_the_same_velocity(wan_folder, tmp_path):
+    folder, expected = wan_folder
+    convert(folder, "-o", tmp_path / "model")
+    ours = CausalDiT.from_pretrained(tmp_path / "model" / "transformer").eval()
+    assert expected.abs().mean() > 0.1
+    torch.testing.assert_close(velocity(ours), expected, rtol=0, atol=1e-5)
+
+
+def test_there_and_back(wan_folder, tmp_path):
+    folder, _ = wan_folder
+    convert(folder, "-o", tmp_path / "ours")
+    convert(tmp_path / "ours", "-o", tmp_path / "theirs", "--to", "diffusers")
+    check_same(tmp_path / "theirs", weights_of(folder))
+    before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "theirs"))
+    assert after == {name: value for name, value in before.items() if name != "_name_or_path"}
+    _, loading = diffusers.WanTransformer3DModel.from_pretrained(
+        tmp_path / "theirs", output_loading_info=True
+    )
+    assert not any(loading.values())
+
+
+@pytest.mark.parametrize("form", ["file", "folder", "shards"])
+def test_every_form_of_the_source_gives_the_same(model, wan, source, tmp_path, form):
+    names = sorted(wan)
+    if form == "shards":
+        source.unlink()
+        parts = [names[::2], names[1::2]]
+        index = {name: f"part{number}.safetensors" for number, part in enumerate(parts) for name in part}
+        for number, part in enumerate(parts):
+            save_file({name: wan[name] for name in part}, source.parent / f"part{number}.safetensors")
+        (source.parent / "a.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    convert(source if form == "file" else source.parent, "-o", tmp_path / "out", "--max-shard-gb", 1e-5)
+    check_same(tmp_path / "out" / "transformer", model.state_dict())
+    loaded = CausalDiT.from_pretrained(tmp_path / "out" / "transformer")
+    torch.testing.assert_close(velocity(loaded), velocity(model), rtol=0, atol=0)
+
+
+def test_dtype(model, source, tmp_path):
+    convert(source, "-o", tmp_path / "out", "--dtype", "bfloat16")
+    stored = weights_of(tmp_path / "out" / "transformer")
+    loaded = CausalDiT.from_pretrained(tmp_path / "out" / "transformer", torch_dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32, torch.bfloat16}
+    for name, tensor in loaded.state_dict().items():
+        assert stored[name].dtype == tensor.dtype
+        torch.testing.assert_close(stored[name], model.state_dict()[name].to(tensor.dtype), rtol=0, atol=0)
+
+
+def test_a_whole_model_runs(source, vae, pipe, tmp_path):
+    """Parts of two folders are put together and give the same as the objects do."""
+    pipe.save_pretrained(tmp_path / "other")
+    convert(source, "-o", tmp_path / "out", "--vae", vae, "--text-encoder", tmp_path / "other")
+    loaded = CausalVideoPipeline.from_pretrained(tmp_path / "out")
+    assert loaded.config.text_tokens == WAN_CONFIG["text_len"]
+    built = CausalVideoPipeline(
+        tokenizer=pipe.tokenizer,
+        text_encoder=pipe.text_encoder,
+        transformer=CausalDiT.from_pretrained(tmp_path / "out" / "transformer"),
+        vae=TinyVideoVAE.from_pretrained(vae),
+        scheduler=loaded.scheduler,
+        text_tokens=12,
+    )
+    request = {"prompt": "a red circle", "height": 32, "width": 48, "num_frames": 9, "output_type": "pt"}
+    torch.testing.assert_close(loaded(**request).frames, built(**request).frames, rtol=0, atol=0)
+    for name in ("text_encoder", "tokenizer"):
+        for file in (tmp_path / "other" / name).iterdir():
+            assert (tmp_path / "out" / name / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_converted_folder_can_be_completed(source, vae, pipe, tmp_path, capsys):
+    pipe.save_pretrained(tmp_path / "other")
+    convert(source, "-o", tmp_path / "first", "--license", "apache-2.0")
+    with pytest.raises(ValueError, match=r"has no vae: give vae=.*convert .*first --vae PATH"):
+        CausalVideoPipeline.from_pretrained(tmp_path / "first")
+    alone = CausalVideoPipeline.from_pretrained(tmp_path / "first", vae=TinyVideoVAE.from_pretrained(vae))
+    with pytest.raises(ValueError, match="--text-encoder PATH"):
+        alone.encode_prompt("a red circle")
+    index = json.loads((tmp_path / "first" / "model_index.json").read_text())
+    (tmp_path / "first" / "model_index.json").write_text(json.dumps(index | {"window_frames": 9}))
+    convert(tmp_path / "first", "-o", tmp_path / "second", "--vae", vae)
+    convert(tmp_path / "second", "-o", tmp_path / "third", "--text-encoder", tmp_path / "other")
+    pipe = CausalVideoPipeline.from_pretrained(tmp_path / "third")
+    assert pipe.config.window_frames == 9
+    assert pipe.encode_prompt("a red circle").shape == (1, 12, 16)
+    card = (tmp_path / "third" / "README.md").read_text()
+    assert hashlib.sha256(source.read_bytes()).hexdigest() in card
+    assert ModelCard(card).data.license == "apache-2.0"
+
+
+def test_vae_from_a_published_file(source, tmp_path):
+    torch.manual_seed(4)
+    vae = WanVideoVAE(encoder_widths=(4,) * 5, decoder_widths=(4,) * 5).eval()
+    save_file(vae.state_dict(), tmp_path / "Wan2.1_VAE.safetensors")
+    convert(source, "-o", tmp_path / "out", "--vae", tmp_path / "Wan2.1_VAE.safetensors")
+    loaded = CausalVideoPipeline.from_pretrained(tmp_path / "out")
+    latents = torch.randn(1, 16, 2, 2, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.vae.decode(latents), vae.decode(latents), rtol=0, atol=0)
+
+
+def lora(rank: int = 3) -> dict[str, torch.Tensor]:
+    torch.manual_seed(5)
+    layers = {LINEAR: (24, 24), "blocks.0.ffn.0": (32, 24)}
+    return {
+        f"base_model.model.{name}.{part}.weight": torch.randn(shape)
+        for name, (out, inner) in layers.items()
+        for part, shape in (("lora_A", (rank, inner)), ("lora_B", (out, rank)))
+    }
+
+
+def test_merged_lora(model, wan, source, tmp_path):
+    save_file(lora(), tmp_path / "lora.safetensors")
+    convert(source, "-o", tmp_path / "out", "--lora", tmp_path / "lora.safetensors", "--lora-alpha", 1.5)
+    expected = dict(wan)
+    for name in (LINEAR, "blocks.0.ffn.0"):
+        up, down = (lora()[f"base_model.model.{name}.{part}.weight"] for part in ("lora_B", "lora_A"))
+        expected[f"model.{name}.weight"] = wan[f"model.{name}.weight"] + 0.5 * up @ down
+    renamed = {ours: expected[f"model.{name}"] for name, ours in wan_names(CONFIG).items()}
+    check_same(tmp_path / "out" / "transformer", renamed)
+
+
+def test_alpha_beside_the_lora(source, tmp_path):
+    save_file(lora(), tmp_path / "lora.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": 1.5}))
+    options = ("--lora", tmp_path / "lora.safetensors")
+    convert(source, "-o", tmp_path / "told", *options)
+    (tmp_path / "adapter_config.json").unlink()
+    convert(source, "-o", tmp_path / "given", *options, "--lora-alpha", 1.5)
+    check_same(tmp_path / "told" / "transformer", weights_of(tmp_path / "given" / "transformer"))
+
+
+def test_kept_lora_acts_as_the_merged_one(source, tmp_path):
+    pytest.importorskip("peft")
+    save_file(lora(), tmp_path / "lora.safetensors")
+    options = (source, "--lora", tmp_path / "lora.safetensors", "--lora-alpha", 1.5)
+    convert(*options, "-o", tmp_path / "merged")
+    convert(*options, "-o", tmp_path / "kept", "--lora-mode", "adapter")
+    merged, kept = (CausalDiT.from_pretrained(tmp_path / name / "transformer") for name in ("merged", "kept"))
+    assert "load_lora_adapter(" in (tmp_path / "kept" / "README.md").read_text()
+    base = velocity(kept)
+    kept.load_lora_adapter(tmp_path / "kept" / "lora", use_safetensors=True)
+    torch.testing.assert_close(velocity(kept), velocity(merged), rtol=1e-4, atol=1e-5)
+    assert (velocity(kept) - base).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if not preset.takes_image])
+def test_presets(source, vae, tmp_path, name):
+    convert(source, "-o", tmp_path / "out", "--vae", vae, "--preset", name)
+    pipe = CausalVideoPipeline.from_pretrained(tmp_path / "out")
+    expected = find_preset(name)
+    assert pipe.settings == expected.settings
+    scheduler = FewStepScheduler(steps=expected.steps, shift=expected.shift, warped=expected.warped)
+    assert pipe.scheduler.timesteps.tolist() == scheduler.timesteps.tolist()
+
+
+@pytest.mark.parametrize("said", ["given", "card", "text", "nowhere"])
+def test_licence_and_origin_are_in_the_card(source, tmp_path, said):
+    options, name = (), None
+    if said == "given":
+        options, name = ("--license", "mit"), "mit"
+    elif said == "card":
+        (source.parent / "README.md").write_text("---\nlicense: cc-by-nc-sa-4.0\n---\nWeights.\n")
+        name = "cc-by-nc-sa-4.0"
+    elif said == "text":
+        (source.parent / "LICENSE.txt").write_text("Do as you like.")
+        name = "other"
+    convert(source, "-o", tmp_path / "out", *options)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == name
+    assert hashlib.sha256(source.read_bytes()).hexdigest() in card.text
+    assert ("Not known" in card.text) == (said == "nowhere")
+    assert (tmp_path / "out" / "LICENSE").is_file() == (said == "text")
+
+
+def test_push_to_hub(source, vae, tmp_path, monkeypatch):
+    save_file(lora(), tmp_path / "lora.safetensors")
+    kept = ("--lora", tmp_path / "lora.safetensors", "--lora-alpha", 3, "--lora-mode", "adapter")
+    convert(source, "-o", tmp_path / "out", "--vae", vae, "--license", "mit", *kept)
+    pipe = CausalVideoPipeline.from_pretrained(tmp_path / "out")
+    pushed = {}
+
+    class Repository:
+        repo_id = "me/model"
+
+    def upload(*, repo_id, folder_path, **others):
+        pushed["id"] = repo_id
+        pushed["card"] = ModelCard.load(Path(folder_path) / "README.md")
+        pushed["adapter"] = weights_of(Path(folder_path) / "lora")
+        pushed["transformer"] = weights_of(Path(folder_path) / "transformer")
+        return "https://hub/me/model"
+
+    monkeypatch.setattr(causal_video, "create_repo", lambda *given, **others: Repository)
+    monkeypatch.setattr(causal_video, "upload_folder", upload)
+    assert pipe.push_to_hub("me/model") == "https://hub/me/model"
+    assert pushed["id"] == "me/model"
+    assert pushed["card"].data.license == "mit"
+    assert hashlib.sha256(source.read_bytes()).hexdigest() in pushed["card"].text
+    assert len(pushed["adapter"]) == len(lora())
+    assert pushed["transformer"].keys() == pipe.transformer.state_dict().keys()
+
+
+def check_refused(capsys, arguments: list[object], *parts: str) -> None:
+    """One line that names what is wrong, and no trace on the disk."""
+    output = Path(str(arguments[-1])).parent
+    before = sorted(output.iterdir())
+    assert main(["convert", *map(str, arguments)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and captured.out == ""
+    for part in parts:
+        assert part in captured.err
+    assert sorted(output.iterdir()) == before
+
+
+BLOCK = f"model.{LINEAR}.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda weights: weights.pop(BLOCK), [f"lacks '{LINEAR}.weight'", "weights.safetensors"]),
+        (lambda weights: weights.update(extra=torch.ones(1)), ["holds 'extra'", "weights.safetensors"]),
+        (lambda weights: weights.update({BLOCK: torch.ones(24, 23)}), [LINEAR, "[24, 24]", "[24, 23]"]),
+        (lambda weights: weights.update({BLOCK: torch.full((24, 24), torch.nan)}), ["NaN", "attn1.to_q"]),
+        (lambda weights: weights.update({BLOCK: torch.ones(24, 24).int()}), [LINEAR, "float32", "I32"]),
+        (lambda weights: weights.update({"net." + BLOCK: torch.ones(24, 24)}), [LINEAR, "twice"]),
+        (lambda weights: weights.clear(), ["lacks 'patch_embedding.weight'", "no tensors"]),
+    ],
+)
+def test_wrong_weights(wan, source, tmp_path, capsys, change, parts):
+    weights = dict(wan)
+    change(weights)
+    save_file(weights, source)
+    check_refused(capsys, [source, "-o", tmp_path / "out"], *parts)
+
+
+@pytest.mark.parametrize("size", [0, 5, 500, -1])
+def test_a_file_that_is_cut_off(source, tmp_path, capsys, size):
+    source.write_bytes(source.read_bytes()[:size])
+    check_refused(capsys, [source, "-o", tmp_path / "out"], "weights.safetensors", "cut off")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "parts"),
+    [
+        ({"num_layers": 3}, ["num_layers 3", "2"]),
+        ({"ffn_dim": 64}, ["ffn_dim 64", "32", "'blocks.0.ffn.0.weight'", "[32, 24]"]),
+        ({"dim": 48}, ["attention_head_dim 24", "12", "patch_embedding.weight"]),
+        ({"in_dim": 36}, ["in_channels 36", "[24, 16, 1, 2, 2]"]),
+        ({"num_heads": 5}, ["divide the width 24, got 5"]),
+    ],
+)
+def test_a_configuration_that_contradicts_the_tensors(source, tmp_path, capsys, wrong, parts):
+    (source.parent / "config.json").write_text(json.dumps(WAN_CONFIG | wrong))
+    check_refused(capsys, [source, "-o", tmp_path / "out"], *parts)
+
+
+def test_a_configuration_of_something_else_is_told(source, tmp_path, capsys):
+    (source.parent / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan"}))
+    check_refused(capsys, [source, "-o", tmp_path / "out"], "--heads", "width 24")
+    convert(source, "-o", tmp_path / "out", "--heads", 2)
+    assert "describes AutoencoderKLWan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "parts"),
+    [
+        (lora(), [], ["--lora-alpha", "rank 3"]),
+        (
+            {name.replace("blocks.1", "blocks.7"): tensor for name, tensor in lora().items()},
+            ["--lora-alpha", "3"],
+            ["'blocks.7.self_attn.q'", "does not have", "lora.safetensors"],
+        ),
+        (
+            {name: tensor[..., :5].contiguous() for name, tensor in lora().items()},
+            ["--lora-alpha", "3"],
+            ["[32, 24]", "[3, 5]", "[32, 3]"],
+        ),
+        ({"a": torch.ones(1)}, ["--lora-alpha", "3"], ["lora_A", "'a'"]),
+    ],
+)
+def test_wrong_lora(source, tmp_path, capsys, weights, options, parts):
+    path = tmp_path / "lora.safetensors"
+    save_file(weights, path)
+    check_refused(capsys, [source, "--lora", path, *options, "-o", tmp_path / "out"], *parts)
+
+
+def test_parts_that_do_not_fit(source, vae, pipe, tmp_path, capsys):
+    pipe.save_pretrained(tmp_path / "other")
+    output = ["-o", tmp_path / "out"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    other = tmp_path / "other"
+    capsys.readouterr()
+    check_refused(capsys, [source, "--vae", other, *output], "vae must have latent_channels 16", "got 4")
+    check_refused(capsys, [source, "--vae", empty, *output], "--vae", "empty")
+    check_refused(capsys, [source, "--text-encoder", empty, *output], "--text-encoder", "empty")
+    encoder = other / "text_encoder"
+    check_refused(
+        capsys, [source, "--text-encoder", encoder, "--tokenizer", empty, *output], "--tokenizer", "empty"
+    )
+    weights = next(vae.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-9])
+    check_refused(capsys, [source, "--vae", vae, *output], "cut off", str(weights))
+    weights.rename(weights.with_suffix(".bin"))
+    check_refused(capsys, [source, "--vae", vae, *output], str(vae), "no .safetensors file")
+
+
+def test_bad_usage(source, tmp_path, capsys):
+    output = ["-o", tmp_path / "out"]
+    check_refused(capsys, [source.parent / "nothing.pt", *output], "nothing.pt", "does not exist")
+    check_refused(capsys, [source, "--preset", "fast", *output], "preset", "'fast'")
+    check_refused(capsys, [source, "--preset", "motionstream", *output], "image-to-video", "got 16")
+    check_refused(capsys, [source, "--max-shard-gb", "0", *output], "max_shard_gb", "0")
+    check_refused(capsys, [source, "--to", "diffusers", "--vae", source, *output], "vae", "diffusers")
+    check_refused(capsys, [source, "--heads", "3", *output], "heads (--heads) must be 2", "got 3")
+    check_refused(capsys, [source, "--weights", "ema", *output], "--weights", "'ema'")
+    check_refused(capsys, [source, "--lora-alpha", "3", *output], "--lora-alpha", "--lora")
+    check_refused(capsys, [source, "-o", source.parent], "new or an empty folder")
+    assert main(["convert", str(source), "-o", str(tmp_path / "no" / "where")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_the_folder_of_the_original_model(source, pipe, tmp_path, capsys):
+    """Its text encoder, tokenizer and VAE are found in it, in torch files."""
+    folder = source.parent
+    ours = pipe.text_encoder.state_dict()
+    published = {
+        theirs: ours[name]
+        for name, theirs in umt5_places(*_published_text_encoder(pipe.text_encoder.config)).items()
+    }
+    torch.save(published, folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    pipe.tokenizer.save_pretrained(folder / "google" / "umt5-xxl")
+    torch.manual_seed(4)
+    vae = WanVideoVAE(encoder_widths=(4,) * 5, decoder_widths=(4,) * 5)
+    torch.save(vae.state_dict(), folder / "Wan2.1_VAE.pth")
+    convert(folder, "-o", tmp_path / "out")
+    loaded = CausalVideoPipeline.from_pretrained(tmp_path / "out")
+    prompt = "a red circle"
+    torch.testing.assert_close(loaded.encode_prompt(prompt), pipe.encode_prompt(prompt), rtol=0, atol=0)
+    latents = torch.randn(1, 16, 1, 2, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.vae.decode(latents), vae.eval().decode(latents), rtol=0, atol=0)
+    assert "took vae (WanVideoVAE)" in capsys.readouterr().out
+
+
+def _published_text_encoder(config):
+    """Names and shapes of the published file for transformers' configuration, and that for the map."""
+    arguments = {
+        name: getattr(config, name)
+        for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+    } | {"relative_attention_num_buckets": config.relative_attention_num_buckets}
+    return {theirs: shape for theirs, (_, shape) in umt5_tensors(arguments).items()}, arguments
+
+
+def test_parts_that_the_pipeline_does_not_take_are_told(source, vae, tmp_path, capsys):
+    convert(source, "-o", tmp_path / "first", "--vae", vae)
+    index = json.loads((tmp_path / "first" / "model_index.json").read_text())
+    index |= {"_class_name": "WanPipeline", "image_encoder": ["transformers", "CLIPVisionModel"]}
+    (tmp_path / "first" / "image_encoder").mkdir()
+    (tmp_path / "first" / "model_index.json").write_text(json.dumps(index))
+    convert(tmp_path / "first", "-o", tmp_path / "second")
+    assert "left out of first: 'image_encoder'" in capsys.readouterr().out
+    assert not (tmp_path / "second" / "image_encoder").exists()
