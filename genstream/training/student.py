@@ -48,8 +48,6 @@ _SHARED_LEVELS = 0.5
 _REDRAWN_LEVEL = 0.8
 """Largest noise under which a context is redrawn."""
 _TARGET_COPIES = 3
-_FIRST_CHUNKS = 8
-"""First chunks of a step on them alone, in batch sizes."""
 _ENDS = ("transformer.patch_embedding.", "transformer.proj_out.")
 _CAPTIONS = 16
 """Captions of one scene."""
@@ -67,6 +65,7 @@ class StudentTrainingSettings:
             when None.
         total_steps: optimiser steps.
         learning_rate: peak.
+        optimizer: "muon" needs fewer steps, each of them a little longer.
         batch_size: clips of a step.
         clips: clips to train on, encoded once, before training.
         evaluation_clips: further clips, for evaluation alone.
@@ -87,6 +86,7 @@ class StudentTrainingSettings:
             small errors of the student's own output do not grow.
         first: share of steps on first chunks alone, several times as many: all else follows from them, and
             nothing but the prompt tells what they show.
+        first_chunks: first chunks of such a step, in batch sizes.
         redrawn: share of steps whose context the student draws itself, from the true one under noise, so that
             it learns to mend what it gets wrong while streaming.
         without_text: share of clips whose prompt is empty, so that sampling can guide away from it.
@@ -101,15 +101,16 @@ class StudentTrainingSettings:
 
     vae: str = "runs/vae/vae"
     initial: str | None = None
-    total_steps: int = 2600
-    learning_rate: float = 2e-3
-    batch_size: int = 8
+    total_steps: int = 8000
+    learning_rate: float = 1.8e-3
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    batch_size: int = 16
     clips: int = 3072
     evaluation_clips: int = 64
     clip_chunks: int = 8
     chunk_frames: int = 3
     window_chunks: int = 2
-    patch_size: int = 1
+    patch_size: int = 2
     width: int = 192
     layers: int = 6
     ffn_width: int = 768
@@ -120,11 +121,12 @@ class StudentTrainingSettings:
     shift: float = 12.0
     guidance_scale: float = 3.0
     context_noise: float = 0.15
-    first: float = 0.5
+    first: float = 0.35
+    first_chunks: int = 4
     redrawn: float = 0.35
     without_text: float = 0.1
     image_start: float = 0.05
-    middle: float = 0.25
+    middle: float = 0.3
     switched: float = 0.1
     checkpoint_steps: int = 200
     evaluate_steps: int = 500
@@ -171,7 +173,7 @@ class StudentTrainingSettings:
             evaluate_steps=self.evaluate_steps,
             seed=self.seed,
             precision=self.precision,
-            optimizer="muon",
+            optimizer=self.optimizer,
         )
 
 
@@ -270,7 +272,7 @@ class StudentTrainee:
         """The sequence of a step, its clips out of `among`, and what gives the caption of its targets."""
         settings, clips, kind = self.settings, self.clips, rng.random()
         if kind < settings.first:
-            chosen = [clip for _ in range(_FIRST_CHUNKS) for clip in self._choose(among, rng)]
+            chosen = [clip for _ in range(settings.first_chunks) for clip in self._choose(among, rng)]
             return from_start([settings.chunk_frames], settings.window_chunks), chosen, clips.caption
         kind -= settings.first
         if kind < settings.switched:
