@@ -22,6 +22,8 @@ _EXPORTS = {
     "Control": "genstream.streaming.controls",
     "FewStepScheduler": "genstream.schedulers.few_step",
     "GivenNoise": "genstream.streaming.noise",
+    "LiveFrames": "genstream.streaming.source",
+    "MotionNoise": "genstream.streaming.intake",
     "NoiseSource": "genstream.streaming.noise",
     "PauseControl": "genstream.streaming.controls",
     "PositionPolicy": "genstream.cache.layout",

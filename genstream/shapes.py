@@ -55,6 +55,17 @@ def check_divides(name: str, value: int, divisor: int) -> None:
     raise ValueError(f"{name} must be a positive multiple of {divisor}, got {value}; {nearest}")
 
 
+def check_same_size(name: str, found: tuple[int, int], wanted: tuple[int, int]) -> None:
+    """Raise ValueError unless a picture has the size of the video; both are (height, width) in pixels."""
+    if found == wanted:
+        return
+    (height, width), (video_height, video_width) = found, wanted
+    raise ValueError(
+        f"{name} is {width}x{height}, the video is {video_width}x{video_height}; resize it first"
+        f" (PIL.ImageOps.fit crops what does not fit), or ask for a video of {width}x{height}"
+    )
+
+
 def tokens_per_frame(height: int, width: int, spatial_ratio: int, patch: int) -> int:
     """Tokens of one latent frame: (h / patch) (w / patch), with height and width in pixels."""
     pixels_per_token = spatial_ratio * patch

@@ -16,23 +16,34 @@ from diffusers.utils import BaseOutput
 from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import BaseImageProcessor, CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from genstream.cache.layout import PositionPolicy
+from genstream.conditioning.image import Picture, as_pixels, check_pixels, image_tokens
 from genstream.conditioning.text import check_prompts, encode_prompts, unknown_words
 from genstream.io.hub_card import CARD_NAME, copy_companions
 from genstream.io.model_folder import check_model_folder, installed_folder, installed_models, read_json
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
-from genstream.shapes import check_divides, check_whole, frames_for_seconds, frames_of, latent_frames_of
+from genstream.shapes import (
+    check_divides,
+    check_same_size,
+    check_whole,
+    frames_for_seconds,
+    frames_of,
+    latent_frames_covering,
+    latent_frames_of,
+)
 from genstream.streaming.chunk import Chunk
 from genstream.streaming.controls import Applied
 from genstream.streaming.engine import CacheEngine
+from genstream.streaming.intake import MotionNoise, TransformSettings, encode_start
 from genstream.streaming.noise import NoiseSource, SeededNoise
 from genstream.streaming.presets import EngineKind, Preset, find_preset
 from genstream.streaming.queue_engine import QueueEngine
 from genstream.streaming.request import StreamRequest
 from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSettings
 from genstream.streaming.snapshot import load_state, model_fingerprint, save_state
+from genstream.streaming.source import FrameSource, as_source
 from genstream.streaming.state import StreamState
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.vae.protocol import StreamingVAE
@@ -41,6 +52,8 @@ from genstream.vae.wrapping import as_streaming, module_of, streams
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DEFAULT_SECONDS = 4.0
 ENGINES: dict[str, type[CacheEngine]] = {EngineKind.CACHE: CacheEngine, EngineKind.QUEUE: QueueEngine}
+_STEADY_LATENT_FRAMES = 32
+"""Wan's encoder reaches back 28 latent frames: behind an image and so many empty ones nothing changes."""
 
 
 @dataclass
@@ -81,12 +94,19 @@ class CausalVideoPipeline(DiffusionPipeline):
         default_height: pixels, when a call names none.
         default_width: pixels, when a call names none.
         default_fps: frames per second, when a call names none.
+        image_processor: of the image encoder.
+        image_encoder: CLIP, for transformers that take image tokens; None when callers give image embeddings.
     """
 
-    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    model_cpu_offload_seq = "text_encoder->image_encoder->transformer->vae"
     # Transformer and VAE take turns in every chunk: moving them each time would cost more than it saves.
     _exclude_from_cpu_offload: ClassVar[list[str]] = ["vae"]
-    _optional_components: ClassVar[list[str]] = ["tokenizer", "text_encoder"]
+    _optional_components: ClassVar[list[str]] = [
+        "tokenizer",
+        "text_encoder",
+        "image_processor",
+        "image_encoder",
+    ]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
     def __init__(
@@ -111,6 +131,8 @@ class CausalVideoPipeline(DiffusionPipeline):
         default_height: int = 480,
         default_width: int = 832,
         default_fps: int = 16,
+        image_processor: BaseImageProcessor | None = None,
+        image_encoder: CLIPVisionModel | None = None,
     ) -> None:
         super().__init__()
         if engine not in ENGINES:
@@ -123,6 +145,8 @@ class CausalVideoPipeline(DiffusionPipeline):
             transformer=transformer,
             vae=module,
             scheduler=scheduler,
+            image_processor=image_processor,
+            image_encoder=image_encoder,
         )
         self.register_to_config(
             engine=engine,
@@ -327,6 +351,10 @@ class CausalVideoPipeline(DiffusionPipeline):
         noise: NoiseSource | None = None,
         prompt_embeds: Tensor | None = None,
         initial_latents: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        image_channels: Tensor | None = None,
+        strength: float | None = None,
+        motion: MotionNoise | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
@@ -339,14 +367,25 @@ class CausalVideoPipeline(DiffusionPipeline):
             prompt: one, or one for each element of the batch.
             height: pixels, a multiple of the VAE's ratio times the patch; the model's own when None.
             width: pixels, likewise.
-            num_frames: 1 + r k frames; endless when neither this nor `seconds` is given.
+            num_frames: 1 + r k frames; endless when neither this nor `seconds` is given. With `strength` any
+                number, at which the stream ends if its source has not ended before.
             seconds: length, instead of `num_frames`: exactly round(seconds x fps) frames.
             fps: frames per second that `seconds` counts in; the model's own when None.
             seed: one, or one for each prompt; the prompts of a batch otherwise count up from it; 0 when None.
-            image: first frame, of exactly the asked size; PIL, or `[B, 3, H, W]` in [-1, 1].
+            image: first frame, of exactly the asked size; PIL, or `[B, 3, H, W]` in [-1, 1]. It becomes the
+                first latent frame; a transformer with channels or tokens for an image gets it there instead.
             noise: instead of `seed`.
             prompt_embeds: `[B, text_tokens, text_dim]`, instead of `prompt`.
             initial_latents: clean latent frames to go on from, whole chunks; instead of `image`.
+            image_embeds: CLIP tokens of the image, `[B, tokens, image_dim]`, for transformers that take them;
+                those of `image` when None.
+            image_channels: `[B, in_channels - out_channels, T, h, w]`, for transformers that take them; those
+                of `image` when None. The last latent frame stands for all that follow.
+            strength: noise level in (0, 1] that the frames of a source are brought to before they are
+                denoised with the prompt: 1 leaves nothing of them. A few-step student starts at its first
+                trained step at or below it; below all of them it makes one step at the strength itself.
+                Such a request is started with a source; None makes a stream without one.
+            motion: lowers that noise level where the source moves much.
             num_inference_steps: denoising steps, where the scheduler leaves a choice.
             guidance_scale: of classifier-free guidance; 1 is off, the model's own when None.
             negative_prompt: what guidance leads away from; nothing in particular when None.
@@ -364,17 +403,23 @@ class CausalVideoPipeline(DiffusionPipeline):
             raise ValueError(f"num_frames and seconds exclude each other, got {num_frames} and {seconds}")
         if num_frames is not None:
             check_whole("num_frames", num_frames)
-            latent_frames_of(num_frames, self.streaming_vae.spec.temporal_ratio)
+            if strength is None:
+                latent_frames_of(num_frames, self.streaming_vae.spec.temporal_ratio)
         if seconds is not None:
             num_frames = frames_for_seconds(seconds, self.config.default_fps if fps is None else fps)
         prompts, embeds = self._prompts(prompt, prompt_embeds)
         settings = settings or self.settings
         if guidance_scale is not None:
             settings = replace(settings, guidance_scale=guidance_scale)
-        if image is not None:
+        pixels = None if image is None else self._image_pixels(image, height, width, len(embeds))
+        image_embeds = self._image_tokens(pixels, image_embeds, len(embeds))
+        image_channels = self._image_channels(pixels, image_channels, len(embeds), num_frames)
+        if image_channels is not None:
+            self._check_channels(image_channels, len(embeds), height, width)
+        if pixels is not None and not self._takes_images:
             if initial_latents is not None:
                 raise ValueError("image and initial_latents exclude each other, got both")
-            initial_latents = self.encode_image(image, height, width, batch_size=len(embeds))
+            initial_latents = self.encode_image(pixels, height, width, batch_size=len(embeds))
             settings = _start_from_image(settings)
         if initial_latents is not None:
             self._check_latents(initial_latents, len(embeds), height, width, num_frames)
@@ -389,12 +434,35 @@ class CausalVideoPipeline(DiffusionPipeline):
             settings=settings,
             initial_latents=initial_latents,
             negative_embeds=self._negative_embeds(negative_prompt, settings, len(embeds)),
+            image_embeds=image_embeds,
+            image_channels=image_channels,
+            transform=_transform(strength, motion),
             decode=decode,
         )
 
-    def start(self, request: StreamRequest, controls: Iterable[Applied] = ()) -> StreamState:
-        """State in front of the first chunk; `controls`, the log of another run, are replayed."""
-        return self.engine.start(request, controls)
+    def start(
+        self,
+        request: StreamRequest,
+        controls: Iterable[Applied] = (),
+        source: FrameSource | Iterable[Picture] | None = None,
+    ) -> StreamState:
+        """State in front of the first chunk.
+
+        Args:
+            request: what to make.
+            controls: the log of another run, to be replayed.
+            source: frames of a request with a strength.
+
+        Raises:
+            ValueError: there is a source but no strength, or the other way round.
+        """
+        if (source is None) != (request.transform is None):
+            raise ValueError(
+                "source and the request's strength must be given together, got "
+                + ("strength without source" if source is None else "source without strength")
+            )
+        frames = None if source is None else as_source(source, request.height, request.width)
+        return self.engine.start(request, controls, frames)
 
     def step(self, state: StreamState) -> Chunk:
         """Generate the next chunk of a running stream."""
@@ -435,6 +503,51 @@ class CausalVideoPipeline(DiffusionPipeline):
             )
         )
 
+    def transform(
+        self,
+        source: FrameSource | Iterable[Picture],
+        prompt: str | list[str] | None = None,
+        *,
+        strength: float = 0.6,
+        motion: MotionNoise | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        seed: int | list[int] | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+    ) -> Iterator[Chunk]:
+        """Video to video: chunks of as many frames as the source has, made from its frames and the prompt.
+
+        To send controls while it runs, use
+        `state = pipe.start(pipe.request(prompt, strength=0.6), source=frames)` and `pipe.run(state)`.
+
+        Args:
+            source: an iterable of frames, or `LiveFrames`; PIL images, uint8 `[H, W, 3]` or tensors
+                `[3, H, W]` in [-1, 1], of exactly the asked size.
+            prompt: one, or several for one video of the source each.
+            strength: as for `request`, like all that follows.
+            motion: less noise where the source moves.
+            height: pixels.
+            width: pixels.
+            num_frames: where to end at the latest, any number.
+            seed: of the noise.
+            guidance_scale: of classifier-free guidance.
+            negative_prompt: what guidance leads away from.
+        """
+        request = self.request(
+            prompt,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            seed=seed,
+            strength=strength,
+            motion=motion,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+        )
+        return self.run(self.start(request, source=source))
+
     def run(self, state: StreamState) -> Iterator[Chunk]:
         """The chunks that are left of a running stream."""
         return self.engine.run(state)
@@ -443,13 +556,22 @@ class CausalVideoPipeline(DiffusionPipeline):
         """Write a running stream to a file, to go on later with `load_state`."""
         save_state(state, path, model_fingerprint(self.transformer, module_of(self.vae)))
 
-    def load_state(self, path: str | Path) -> StreamState:
+    def load_state(
+        self, path: str | Path, source: FrameSource | Iterable[Picture] | None = None
+    ) -> StreamState:
         """A stream that `save_state` wrote.
+
+        Args:
+            path: the snapshot.
+            source: of a video-to-video stream, from frame `state.intake.frames` of its source on.
 
         Raises:
             ValueError: the file is no snapshot, or one of another version or model.
         """
-        return load_state(path, self.engine)
+        state = load_state(path, self.engine)
+        if source is not None:
+            state.source = as_source(source, state.request.height, state.request.width)
+        return state
 
     @torch.no_grad()
     def __call__(
@@ -470,6 +592,8 @@ class CausalVideoPipeline(DiffusionPipeline):
         noise: NoiseSource | None = None,
         prompt_embeds: Tensor | None = None,
         initial_latents: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        image_channels: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[DiffusionPipeline, int, float, dict[str, Any]], object] | None = None,
@@ -494,6 +618,8 @@ class CausalVideoPipeline(DiffusionPipeline):
             noise: source of all noise, instead of `seed`.
             prompt_embeds: instead of `prompt`.
             initial_latents: clean latent frames to go on from; part of the result.
+            image_embeds: CLIP tokens of the image, for transformers that take them.
+            image_channels: the image's channels behind the latents', for transformers that take them.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: return `CausalVideoOutput` instead of a tuple.
             callback_on_step_end: called as `f(pipe, chunk_index, 0.0, tensors)` after every chunk, whose
@@ -522,6 +648,8 @@ class CausalVideoPipeline(DiffusionPipeline):
             noise=noise,
             prompt_embeds=embeds,
             initial_latents=initial_latents,
+            image_embeds=image_embeds,
+            image_channels=image_channels,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
@@ -547,23 +675,109 @@ class CausalVideoPipeline(DiffusionPipeline):
         Raises:
             ValueError: the image has another size than the video.
         """
-        pixels = image if isinstance(image, Tensor) else _pixels(image)
-        if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2:] != (height, width):
-            raise ValueError(
-                f"image must be [B, 3, {height}, {width}], the size of the video, got {list(pixels.shape)}; "
-                "resize it first"
-            )
-        if len(pixels) not in (1, batch_size):
-            raise ValueError(f"image must be one or one for each of {batch_size} videos, got {len(pixels)}")
-        _check_finite("image", pixels)
-        if not -1 <= float(pixels.min()) <= float(pixels.max()) <= 1:
-            raise ValueError(
-                f"image must lie in [-1, 1], got {float(pixels.min()):g} to {float(pixels.max()):g}"
-            )
+        pixels = self._image_pixels(image, height, width, batch_size)
         module: Any = module_of(self.vae)  # of diffusers, whose `device` is right for offloaded ones too
         frames = pixels.unsqueeze(2).to(module.device, module.dtype)  # [B, 3, 1, H, W]
         latent: Tensor = self.streaming_vae.encode(frames)
         return latent.expand(batch_size, -1, -1, -1, -1)
+
+    def _image_pixels(self, image: Image.Image | Tensor, height: int, width: int, batch_size: int) -> Tensor:
+        """`[1 or B, 3, H, W]` in [-1, 1]."""
+        if not isinstance(image, Tensor):
+            return as_pixels("image", image, height, width)[None]
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f"image must be [B, 3, {height}, {width}], got {list(image.shape)}")
+        check_same_size("image", (image.shape[2], image.shape[3]), (height, width))
+        if len(image) not in (1, batch_size):
+            raise ValueError(f"image must be one or one for each of {batch_size} videos, got {len(image)}")
+        check_pixels("image", image)
+        return image
+
+    @property
+    def _takes_images(self) -> bool:
+        """Whether the transformer was trained to be told about an image."""
+        config = self.transformer.config
+        return config.image_dim is not None or config.in_channels > self.transformer.out_channels
+
+    def _image_tokens(self, pixels: Tensor | None, given: Tensor | None, batch_size: int) -> Tensor | None:
+        """CLIP tokens `[B, tokens, image_dim]`; None for a transformer that takes none."""
+        width = self.transformer.config.image_dim
+        if width is None:
+            if given is not None:
+                raise ValueError("image_embeds must not be given: this model takes no image tokens")
+            return None
+        if given is None:
+            if pixels is None:
+                raise ValueError("image or image_embeds must be given: this model starts from an image")
+            if self.image_encoder is None or self.image_processor is None:
+                raise ValueError(
+                    "image_embeds must be given: this model takes CLIP tokens, and the pipeline was loaded"
+                    " without image_encoder and image_processor"
+                )
+            given = image_tokens(pixels, self.image_processor, self.image_encoder)
+        if given.ndim != 3 or len(given) not in (1, batch_size) or given.shape[2] != width:
+            raise ValueError(f"image_embeds must be [{batch_size}, tokens, {width}], got {list(given.shape)}")
+        positions = self.transformer.config.pos_embed_seq_len
+        if positions is not None and given.shape[1] != positions:
+            raise ValueError(
+                f"image_embeds must be [{batch_size}, {positions}, {width}], the tokens of a first and a last"
+                f" image, got {list(given.shape)}"
+            )
+        _check_finite("image_embeds", given)
+        return given.expand(batch_size, -1, -1)
+
+    def _image_channels(
+        self, pixels: Tensor | None, given: Tensor | None, batch_size: int, num_frames: int | None
+    ) -> Tensor | None:
+        """Channels behind those of the noisy latents; None for a transformer that takes none."""
+        count = self.transformer.config.in_channels - self.transformer.out_channels
+        if count == 0:
+            if given is not None:
+                raise ValueError("image_channels must not be given: this model takes no image channels")
+            return None
+        if given is None:
+            if pixels is None:
+                raise ValueError("image or image_channels must be given: this model starts from an image")
+            given = self._channels_of(pixels, count, num_frames)
+        return given.expand(batch_size, -1, -1, -1, -1) if len(given) == 1 else given
+
+    def _check_channels(self, channels: Tensor, batch_size: int, height: int, width: int) -> None:
+        count = self.transformer.config.in_channels - self.transformer.out_channels
+        ratio = self.streaming_vae.spec.spatial_ratio
+        size, shape = [batch_size, count, height // ratio, width // ratio], list(channels.shape)
+        if len(shape) != 5 or [*shape[:2], *shape[3:]] != size or shape[2] == 0:
+            raise ValueError(
+                f"image_channels must be [{batch_size}, {count}, T, {size[2]}, {size[3]}], got {shape}"
+            )
+        _check_finite("image_channels", channels)
+
+    @torch.no_grad()
+    def _channels_of(self, pixels: Tensor, count: int, num_frames: int | None) -> Tensor:
+        """`[1 or B, r + C, T, h, w]`: which frames are given, then latents of the image and grey behind it.
+
+        Of the r mask channels of a latent frame, one for each of its frames, those of the first latent frame
+        are 1 (Wan 2.1, arXiv 2503.20314).
+        """
+        vae = self.streaming_vae
+        spec = vae.spec
+        if count != spec.temporal_ratio + spec.latent_channels:
+            raise ValueError(
+                f"image_channels must be given: this model takes {count} channels for an image, of which its"
+                f" VAE makes {spec.temporal_ratio} for the mask and {spec.latent_channels} for the image"
+            )
+        latent_frames = _STEADY_LATENT_FRAMES
+        if num_frames is not None:
+            latent_frames = min(latent_frames, latent_frames_covering(num_frames, spec.temporal_ratio))
+        module: Any = module_of(self.vae)
+        image = pixels.unsqueeze(2).to(module.device, module.dtype)  # [B, 3, 1, H, W]
+        state = vae.init_state("encode", len(image), image.shape[3], image.shape[4])
+        grey = torch.zeros_like(image).expand(-1, -1, spec.temporal_ratio, -1, -1)
+        parts = [encode_start(vae, image, state)]
+        parts += [vae.encode_chunk(grey, state) for _ in range(latent_frames - 1)]
+        latents = torch.cat([*parts, vae.flush(state)], dim=2)
+        mask = torch.zeros_like(latents[:, :1]).repeat(1, spec.temporal_ratio, 1, 1, 1)
+        mask[:, :, 0] = 1
+        return torch.cat([mask, latents], dim=1)
 
     def _negative_embeds(
         self, prompt: str | None, settings: StreamSettings, batch_size: int
@@ -672,6 +886,14 @@ def _start_from_image(settings: StreamSettings) -> StreamSettings:
     return replace(settings, independent_first_frame=True)
 
 
+def _transform(strength: float | None, motion: MotionNoise | None) -> TransformSettings | None:
+    if strength is not None:
+        return TransformSettings(strength=strength, motion=motion)
+    if motion is not None:
+        raise ValueError("motion needs a strength, got None")
+    return None
+
+
 def _seeds(seed: int | list[int], count: int) -> tuple[int, ...]:
     if isinstance(seed, int):
         return tuple(seed + i for i in range(count))
@@ -686,12 +908,6 @@ def _draw_seeds(generator: torch.Generator | list[torch.Generator], count: int) 
         raise ValueError(f"generator must be one or one for each of {count} videos, got {len(generator)}")
     sources = generator if isinstance(generator, list) else [generator] * count
     return [int(torch.randint(2**63 - 1, (1,), generator=g, device=g.device)) for g in sources]
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    """A PIL image as `[1, 3, H, W]` in [-1, 1]."""
-    values = torch.from_numpy(np.array(image.convert("RGB"))).float() / 127.5 - 1
-    return values.permute(2, 0, 1).unsqueeze(0)
 
 
 def _to_host(chunk: Chunk, output_type: str) -> Tensor:

@@ -260,7 +260,15 @@ class KVCache:
 
 @dataclass(frozen=True, eq=False)
 class TextCache:
-    """Cross-attention keys and values of a prompt, per layer `[B, tokens, N, D]`; likewise of an image."""
+    """What a stream is conditioned on, as the transformer takes it.
+
+    Attributes:
+        text: cross-attention keys and values of a prompt, per layer `[B, tokens, N, D]`.
+        image: likewise of an image.
+        channels: `[B, in_channels - out_channels, T, h, w]` behind the latents of latent frames 0 to T - 1;
+            the last of them stands for all that follow.
+    """
 
     text: list[tuple[Tensor, Tensor]]
     image: list[tuple[Tensor, Tensor]] | None = None
+    channels: Tensor | None = None

@@ -18,6 +18,7 @@ from genstream.transformer.causal_dit import CausalDiT
 
 DEFAULT_PRESET = "self-forcing"
 _PARAMETERS = inspect.signature(CausalVideoPipeline.__init__).parameters
+_OPTIONAL_PARTS = CausalVideoPipeline._optional_components
 ACCEPTED_PARTS = frozenset(_PARAMETERS)
 """Names of the pipeline's parts, among others."""
 
@@ -42,7 +43,7 @@ class Streaming:
         return {
             "_class_name": CausalVideoPipeline.__name__,
             "_diffusers_version": diffusers.__version__,
-            **dict.fromkeys(("tokenizer", "text_encoder", "vae"), (None, None)),
+            **dict.fromkeys((*_OPTIONAL_PARTS, "vae"), (None, None)),
             "transformer": ("genstream", CausalDiT.__name__),
             **entries,
             **self.values,
@@ -58,7 +59,11 @@ def streaming_of(source: Path, preset: str | None, text_tokens: int, config: Map
         text_tokens: prompt length, unless a folder of ours says another.
         config: arguments of `CausalDiT`.
     """
-    values = {name: p.default for name, p in _PARAMETERS.items() if p.default is not p.empty}
+    values = {
+        name: parameter.default
+        for name, parameter in _PARAMETERS.items()
+        if parameter.default is not parameter.empty and name not in _OPTIONAL_PARTS
+    }
     values["text_tokens"] = text_tokens
     index = read_object(source / INDEX_NAME) if (source / INDEX_NAME).is_file() else {}
     is_own = index.get("_class_name") == CausalVideoPipeline.__name__

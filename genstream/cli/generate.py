@@ -5,11 +5,15 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from genstream.cli.figures import RunFigures
 from genstream.cli.plan import check_single_image, make_plan, parse_size, parse_switch
 from genstream.io.model_folder import find_model, read_card
 from genstream.streaming.presets import PRESETS
+
+if TYPE_CHECKING:
+    from genstream.cli.generation import Generation
 
 EXIT_INTERRUPTED = 130
 
@@ -20,15 +24,22 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "generate", help="make a video from a prompt", description=__doc__, allow_abbrev=False
     )
     parser.add_argument("prompt", help="what to show, such as: a red circle moving right")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, help="length of the video (4)")
+    length.add_argument("--frames", type=int, help="length in frames: 1 + 4 k for the embedded model")
+    parser.add_argument("--image", type=Path, help="image to start from, in the size of the video")
+    add_run_options(parser)
+    parser.set_defaults(run=run)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command that makes a video with a model."""
     parser.add_argument(
         "-o",
         "--output",
         default="out.mp4",
         help=".mp4, .webm, .gif, .png (one frame), or a name without suffix: a folder of png (out.mp4)",
     )
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--seconds", type=float, help="length of the video (4)")
-    length.add_argument("--frames", type=int, help="length in frames: 1 + 4 k for the embedded model")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same video (0)")
     parser.add_argument("--model", default="toyworld", help="installed model or model folder (toyworld)")
     parser.add_argument(
@@ -37,9 +48,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="run the model like a published student: "
         f"{', '.join(PRESETS)}; `genstream models` describes them (the model's own way)",
     )
-    parser.add_argument("--image", type=Path, help="image to start from, in the size of the video")
     parser.add_argument("--size", type=parse_size, metavar="WxH", help="size in pixels (the model's own)")
-    parser.add_argument("--fps", type=float, help="frames per second (the model's own)")
+    parser.add_argument("--fps", type=float, help="frames per second (the input's or the model's own)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (cuda if there is one, else cpu)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="(float32 on cpu, else bfloat16)"
@@ -59,7 +69,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="change the prompt at a time; may be given several times",
     )
     parser.add_argument("--json", action="store_true", help="print the figures of the run as json")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -69,9 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
     card = read_card(folder)
     plan = make_plan(arguments, card)
     check_single_image(arguments.output, plan)
-    from genstream.io.metadata import VideoMetadata
     from genstream.io.reader import read_image
-    from genstream.io.writer import check_path, open_writer
+    from genstream.io.writer import check_path
 
     check_path(arguments.output, overwrite=arguments.overwrite)
     image = None if arguments.image is None else read_image(arguments.image, plan.height, plan.width)
@@ -82,7 +90,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.preset is not None:
         pipe.apply_preset(arguments.preset)
     generation = Generation(pipe=pipe, plan=plan, image=image, vocabulary=card.vocabulary)
-    load_s = time.perf_counter() - began_s
+    return write(generation, arguments, load_s=time.perf_counter() - began_s)
+
+
+def write(generation: "Generation", arguments: argparse.Namespace, *, load_s: float) -> int:
+    """Generate into the output and report; returns the exit code. The model took `load_s` to load."""
+    from genstream.io.metadata import VideoMetadata
+    from genstream.io.writer import open_writer
+
+    plan = generation.plan
     generation.run(
         lambda: open_writer(
             arguments.output,

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,8 +16,18 @@ from genstream.cli.progress import Progress, progress_for
 from genstream.io.writer import VideoWriter
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.streaming.controls import PromptControl
+from genstream.streaming.intake import MotionNoise
 from genstream.streaming.request import StreamRequest
 from genstream.streaming.state import StreamState
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceClip:
+    """Frames uint8 [H, W, 3] to make a video from, and how much they are changed."""
+
+    frames: Iterator[NDArray[np.uint8]]
+    strength: float
+    motion: MotionNoise | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +41,7 @@ class Generation:
     plan: GeneratePlan
     image: NDArray[np.uint8] | None
     vocabulary: Mapping[str, Sequence[str]]
+    clip: SourceClip | None = None
     clock: RunClock = field(default_factory=RunClock)
 
     def run(self, open_output: Callable[[], VideoWriter]) -> None:
@@ -48,7 +59,7 @@ class Generation:
             self.clock.interrupted = True
 
     def _start(self) -> StreamState:
-        plan = self.plan
+        plan, clip = self.plan, self.clip
         request = self.pipe.request(
             plan.prompt,
             height=plan.height,
@@ -58,8 +69,10 @@ class Generation:
             fps=plan.fps,
             seed=plan.seed,
             image=None if self.image is None else Image.fromarray(self.image),
+            strength=None if clip is None else clip.strength,
+            motion=None if clip is None else clip.motion,
         )
-        state = self.pipe.start(request)
+        state = self.pipe.start(request, source=None if clip is None else clip.frames)
         taken: set[int] = set()
         for switch in plan.switches:
             # A prompt that is too long must fail now, not in the middle.

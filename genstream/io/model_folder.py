@@ -18,6 +18,8 @@ _FILES_OF: Mapping[str, tuple[str, ...]] = {
     "TokenizerFast": ("tokenizer_config.json", "tokenizer.json"),
     "Tokenizer": ("tokenizer_config.json",),
     "Processor": ("preprocessor_config.json",),
+    "ProcessorFast": ("preprocessor_config.json",),
+    "ProcessorPil": ("preprocessor_config.json",),
 }
 """Files that a component must have, by what its class's name ends with; all others are models."""
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from genstream.io.encoder import VIDEO_SUFFIXES
 from genstream.io.png import FRAME_PATTERN
+from genstream.shapes import check_same_size
 
 _OPAQUE = 255
 _FRAME_RATE = re.compile(rb"Video:.* (\d+(?:\.\d+)?) fps")
@@ -103,12 +104,7 @@ def read_video(path: str | PathLike[str]) -> Iterator[NDArray[np.uint8]]:
 def read_image(path: str | PathLike[str], height: int, width: int) -> NDArray[np.uint8]:
     """The image at `path` as uint8 [height, width, 3]; one of another size is an error, not resized."""
     frame = _open_rgb(Path(path))
-    found_height, found_width = frame.shape[:2]
-    if (found_height, found_width) != (height, width):
-        raise ValueError(
-            f"image {str(path)!r} is {found_width}x{found_height}, the video is {width}x{height};"
-            f" resize it first, with PIL.ImageOps.fit(image, ({width}, {height})), or ask for its own size"
-        )
+    check_same_size(f"image {str(path)!r}", (frame.shape[0], frame.shape[1]), (height, width))
     return frame
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Self
 
 from torch import Tensor
 
 TRAIN_TIMESTEPS = 1000
+_SAME_SIGMA = 1e-6
 
 
 def shifted(sigma: float, shift: float) -> float:
@@ -50,6 +52,19 @@ class Schedule:
         """
         raise TypeError(f"{type(self).__name__} is abstract: use FewStepSchedule or EulerSchedule")
 
+    def entry(self, level: float) -> float:
+        """Noise level to start from when noise of at most `level`, in (0, 1], is put on a clean sample."""
+        return level
+
+    def starting_at(self, level: float) -> Self:
+        """The same sampling from noise level `level` on: a step there, then the steps below it."""
+        steps = list(zip(self.timesteps, self.sigmas, strict=True))
+        start = next((step for step, sigma in steps if abs(sigma - level) <= _SAME_SIGMA), None)
+        if start is None:
+            start = TRAIN_TIMESTEPS * level
+        later = [(step, sigma) for step, sigma in steps if step < start and sigma < level - _SAME_SIGMA]
+        return type(self)((start, *(step for step, _ in later)), (level, *(sigma for _, sigma in later)))
+
 
 class FewStepSchedule(Schedule):
     """Predict the clean sample, then noise it afresh to the next level (DMD and Self Forcing students)."""
@@ -61,6 +76,13 @@ class FewStepSchedule(Schedule):
             return clean
         sigma = self.sigmas[step + 1]
         return (1 - sigma) * clean + sigma * draw()
+
+    def entry(self, level: float) -> float:
+        """The first trained step at or below `level`, since the student knows no others.
+
+        Below all of them it is `level` itself, so that it can be as low as is wanted.
+        """
+        return next((sigma for sigma in self.sigmas if sigma <= level + _SAME_SIGMA), level)
 
 
 class EulerSchedule(Schedule):

@@ -25,9 +25,10 @@ class Chunk:
         first_frame: index of its first frame in the stream.
         frames: `[B, 3, F, H, W]` in [-1, 1]; None when the stream is not decoded or nothing was generated.
             A VAE that looks ahead or works in pieces gives those of a latent frame with a later chunk.
-        latents: `[B, C, T, h, w]`; None when nothing was generated (paused, stopped).
+        latents: `[B, C, T, h, w]`; None when nothing was generated (paused, stopped, source not there yet).
         applied: the controls that took effect at its start.
         timings: None when nothing was generated.
+        noise_level: in (0, 1], that the source was brought to; None without a source.
     """
 
     index: int
@@ -36,3 +37,4 @@ class Chunk:
     latents: Tensor | None
     applied: tuple[Applied, ...]
     timings: Timings | None
+    noise_level: float | None = None

@@ -25,9 +25,11 @@ from genstream.streaming.controls import (
     StopControl,
     Submitted,
 )
+from genstream.streaming.intake import Intake, holds_back
 from genstream.streaming.noise import SeededNoise
 from genstream.streaming.request import StreamRequest
 from genstream.streaming.settings import ContextPolicy, RecachePolicy
+from genstream.streaming.source import FrameSource
 from genstream.streaming.state import Blend, StreamState
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.transformer.embeddings import timestep_dtype
@@ -53,7 +55,7 @@ class CacheEngine:
         transformer: the student.
         vae: decodes the latents; it may have another dtype than the transformer.
         encode_prompt: prompts to embeddings `[B, tokens, text_dim]`, for prompt controls.
-        idle: called between steps while a stream is paused.
+        idle: called between steps while a stream is paused or waits for its source.
     """
 
     transformer: CausalDiT
@@ -71,11 +73,13 @@ class CacheEngine:
             chunk = self.step(state)
             if chunk.latents is not None:
                 yield chunk
-            elif state.paused:
+            elif not state.finished:
                 self.idle()
 
     @torch.no_grad()
-    def start(self, request: StreamRequest, controls: Iterable[Applied] = ()) -> StreamState:
+    def start(
+        self, request: StreamRequest, controls: Iterable[Applied] = (), source: FrameSource | None = None
+    ) -> StreamState:
         """The state in front of the first chunk; `controls`, the log of another run, are replayed."""
         self._check_context(request)
         device, dtype = self.transformer.device, self.transformer.dtype
@@ -92,6 +96,8 @@ class CacheEngine:
             kv=self.transformer.kv_cache(layout, request.batch_size, height, width),
             vae=self._vae_state(request),
             history=torch.zeros(request.batch_size, channels, 0, height, width, device=device, dtype=dtype),
+            intake=self._intake(request),
+            source=source,
         )
         for applied in controls:
             state.submit(applied.control, not_before=applied.frame)
@@ -101,7 +107,8 @@ class CacheEngine:
     def step(self, state: StreamState) -> Chunk:
         """Generate one chunk and advance `state`; a step that raises leaves the stream as it was.
 
-        A stream that is paused or stopped by a control gives a chunk without latents and frames.
+        A stream that is paused or stopped by a control, or that waits for its source (a step long also when
+        it resumes or is reset), gives a chunk without latents and frames.
 
         Raises:
             NonFiniteLatentsError: the chunk's latents are not finite.
@@ -110,10 +117,11 @@ class CacheEngine:
         """
         if state.finished:
             raise ValueError("state is finished: its stream has no further chunk")
+        self._take_in(state)
         draft = state.draft()
         due = self._apply_due(draft)
         controls = draft.log[len(state.log) :]
-        if draft.paused or draft.stopped:
+        if draft.paused or draft.stopped or not self._has_source_frames(draft):
             state.adopt(draft, due)
             return Chunk(
                 index=state.chunk_index,
@@ -146,7 +154,11 @@ class CacheEngine:
             latents=latents,
             applied=controls,
             timings=timings,
+            noise_level=None if draft.intake is None else draft.intake.level,
         )
+        if draft.intake is not None:
+            whole = self._whole_frames(latents.shape[2], draft)
+            draft.intake = draft.intake.after(whole, latents.shape[2])
         draft.frames_out += self._count_frames(latents.shape[2], draft)
         draft.frame += latents.shape[2]
         draft.chunk_index += 1
@@ -166,7 +178,12 @@ class CacheEngine:
         def draw(step: int) -> Tensor:
             return state.noise.fresh(state.frame, step, shape).to(state.history)
 
-        latents = denoise(lambda x, t: self.predict(x, t, state), noise, request.schedule, draw)
+        x, schedule = noise, request.schedule
+        if state.intake is not None:
+            level = self._noise_level(state)
+            source = state.intake.latents[:, :, :frames].to(noise)
+            x, schedule = (1 - level) * source + level * noise, schedule.starting_at(level)
+        latents = denoise(lambda x, t: self.predict(x, t, state), x, schedule, draw)
         check_finite(latents, state)
         return latents
 
@@ -233,10 +250,12 @@ class CacheEngine:
 
     @torch.no_grad()
     def text_cache(self, prompt_embeds: Tensor, request: StreamRequest) -> TextCache:
-        """Cross-attention keys and values of a prompt and of the request's image."""
-        image = request.image_embeds
-        image = None if image is None else image.to(prompt_embeds)
-        return self.transformer.text_cache(prompt_embeds, image)
+        """What the transformer is told: the prompt, and the request's image as tokens and channels."""
+        image, channels = (
+            None if given is None else given.to(prompt_embeds)
+            for given in (request.image_embeds, request.image_channels)
+        )
+        return replace(self.transformer.text_cache(prompt_embeds, image), channels=channels)
 
     def cache_layout(self, request: StreamRequest) -> CacheLayout:
         """Which latent frames the cache of a stream keeps."""
@@ -360,6 +379,7 @@ class CacheEngine:
         state.history = state.history[:, :, :0]
         state.uncommitted, state.pixels = 0, None
         state.frame = 0
+        state.intake = None if state.intake is None else state.intake.restarted(self.vae)
 
     def _advance_blend(self, state: StreamState) -> None:
         blend = state.blend
@@ -382,7 +402,7 @@ class CacheEngine:
         if state.vae is None:
             return None
         count = self._count_frames(latents.shape[2], state)
-        is_last = state.frames_out + count == state.request.num_frames
+        is_last = state.frames_out + count == state.num_frames
         if is_last or state.held is not None:
             # One of its own, so that a failure behind the decoding leaves the stream as it was.
             state.vae = state.vae.clone()
@@ -403,10 +423,13 @@ class CacheEngine:
 
     def _count_frames(self, latent_frames: int, state: StreamState) -> int:
         """Frames of the next latent frames that belong to the stream; the last chunk may be cut."""
-        ratio = self._temporal_ratio
-        frames = frames_of(latent_frames, ratio) if state.frame == 0 else ratio * latent_frames
-        total = state.request.num_frames
+        frames, total = self._whole_frames(latent_frames, state), state.num_frames
         return frames if total is None else min(frames, total - state.frames_out)
+
+    def _whole_frames(self, latent_frames: int, state: StreamState) -> int:
+        """Frames that the next latent frames decode to."""
+        ratio = self._temporal_ratio
+        return frames_of(latent_frames, ratio) if state.frame == 0 else ratio * latent_frames
 
     @property
     def _temporal_ratio(self) -> int:
@@ -434,6 +457,64 @@ class CacheEngine:
         if chunks is None:
             return None
         return request.settings.chunk_at(0) + (chunks - 1) * request.settings.chunk_frames
+
+    def _intake(self, request: StreamRequest) -> Intake | None:
+        if request.transform is None:
+            return None
+        return Intake.empty(self.vae, request.height, request.width, request.highest_level)
+
+    def _take_in(self, state: StreamState) -> None:
+        """Take from the source what the next chunk lacks, as far as it is there.
+
+        Frames cannot be given back: they stay in `state` even if the step then fails.
+        """
+        if state.intake is None or state.paused:
+            return
+        if state.source is None:
+            raise ValueError("source must be set on a restored or cloned state, to go on with its frames")
+        limit, latent_frames = state.request.num_frames, state.request.settings.chunk_at(state.frame)
+        first = self._whole_frames(latent_frames, state)
+        later = self._temporal_ratio * state.request.settings.chunk_frames
+        wanted = self._wanted_frames(state)
+        while not self._has_source_frames(state):
+            state.intake = state.intake.filled(state.source, wanted, limit).completed(first, later)
+            waiting = state.intake.waiting.shape[2]
+            if waiting == 0 or (waiting < wanted and not state.intake.ended):
+                break
+            # Always in the same portions, whenever frames arrive: others would round differently.
+            state.intake = state.intake.encode(self.vae, wanted, latent_frames)
+            wanted += self._temporal_ratio
+        if state.intake.ended and state.intake.frames == 0:
+            raise ValueError("source must hold at least one frame, got none")
+
+    def _has_source_frames(self, state: StreamState) -> bool:
+        """Whether the next chunk's source frames are encoded; true without a source."""
+        intake = state.intake
+        if intake is None:
+            return True
+        latent_frames = state.request.settings.chunk_at(state.frame)
+        enough = intake.ended or intake.waiting.shape[2] >= self._wanted_frames(state)
+        return enough and intake.latents.shape[2] >= latent_frames
+
+    def _wanted_frames(self, state: StreamState) -> int:
+        """Source frames that the next chunk waits for.
+
+        A decoder that holds frames back gives them with the last chunk: then the next frame, or the end,
+        must be known too.
+        """
+        whole = self._whole_frames(state.request.settings.chunk_at(state.frame), state)
+        return whole + int(state.vae is not None and holds_back(self.vae.spec))
+
+    def _noise_level(self, state: StreamState) -> float:
+        """Noise level of the next chunk, which then is the intake's."""
+        transform, intake = state.request.transform, state.intake
+        assert transform is not None and intake is not None
+        level = state.request.highest_level
+        if transform.motion is not None:
+            frames = self._whole_frames(state.request.settings.chunk_at(state.frame), state)
+            level = transform.motion.level(level, intake.level, intake.motion(frames))
+        state.intake = replace(intake, level=level)
+        return level
 
     def _latent_size(self, request: StreamRequest) -> tuple[int, int]:
         ratio = self.vae.spec.spatial_ratio

@@ -56,8 +56,13 @@ class QueueEngine(CacheEngine):
         """What a joint pass sees: sinks, latest finished frames and the queue.
 
         Raises:
-            ValueError: the window cannot hold the queue.
+            ValueError: the window cannot hold the queue, or the stream is to follow a source.
         """
+        if request.transform is not None:
+            raise ValueError(
+                "strength must be None for a queue of chunks, which all start as noise, got"
+                f" {request.transform.strength:g}"
+            )
         settings, levels = request.settings, len(request.schedule.timesteps)
         chunk, sinks = settings.chunk_frames, settings.sink_frames
         least = sinks + (levels - 1) * chunk

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from genstream.schedulers.schedule import Schedule
+from genstream.streaming.intake import TransformSettings
 from genstream.streaming.noise import NoiseSource
 from genstream.streaming.settings import StreamSettings as StreamSettings
 
@@ -27,6 +28,9 @@ class StreamRequest:
         initial_latents: clean latent frames `[B, C, T, h, w]` that the stream starts with, whole chunks.
         negative_embeds: `[B, tokens, text_dim]`, what guidance leads away from; None without guidance.
         image_embeds: CLIP image tokens `[B, tokens, image_dim]`, for models that take them.
+        image_channels: `[B, in_channels - C, T, h, w]` behind the channels of the noisy latents, for models
+            that take them; the last latent frame of them stands for all that follow.
+        transform: how much a source is changed; None generates from noise alone.
         decode: decode the latents; otherwise the stream gives latents only.
     """
 
@@ -41,6 +45,8 @@ class StreamRequest:
     initial_latents: Tensor | None = None
     negative_embeds: Tensor | None = None
     image_embeds: Tensor | None = None
+    image_channels: Tensor | None = None
+    transform: TransformSettings | None = None
     decode: bool = True
 
     def __post_init__(self) -> None:
@@ -51,6 +57,7 @@ class StreamRequest:
                 f"negative_embeds must be given with guidance_scale above 1 and not without,"
                 f" got {self.settings.guidance_scale} and {type(self.negative_embeds).__name__}"
             )
+        self._check_transform()
         frame = 0
         while frame < self.given_frames:
             frame += self.settings.chunk_at(frame)
@@ -59,6 +66,26 @@ class StreamRequest:
                 f"initial_latents must be whole chunks of {self.settings.chunk_frames} latent frames"
                 f"{' after the first single one' if self.settings.independent_first_frame else ''}, "
                 f"got {self.given_frames} latent frames"
+            )
+
+    @property
+    def highest_level(self) -> float:
+        """Noise level that the source is brought to where nothing moves; 1 without a source."""
+        return 1.0 if self.transform is None else self.schedule.entry(self.transform.strength)
+
+    def _check_transform(self) -> None:
+        if self.transform is None:
+            return
+        if self.initial_latents is not None:
+            raise ValueError(
+                "strength and initial_latents (or an image to start from) exclude each other, got both"
+            )
+        motion = self.transform.motion
+        if motion is not None and motion.reduction >= self.highest_level:
+            raise ValueError(
+                f"motion must not reduce the noise level to 0: its reduction must be below"
+                f" {self.highest_level:g}, where strength {self.transform.strength:g} starts, got"
+                f" {motion.reduction:g}"
             )
 
     @property

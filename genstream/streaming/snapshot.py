@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from genstream.cache.layout import PositionPolicy
 from genstream.schedulers import schedule as schedules
 from genstream.streaming.controls import Applied, Submitted, from_json, to_json
 from genstream.streaming.engine import CacheEngine
+from genstream.streaming.intake import Intake, MotionNoise, TransformSettings
 from genstream.streaming.noise import restore_noise
 from genstream.streaming.request import StreamRequest
 from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSettings
@@ -27,6 +28,7 @@ from genstream.vae.wrapping import module_of
 
 FORMAT = 2
 _KEY = "genstream_stream"
+_INTAKE_TENSORS = ("waiting", "latents", "previous")
 _COUNTERS = (
     "frame",
     "uncommitted",
@@ -62,6 +64,8 @@ def save_state(state: StreamState, path: str | Path, fingerprint: str) -> None:
         "request.negative_embeds": request.negative_embeds,
         "request.initial_latents": request.initial_latents,
         "request.image_embeds": request.image_embeds,
+        "request.image_channels": request.image_channels,
+        **_intake_tensors(state),
         **{f"kv.{name}": tensor for name, tensor in state.kv.tensors().items()},
         **{f"noise.{name}": tensor for name, tensor in state.noise.tensors().items()},
         **{f"request.noise.{name}": tensor for name, tensor in request.noise.tensors().items()},
@@ -132,6 +136,7 @@ def _meta(state: StreamState, fingerprint: str) -> dict[str, Any]:
             "width": request.width,
             "num_frames": request.num_frames,
             "decode": request.decode,
+            "transform": None if request.transform is None else asdict(request.transform),
             "settings": asdict(request.settings),
             "schedule": {
                 "kind": type(request.schedule).__name__,
@@ -146,6 +151,7 @@ def _meta(state: StreamState, fingerprint: str) -> dict[str, Any]:
         "layout": asdict(state.kv.layout),
         "vae": None if state.vae is None else state.vae.meta(),
         "blend": None if state.blend is None else _blend_meta(state.blend),
+        "intake": None if state.intake is None else _intake_meta(state.intake),
         "log": [{**asdict(item), "control": to_json(item.control)} for item in state.log],
         "pending": [{**asdict(item), "control": to_json(item.control)} for item in pending],
     }
@@ -178,6 +184,8 @@ def _restore(meta: dict[str, Any], tensors: dict[str, Tensor], engine: CacheEngi
         source, target = (tensors[f"blend.{name}"].to(state.prompt_embeds) for name in ("source", "target"))
         recache = RecachePolicy(meta["blend"]["recache"])
         state.blend = Blend(source=source, target=target, **{**meta["blend"], "recache": recache})
+    if state.intake is not None:
+        state.intake = _restore_intake(state.intake, meta["intake"], _under("intake", tensors))
     state.log = tuple(Applied(**{**item, "control": from_json(item["control"])}) for item in meta["log"])
     state.pending = deque(
         Submitted(**{**item, "control": from_json(item["control"])}) for item in meta["pending"]
@@ -202,7 +210,38 @@ def _restore_request(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Stream
         initial_latents=tensors.get("initial_latents"),
         negative_embeds=tensors.get("negative_embeds"),
         image_embeds=tensors.get("image_embeds"),
+        image_channels=tensors.get("image_channels"),
+        transform=_restore_transform(meta.get("transform")),
         decode=meta["decode"],
+    )
+
+
+def _intake_tensors(state: StreamState) -> dict[str, Tensor]:
+    intake = state.intake
+    if intake is None:
+        return {}
+    own = {f"intake.{name}": getattr(intake, name) for name in _INTAKE_TENSORS}
+    return {**own, **{f"intake.vae.{name}": tensor for name, tensor in intake.vae.tensors().items()}}
+
+
+def _intake_meta(intake: Intake) -> dict[str, Any]:
+    own = {name: getattr(intake, name) for name in ("level", "encoded", "frames", "ended")}
+    return {**own, "vae": intake.vae.meta()}
+
+
+def _restore_intake(empty: Intake, meta: dict[str, Any], tensors: dict[str, Tensor]) -> Intake:
+    device = empty.waiting.device
+    slots = {name: slot.to(device) for name, slot in _under("vae", tensors).items()}
+    own = {name: tensors[name].to(device) for name in _INTAKE_TENSORS}
+    return replace(empty, **{**meta, **own, "vae": VAEState.restore(slots, meta["vae"])})
+
+
+def _restore_transform(meta: dict[str, Any] | None) -> TransformSettings | None:
+    if meta is None:
+        return None
+    motion = meta["motion"]
+    return TransformSettings(
+        strength=meta["strength"], motion=None if motion is None else MotionNoise(**motion)
     )
 
 

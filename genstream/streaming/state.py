@@ -11,9 +11,11 @@ from torch import Tensor
 
 from genstream.cache.kv_cache import KVCache, TextCache
 from genstream.streaming.controls import Applied, Control, Submitted
+from genstream.streaming.intake import Intake
 from genstream.streaming.noise import NoiseSource
 from genstream.streaming.request import StreamRequest
 from genstream.streaming.settings import RecachePolicy
+from genstream.streaming.source import FrameSource
 from genstream.vae.protocol import VAEState
 
 
@@ -61,6 +63,8 @@ class StreamState:
         paused: nothing is generated until resumed.
         stopped: ended by a control.
         blend: prompt blend in progress.
+        intake: what was taken in of the source; None without one.
+        source: where the frames of a video-to-video stream come from; not part of a snapshot or a clone.
         log: the controls that took effect; with the request they replay the stream.
         pending: the controls that wait.
         sequence: number of the last submitted control.
@@ -86,6 +90,8 @@ class StreamState:
     paused: bool = False
     stopped: bool = False
     blend: Blend | None = None
+    intake: Intake | None = None
+    source: FrameSource | None = None
     log: tuple[Applied, ...] = ()
     pending: deque[Submitted] = field(default_factory=deque)
     sequence: int = 0
@@ -94,8 +100,15 @@ class StreamState:
     @property
     def finished(self) -> bool:
         """Whether the stream has given all its frames or was stopped."""
-        total = self.request.num_frames
+        total = self.num_frames
         return self.stopped or (total is not None and self.frames_out >= total)
+
+    @property
+    def num_frames(self) -> int | None:
+        """Frames of the whole stream; None while they are not known."""
+        if self.intake is not None and self.intake.ended:
+            return self.intake.frames
+        return self.request.num_frames
 
     def submit(self, control: Control, *, not_before: int = 0) -> int:
         """Ask for a change at the first chunk that starts at or after frame `not_before`.
@@ -122,7 +135,7 @@ class StreamState:
     def adopt(self, draft: StreamState, applied: list[Submitted]) -> None:
         """Take over a finished step. Controls that arrived meanwhile keep waiting."""
         for name in (item.name for item in fields(self)):
-            if name not in ("pending", "sequence"):
+            if name not in ("pending", "sequence", "source"):
                 setattr(self, name, getattr(draft, name))
         self.withdraw(applied)
 
@@ -133,10 +146,12 @@ class StreamState:
                 self.pending.remove(control)
 
     def clone(self) -> StreamState:
-        """An independent stream that goes on from here (fork)."""
+        """An independent stream that goes on from here (fork); set its `source`, which two cannot share."""
         fork = copy.copy(self)
         fork.kv = self.kv.clone()
         fork.vae = None if self.vae is None else self.vae.clone()
+        fork.intake = None if self.intake is None else self.intake.clone()
+        fork.source = None
         with self.lock:
             fork.pending = deque(self.pending)
             fork.sequence = self.sequence

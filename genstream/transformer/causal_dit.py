@@ -219,7 +219,7 @@ class CausalDiT(
         """Velocity of noisy latents.
 
         Args:
-            hidden_states: `[B, in_channels, T, h, w]`.
+            hidden_states: `[B, in_channels, T, h, w]`; without the channels that `text_cache` holds.
             timestep: `[B]`, or `[B, T]` for one noise level per latent frame; in [0, 1000].
             encoder_hidden_states: prompt embeddings `[B, tokens, text_dim]`, unless `text_cache` is given.
             encoder_hidden_states_image: image tokens `[B, tokens, image_dim]`.
@@ -244,6 +244,10 @@ class CausalDiT(
             if encoder_hidden_states is None:
                 raise ValueError("encoder_hidden_states or text_cache must be given")
             text_cache = self.text_cache(encoder_hidden_states, encoder_hidden_states_image)
+        if text_cache.channels is not None:
+            last = text_cache.channels.shape[2] - 1
+            channels = text_cache.channels[:, :, [min(position, last) for position in positions]]
+            hidden_states = torch.cat([hidden_states, channels], dim=1)
         head_width = self.config.attention_head_dim
         at = phases(positions, rows, columns, head_width, hidden_states.device)
         mask = None

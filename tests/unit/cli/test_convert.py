@@ -468,9 +468,9 @@ def _published_text_encoder(config):
 def test_parts_that_the_pipeline_does_not_take_are_told(source, vae, tmp_path, capsys):
     convert(source, "-o", tmp_path / "first", "--vae", vae)
     index = json.loads((tmp_path / "first" / "model_index.json").read_text())
-    index |= {"_class_name": "WanPipeline", "image_encoder": ["transformers", "CLIPVisionModel"]}
-    (tmp_path / "first" / "image_encoder").mkdir()
+    index |= {"_class_name": "WanPipeline", "safety_checker": ["transformers", "CLIPVisionModel"]}
+    (tmp_path / "first" / "safety_checker").mkdir()
     (tmp_path / "first" / "model_index.json").write_text(json.dumps(index))
     convert(tmp_path / "first", "-o", tmp_path / "second")
-    assert "left out of first: 'image_encoder'" in capsys.readouterr().out
-    assert not (tmp_path / "second" / "image_encoder").exists()
+    assert "left out of first: 'safety_checker'" in capsys.readouterr().out
+    assert not (tmp_path / "second" / "safety_checker").exists()

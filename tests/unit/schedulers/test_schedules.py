@@ -182,3 +182,31 @@ def test_values_by_position_are_refused():
 def test_from_config_keeps_every_value(scheduler):
     again = type(scheduler).from_config(scheduler.config)
     assert again.schedule().timesteps == scheduler.schedule().timesteps
+
+
+LEVELS = [1e-9, 0.1, 0.25, 0.26, 0.7, 0.75, 0.9999, 1.0]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", [FewStepSchedule, EulerSchedule])
+def test_sampling_from_a_level_on_is_the_end_of_the_sampling(kind, level):
+    part = kind(STEPS).starting_at(level)
+    first, *rest = part.timesteps
+    assert type(part) is kind
+    assert first == pytest.approx(1000 * level)
+    assert tuple(rest) == STEPS[len(STEPS) - len(rest) :]
+    assert all(step >= first for step in STEPS[: len(STEPS) - len(rest)])
+
+
+@pytest.mark.parametrize("shift", [0.3, 1.0, 3.3, 5.0, 17.0])
+def test_all_levels_are_the_whole_sampling(shift):
+    schedule = FewStepSchedule(few_step_timesteps(STEPS, shift))
+    assert schedule.starting_at(schedule.entry(1.0)).timesteps == pytest.approx(schedule.timesteps)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_student_enters_at_a_trained_step(level):
+    schedule = FewStepSchedule(STEPS)
+    at_or_below = [sigma for sigma in schedule.sigmas if sigma <= level]
+    assert schedule.entry(level) == (max(at_or_below) if at_or_below else level)
+    assert EulerSchedule(STEPS).entry(level) == level

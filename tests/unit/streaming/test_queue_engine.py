@@ -213,6 +213,11 @@ def test_a_queue_that_does_not_fit_its_window(build_pipeline, pipe):
             wrong.start(wrong.request(RED, num_frames=9))
 
 
+def test_a_queue_follows_no_source(pipe, ask):
+    with pytest.raises(ValueError, match=r"strength must be None for a queue of chunks, .* got 0\.6"):
+        pipe.start(ask(strength=0.6), source=[torch.zeros(3, 32, 32)])
+
+
 @pytest.mark.parametrize("chunks", [0, 1, 4, 6])
 def test_a_snapshot_holds_the_queue(pipe, ask, tmp_path, chunks):
     whole = run(pipe, pipe.start(ask(num_frames=81, seed=5, decode=False)))

@@ -1,0 +1,198 @@
+"""Transformers that are told about an image: channels behind the latents, CLIP tokens beside the prompt."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.transformer.causal_dit import CausalDiT
+
+RED, BLUE = "a red circle moving right", "a blue square moving left"
+CHANNELS = 4 + 4
+"""Mask and latents of the image; the VAE has 4 frames in a latent frame and 4 channels."""
+WIDTH = 24
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def transformer(*, channels=CHANNELS, image_dim=WIDTH, positions=None):
+    torch.manual_seed(0)
+    return CausalDiT(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4 + channels,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        image_dim=image_dim,
+        added_kv_proj_dim=None if image_dim is None else 24,
+        pos_embed_seq_len=positions,
+    ).eval()
+
+
+def clip_encoder():
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=32
+    )
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return processor, CLIPVisionModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def pipe(build_pipeline):
+    """A pipeline whose transformer takes image channels and tokens, with CLIP."""
+    parts = build_pipeline()
+    processor, encoder = clip_encoder()
+    components = {
+        **parts.components,
+        "transformer": transformer(),
+        "image_processor": processor,
+        "image_encoder": encoder,
+    }
+    options = ("sink_frames", "window_frames", "positions", "text_tokens", "default_height", "default_width")
+    pipe = CausalVideoPipeline(**components, **{name: parts.config[name] for name in options})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def picture():
+    """`[1, 3, 32, 32]` in [-1, 1], as a PIL image gives it."""
+    levels = torch.randint(0, 256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(2))
+    return levels.float() / 127.5 - 1
+
+
+def as_pil(picture):
+    return Image.fromarray(((picture[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
+
+
+def latents_of(pipe, **arguments):
+    return pipe(RED, num_frames=33, output_type="latent", **arguments).frames
+
+
+def test_the_image_and_what_stands_for_it_are_the_same(pipe, picture):
+    request = pipe.request(RED, num_frames=33, image=picture)
+    expected = latents_of(pipe, image=picture)
+    assert_same(latents_of(pipe, image=as_pil(picture)), expected)
+    given = {"image_embeds": request.image_embeds, "image_channels": request.image_channels}
+    assert_same(latents_of(pipe, **given), expected)
+    assert not torch.equal(latents_of(pipe, image=-picture), expected)
+    for name, tensor in given.items():
+        assert not torch.allclose(latents_of(pipe, **{**given, name: -tensor}), expected, atol=1e-4)
+
+
+def test_channels_of_an_image(pipe, picture):
+    """A mask of 1 over the frames of the first latent frame, and the image followed by grey."""
+    channels = pipe.request(RED, num_frames=33, image=picture).image_channels
+    clip = torch.zeros(1, 3, 33, 32, 32)
+    clip[:, :, 0] = picture
+    assert channels.shape == (1, CHANNELS, 9, 4, 4)
+    assert channels[:, :4, 0].eq(1).all() and channels[:, :4, 1:].eq(0).all()
+    torch.testing.assert_close(channels[:, 4:], pipe.vae.encode(clip), rtol=0, atol=1e-5)
+
+
+def test_the_first_frame_is_generated_too(pipe, picture):
+    assert pipe.request(RED, num_frames=33, image=picture).initial_latents is None
+    assert latents_of(pipe, image=picture).shape[2] == 9
+
+
+def test_the_last_channels_stand_for_all_that_follow(pipe, picture):
+    request = pipe.request(RED, num_frames=33, image=picture)
+    channels = request.image_channels
+    steady = torch.cat([channels[:, :, :4], channels[:, :, 3:4].expand(-1, -1, 5, -1, -1)], dim=2)
+    given = {"image_embeds": request.image_embeds}
+    assert_same(
+        latents_of(pipe, **given, image_channels=channels[:, :, :4]),
+        latents_of(pipe, **given, image_channels=steady),
+    )
+
+
+def test_tokens_of_an_image(pipe, picture):
+    tokens = pipe.request(RED, image=picture).image_embeds
+    inputs = pipe.image_processor(images=as_pil(picture), return_tensors="pt").pixel_values
+    expected = pipe.image_encoder(inputs, output_hidden_states=True).hidden_states[-2]
+    assert_same(tokens, expected)
+
+
+def test_a_stream_goes_on_after_a_snapshot(pipe, picture, tmp_path):
+    request = pipe.request(RED, num_frames=45, image=picture)
+    expected = torch.cat([chunk.frames for chunk in pipe.run(pipe.start(request))], dim=2)
+    state = pipe.start(request)
+    before = [pipe.step(state).frames, pipe.step(state).frames]
+    pipe.save_state(state, tmp_path / "s")
+    after = [chunk.frames for chunk in pipe.run(pipe.load_state(tmp_path / "s"))]
+    assert_same(torch.cat([*before, *after], dim=2), expected)
+
+
+def test_a_batch_equals_its_streams(pipe, picture):
+    pictures = torch.cat([picture, -picture])
+    arguments = {"num_frames": 21, "output_type": "latent"}
+    both = pipe([RED, BLUE], image=pictures, seed=[3, 8], **arguments).frames
+    for row, (prompt, seed) in enumerate([(RED, 3), (BLUE, 8)]):
+        alone = pipe(prompt, image=pictures[row : row + 1], seed=seed, **arguments).frames
+        torch.testing.assert_close(both[row : row + 1], alone, rtol=0, atol=1e-4)
+
+
+def test_the_components_are_saved_with_the_pipeline(pipe, picture, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = CausalVideoPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert isinstance(loaded.image_encoder, CLIPVisionModel)
+    torch.testing.assert_close(latents_of(loaded, image=picture), latents_of(pipe, image=picture))
+    loaded = CausalVideoPipeline.from_pretrained(tmp_path, image_encoder=None, image_processor=None)
+    with pytest.raises(ValueError, match=r"image_embeds must be given: .* without image_encoder"):
+        loaded.request(RED, image=picture)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({}, "image or image_embeds must be given: this model starts from an image"),
+        ({"image_embeds": torch.zeros(1, 5, WIDTH)}, "image or image_channels must be given"),
+        (
+            {"image_embeds": torch.zeros(1, 5, 7)},
+            rf"image_embeds must be \[1, tokens, {WIDTH}\], got \[1, 5, 7",
+        ),
+        ({"image_embeds": torch.zeros(2, 5, WIDTH)}, r"image_embeds must be \[1, .*got \[2"),
+        (
+            {"image_embeds": torch.zeros(1, 5, WIDTH), "image_channels": torch.zeros(1, 5, 1, 4, 4)},
+            r"image_channels must be \[1, 8, T, 4, 4\], got \[1, 5, 1, 4, 4\]",
+        ),
+        (
+            {"image_embeds": torch.zeros(1, 5, WIDTH), "image_channels": torch.zeros(1, 8, 0, 4, 4)},
+            r"image_channels must be \[1, 8, T, 4, 4\], got",
+        ),
+        (
+            {"image_embeds": torch.zeros(1, 5, WIDTH), "image_channels": torch.zeros(1, 8, 1, 4, 5)},
+            r"image_channels must be \[1, 8, T, 4, 4\], got",
+        ),
+        ({"image": torch.zeros(1, 3, 32, 48)}, "image is 48x32, the video is 32x32"),
+    ],
+)
+def test_what_does_not_fit_is_refused(pipe, arguments, error):
+    with pytest.raises(ValueError, match=error):
+        pipe.request(RED, **arguments)
+
+
+def test_channels_that_the_vae_cannot_make(build_pipeline, picture):
+    pipe = build_pipeline()
+    pipe.transformer = transformer(channels=5, image_dim=None)
+    with pytest.raises(ValueError, match=r"image_channels must be given: this model takes 5 .* 4 for"):
+        pipe.request(RED, image=picture)
+    request = pipe.request(RED, num_frames=9, image_channels=torch.zeros(1, 5, 1, 4, 4))
+    assert len(list(pipe.run(pipe.start(request)))) == 1
+
+
+def test_a_model_of_two_images(build_pipeline):
+    pipe = build_pipeline()
+    pipe.transformer = transformer(channels=0, positions=10)
+    with pytest.raises(ValueError, match=r"must be \[1, 10, 24\], .* last image, got \[1, 5, 24\]"):
+        pipe.request(RED, image_embeds=torch.zeros(1, 5, WIDTH))
+    request = pipe.request(RED, num_frames=9, image_embeds=torch.zeros(1, 10, WIDTH))
+    assert len(list(pipe.run(pipe.start(request)))) == 1
