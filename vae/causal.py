@@ -16,7 +16,14 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from genstream.vae.causal_network import Decoder, Encoder, NetworkSettings, Norm, inflate
-from genstream.vae.checks import channel_values, check_size, check_state, check_tensor
+from genstream.vae.checks import (
+    channel_values,
+    check_clip,
+    check_frames,
+    check_start,
+    check_state,
+    check_tensor,
+)
 from genstream.vae.layers import CausalConv3d, CausalInterpolation, FrameConv, Memory, remembering_layers
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 
@@ -168,7 +175,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def init_state(self, direction: Direction, batch_size: int, height: int, width: int) -> VAEState:
         """State of a stream that has not started; `height` and `width` in pixels."""
-        check_size(height, width, self.spec.spatial_ratio)
+        check_start(direction, batch_size, height, width, self.spec.spatial_ratio)
         state = VAEState(
             direction=direction, vae=self._describe(), batch_size=batch_size, height=height, width=width
         )
@@ -248,10 +255,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
 
     def encode(self, frames: Tensor) -> Tensor:
         """Latents [B, C, T, h, w] of a whole clip [B, 3, 1 + r (T - 1), H, W]; the mean of the posterior."""
-        _check_video("frames", frames)
-        count, ratio = frames.shape[2], self.spec.temporal_ratio
-        if count % ratio != 1 % ratio or count == 0:
-            raise ValueError(f"frames must be {ratio}n + 1 along dimension 2, got {count}")
+        check_frames(frames, self.spec)
         state = self.init_state("encode", frames.shape[0], frames.shape[3], frames.shape[4])
         latents: Tensor = self.encode_chunk(frames, state)
         return latents
@@ -262,7 +266,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
 
     def decode_unclamped(self, latents: Tensor) -> Tensor:
         """`decode` before the clamp, whose gradient is zero outside the range."""
-        _check_video("latents", latents)
+        check_clip("latents", latents)
         ratio = self.spec.spatial_ratio
         batch_size, _, _, height, width = latents.shape
         state = self.init_state("decode", batch_size, height * ratio, width * ratio)
@@ -438,10 +442,3 @@ def _image_statistics(config: FrozenDict) -> tuple[list[float], list[float]]:
     if config.latents_mean is not None and config.latents_std is not None:
         return list(config.latents_mean), list(config.latents_std)
     return [config.shift_factor or 0.0] * count, [1 / config.scaling_factor] * count
-
-
-def _check_video(name: str, video: Tensor) -> None:
-    if video.dim() != 5:
-        raise ValueError(
-            f"{name} must have 5 dimensions [B, C, frames, height, width], got {list(video.shape)}"
-        )

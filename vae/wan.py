@@ -18,7 +18,14 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from genstream.vae.checks import channel_values, check_clip, check_size, check_state, check_tensor
+from genstream.vae.checks import (
+    channel_values,
+    check_clip,
+    check_frames,
+    check_start,
+    check_state,
+    check_tensor,
+)
 from genstream.vae.chunks import cut_clip
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 from genstream.vae.wan_blocks import (
@@ -218,7 +225,7 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def init_state(self, direction: Direction, batch_size: int, height: int, width: int) -> VAEState:
         """State of a stream that has not started; `height` and `width` in pixels."""
-        check_size(height, width, self.spec.spatial_ratio)
+        check_start(direction, batch_size, height, width, self.spec.spatial_ratio)
         state = VAEState(
             direction=direction, vae=self._describe(), batch_size=batch_size, height=height, width=width
         )
@@ -287,6 +294,7 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
         """
         if state.direction == "decode":
             return self.decode_chunk(self._no_latents(state, self.spec.latent_channels), state)
+        check_state(state, "encode", self._describe(), next(self.parameters()))
         pending = state.slots[_PENDING]
         missing = -pending.shape[2] % self.spec.temporal_ratio
         return self.encode_chunk(pending[:, :, -1:].expand(-1, -1, missing, -1, -1), state)
@@ -296,12 +304,10 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
 
         `chunk_latents` groups of frames go together, None for all: more take as much more memory.
         """
-        check_clip("frames", frames)
-        ratio = self.spec.temporal_ratio
-        if (frames.shape[2] - 1) % ratio:
-            raise ValueError(f"frames must be {ratio}n + 1 along dimension 2, got {frames.shape[2]}")
+        check_frames(frames, self.spec)
         state = self.init_state("encode", frames.shape[0], frames.shape[3], frames.shape[4])
-        latents = [self.encode_chunk(part, state) for part in cut_clip(frames, chunk_latents, ratio)]
+        parts = cut_clip(frames, chunk_latents, self.spec.temporal_ratio)
+        latents = [self.encode_chunk(part, state) for part in parts]
         return torch.cat(latents, dim=2)
 
     def decode(self, latents: Tensor, chunk_latents: int | None = 1) -> Tensor:

@@ -400,7 +400,7 @@ BAD_INPUTS = {
     "frames must be 1 + 4n along dimension 2, got 4": lambda vae, state: vae.encode(
         torch.zeros(2, 3, 4, 16, 24).double()
     ),
-    "frames must be 1 + 4n along dimension 2, got 0": lambda vae, state: vae.encode(
+    "frames must be at least 1 along dimension 2, got 0": lambda vae, state: vae.encode(
         torch.zeros(2, 3, 0, 16, 24).double()
     ),
     "latents must be [B, C, T, h, w], got [4, 2, 3]": lambda vae, state: vae.decode(torch.zeros(4, 2, 3)),

@@ -328,8 +328,8 @@ def test_bad_input_is_refused():
     other = small_vae(block_out_channels=(4, 4, 8, 12))
     for match, call in {
         r"width must be a positive multiple of 8, got 20": lambda: vae.init_state("decode", 1, 16, 20),
-        r"frames must be 4n \+ 1 along dimension 2, got 8": lambda: vae.encode(clip(8)),
-        r"frames .* 5 dimensions .* got \[3, 16, 24\]": lambda: vae.encode(clip(1)[0, :, 0]),
+        r"frames must be 1 \+ 4n along dimension 2, got 8": lambda: vae.encode(clip(8)),
+        r"frames must be \[B, C, T, h, w\], got \[3, 16, 24\]": lambda: vae.encode(clip(1)[0, :, 0]),
         r"latents .*\[2, 4, any, 2, 3\], got \[2, 3, 1, 2, 3\]": lambda: vae.decode(latents[:, :3]),
         r"latents .*\[2, 4, any, 2, 3\], got \[1, 4, 1": lambda: vae.decode_chunk(latents[:1], decoding),
         r"frames .*\[2, 3, any, 16, 24\], got": lambda: vae.encode_chunk(clip(1)[..., :8], encoding),

@@ -331,7 +331,7 @@ def test_data_that_does_not_fit_is_refused():
     vae = build("2.1")
     with pytest.raises(ValueError, match=r"width must be a positive multiple of 8, got 20"):
         vae.init_state("encode", 1, 16, 20)
-    with pytest.raises(ValueError, match=r"frames must be 4n \+ 1 along dimension 2, got 8"):
+    with pytest.raises(ValueError, match=r"frames must be 1 \+ 4n along dimension 2, got 8"):
         vae.encode(random_frames(8))
     with pytest.raises(ValueError, match=r"latents .*\[1, 4, any, 2, 2\], got \[1, 5, 1, 2, 2\]"):
         vae.decode(torch.zeros((1, 5, 1, 2, 2), dtype=torch.float64))
@@ -339,7 +339,9 @@ def test_data_that_does_not_fit_is_refused():
         vae.encode(torch.zeros((3, 16, 16), dtype=torch.float64))
     with pytest.raises(ValueError, match=r"latents must be \[B, C, T, h, w\], got \[4, 2, 2\]"):
         vae.decode(torch.zeros((4, 2, 2), dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"latents must be torch.float64 like the VAE, got torch.float32"):
+    with pytest.raises(
+        ValueError, match=r"latents must be torch.float64 on cpu like the VAE, got torch.float32"
+    ):
         vae.decode(random_latents(vae, 1).float())
 
 
