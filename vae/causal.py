@@ -24,6 +24,7 @@ from genstream.vae.checks import (
     check_state,
     check_tensor,
 )
+from genstream.vae.chunks import cut_clip
 from genstream.vae.layers import CausalConv3d, CausalInterpolation, FrameConv, Memory, remembering_layers
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 
@@ -253,29 +254,42 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
         latents: Tensor = self.encode_chunk(pending[:, :, -1:].expand(-1, -1, missing, -1, -1), state)
         return latents
 
-    def encode(self, frames: Tensor) -> Tensor:
-        """Latents [B, C, T, h, w] of a whole clip [B, 3, 1 + r (T - 1), H, W]; the mean of the posterior."""
+    def encode(self, frames: Tensor, chunk_latents: int | None = None) -> Tensor:
+        """Latents [B, C, T, h, w] of a whole clip [B, 3, 1 + r (T - 1), H, W]; the mean of the posterior.
+
+        The result is the same for any `chunk_latents`: groups of frames that go together, None for all. With
+        a number, memory besides that of the clip itself does not grow with its length.
+        """
         check_frames(frames, self.spec)
         state = self.init_state("encode", frames.shape[0], frames.shape[3], frames.shape[4])
-        latents: Tensor = self.encode_chunk(frames, state)
-        return latents
+        parts = cut_clip(frames, chunk_latents, self.spec.temporal_ratio)
+        return torch.cat([self.encode_chunk(part, state) for part in parts], dim=2)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Frames [B, 3, 1 + r (T - 1), H, W] in [-1, 1] of a whole clip [B, C, T, h, w]."""
-        return self.decode_unclamped(latents).clamp(-1, 1)
+    def decode(self, latents: Tensor, chunk_latents: int | None = None) -> Tensor:
+        """Frames [B, 3, 1 + r (T - 1), H, W] in [-1, 1] of a whole clip [B, C, T, h, w].
+
+        `chunk_latents` latent frames go together, as in `encode`.
+        """
+        state = self._state_of_clip(latents)
+        parts = cut_clip(latents, chunk_latents, 1)
+        return torch.cat([self.decode_chunk(part, state) for part in parts], dim=2)
 
     def decode_unclamped(self, latents: Tensor) -> Tensor:
         """`decode` before the clamp, whose gradient is zero outside the range."""
-        check_clip("latents", latents)
-        ratio = self.spec.spatial_ratio
-        batch_size, _, _, height, width = latents.shape
-        state = self.init_state("decode", batch_size, height * ratio, width * ratio)
-        frames: Tensor = self.decode_window(latents, state)
+        frames: Tensor = self.decode_window(latents, self._state_of_clip(latents))
         return frames
 
     def forward(self, sample: Tensor) -> Tensor:
         """Reconstruction of a clip."""
         return self.decode(self.encode(sample))
+
+    def _state_of_clip(self, latents: Tensor) -> VAEState:
+        """A decoding state for latents of this batch and size."""
+        check_clip("latents", latents)
+        ratio = self.spec.spatial_ratio
+        batch_size, _, _, height, width = latents.shape
+        state: VAEState = self.init_state("decode", batch_size, height * ratio, width * ratio)
+        return state
 
     def _encode(self, frames: Tensor, state: VAEState) -> tuple[Posterior, dict[str, Tensor]]:
         """Posterior of the groups that `frames` complete, and the next slots."""
@@ -296,11 +310,13 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
     def _posterior(self, mean: Tensor, log_variance: Tensor) -> Posterior:
         """Normalise raw moments. The variance is kept in a range where its exponential is finite."""
         offset, std = self._per_channel(self._latents_mean), self._per_channel(self._latents_std)
-        normalised = (mean - offset) / std
+        # The statistics may be float32 in a VAE that was loaded in half precision.
+        dtype = self._weight.dtype
+        normalised = ((mean - offset) / std).to(dtype)
         if self.config.latents == "deterministic":
             return Posterior(mean=normalised, log_variance=None)
         bounded = log_variance.clamp(*_LOG_VARIANCE_RANGE)
-        return Posterior(mean=normalised, log_variance=bounded - 2 * std.log())
+        return Posterior(mean=normalised, log_variance=(bounded - 2 * std.log()).to(dtype))
 
     def _decode(self, latents: Tensor, state: VAEState) -> tuple[Tensor, dict[str, Tensor]]:
         """Frames, not clamped, and the next slots."""
@@ -313,7 +329,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
         raw = latents * self._per_channel(self._latents_std) + self._per_channel(self._latents_mean)
         text, mask = state.slots[_TEXT], state.slots[_TEXT_MASK]
         memory = Memory(self.decoder, state.slots)
-        frames = self.decoder(self.post_quant_conv(raw), memory, text, mask)
+        frames = self.decoder(self.post_quant_conv(raw.to(latents.dtype)), memory, text, mask)
         return frames, {**memory.slots, _TEXT: text, _TEXT_MASK: mask}
 
     def _complete_frames(self, waiting: int, state: VAEState) -> int:

@@ -81,6 +81,22 @@ def test_chunked_decode_equals_whole(vae):
         torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("chunk_latents", [1, 2])
+def test_long_clips_take_the_memory_of_a_chunk(vae, chunk_latents):
+    frames = clip(13)
+    latents = vae.encode(frames)
+    whole = vae.decode(latents)
+    seen = []
+    hook = vae.decoder.conv_out.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[2]))
+    decoded = vae.decode(latents, chunk_latents)
+    hook.remove()
+    assert max(seen) <= 4 * chunk_latents
+    torch.testing.assert_close(decoded, whole, rtol=0, atol=1e-11)
+    torch.testing.assert_close(vae.encode(frames, chunk_latents), latents, rtol=0, atol=1e-11)
+    with pytest.raises(ValueError, match="chunk_latents must be None or 1 or more, got 0"):
+        vae.decode(latents, 0)
+
+
 def test_later_input_changes_no_earlier_output(vae):
     frames, latents = clip(13), some_latents(vae, 4)
     other_frames, other_latents = frames.clone(), latents.clone()
