@@ -180,6 +180,27 @@ def test_a_causal_name_does_not_make_a_model_exact():
     assert LTXAdapter(vae).spec.exactness == "approximate"
 
 
+def test_an_error_that_is_small_does_not_make_a_model_exact():
+    """All frames depend on the last latent, so little that coarse weights could hide it."""
+
+    class Leaking(WanAdapter):
+        def whole_decode(self, raw: Tensor) -> Tensor:
+            return super().whole_decode(raw) + 1e-6 * raw[:, :, -1:].mean()
+
+    measured = probe(Leaking(model("wan21")))
+    assert measured.decode_error < 1e-4 * measured.decode_scale
+    assert measured.lookahead_latents > 0
+    assert measured.exactness == "approximate"
+
+
+def test_a_model_that_gives_the_same_for_all_latents_is_measured():
+    kind, config = ADAPTED["wan21"]
+    vae = kind(**config).eval().requires_grad_(requires_grad=False)
+    vae.decoder.conv_out.weight.zero_()
+    measured = stream_vae(vae).measured
+    assert measured is not None and measured.lookahead_latents == 0
+
+
 @pytest.mark.parametrize("name", EXACT + PARTITION)
 def test_later_latents_never_change_earlier_frames(name):
     """Not even by rounding; where the model fixes pieces, those of an earlier piece."""
