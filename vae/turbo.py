@@ -2,7 +2,7 @@
 
 Depthwise-separable 3-D convolutions where most channels are, and a 3-D pixel shuffle taken apart into a
 reshape over time and 2-D shuffles. Key and configuration names are those of the published weights
-(https://github.com/hustvl/Turbo-VAED).
+(https://github.com/hustvl/Turbo-VAED); `genstream.vae.turbo_weights.load_turbo_vaed` reads them.
 """
 
 import math

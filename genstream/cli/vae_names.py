@@ -82,7 +82,7 @@ def names_help() -> str:
             "A VAE is one of:",
             "  a component folder with config.json and safetensors weights, of genstream or diffusers",
             "  a model folder, whose VAE is taken",
-            "  a weight file as published for Wan or TAEHV (.safetensors, .pth)",
+            "  a weight file as published for Wan, TAEHV or Turbo-VAED (.safetensors, .pth)",
             f"  an installed model: {', '.join(installed_models())}",
             "  a class of diffusers, such as AutoencoderKLWan, with random weights",
             "  an architecture with random weights:",
@@ -117,11 +117,15 @@ def open_vae(name: str, dtype: "torch.dtype", device: "torch.device") -> "Stream
 
 def _open_file(path: Path, dtype: "torch.dtype", device: "torch.device") -> "StreamingVAE":
     from genstream.vae.taehv import load_taehv
+    from genstream.vae.turbo_weights import is_turbo_vaed, load_turbo_vaed
     from genstream.vae.wan_weights import load_wan_vae
     from genstream.vae.weights import read_weights
 
     tensors = read_weights(path)
-    vae = load_taehv(tensors) if "encoder.0.weight" in tensors else load_wan_vae(tensors)
+    if "encoder.0.weight" in tensors:
+        vae: ModelMixin = load_taehv(tensors)
+    else:
+        vae = load_turbo_vaed(tensors) if is_turbo_vaed(tensors) else load_wan_vae(tensors)
     moved: StreamingVAE = _cast(vae, dtype, device)
     return moved
 

@@ -26,6 +26,7 @@ from genstream.cli.vae_comparison import picture, reconstruct
 from genstream.cli.vae_names import ARCHITECTURES, open_vae, split_pair
 from genstream.data.toyworld import ToyWorld
 from genstream.vae.tiny import TinyVideoVAE
+from genstream.vae.turbo import TurboVAED
 from genstream.vae.wan import WanVideoVAE
 
 CPU = torch.device("cpu")
@@ -226,6 +227,8 @@ def test_vaes_by_name_folder_and_file(tiny_folder, tmp_path):
     wan = WanVideoVAE(encoder_widths=(4,) * 5, decoder_widths=(4,) * 5)
     save_file(wan.state_dict(), tmp_path / "wan.safetensors")
     assert isinstance(open_vae(str(tmp_path / "wan.safetensors"), torch.float32, CPU), WanVideoVAE)
+    save_file(plain("turbo").float().state_dict(), tmp_path / "turbo.safetensors")
+    assert isinstance(open_vae(str(tmp_path / "turbo.safetensors"), torch.float32, CPU), TurboVAED)
     with pytest.raises(ValueError, match=r"one of wan2.1, wan2.2, .*causal, got 'wan3'"):
         open_vae("wan3", torch.float32, CPU)
     weights = [open_vae("taehv", torch.float32, CPU).decoder[1].weight for _ in range(2)]
