@@ -222,3 +222,5 @@ def _read_clip(path: Path, count: int, size: tuple[int, int] | None) -> "Frames"
 def _check_folder_of(option: str, path: Path | None) -> None:
     if path is not None and not path.parent.is_dir():
         raise ValueError(f"{option}: the folder {str(path.parent)!r} does not exist")
+    if path is not None and path.is_dir():
+        raise ValueError(f"{option}: {str(path)!r} is a folder, not a file")

@@ -94,7 +94,11 @@ def names_help() -> str:
 def split_pair(name: str) -> tuple[str, str]:
     """Encoder and decoder: `A+B` decodes the latents of A with B, any other VAE does both."""
     encoder, plus, decoder = name.partition(_PAIR)
-    return (name, name) if not plus or Path(name).exists() else (encoder, decoder)
+    if not plus or Path(name).exists():
+        return name, name
+    if not (encoder and decoder):
+        raise ValueError(f"VAE must name an encoder and a decoder around {_PAIR}, got {name!r}")
+    return encoder, decoder
 
 
 def open_vae(name: str, dtype: "torch.dtype", device: "torch.device") -> "StreamingVAE":

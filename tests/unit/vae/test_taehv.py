@@ -192,6 +192,18 @@ def test_strides_that_the_weights_do_not_have_are_refused():
         load_taehv(weights, decoder_spatial_strides=[2, 2])
 
 
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("what", ["empty", "text", "cut off"])
+def test_files_that_are_no_checkpoints_are_refused(suffix, what, tmp_path):
+    path = tmp_path / f"taehv.{suffix}"
+    weights = build(latent_channels=4).state_dict()
+    torch.save(weights, path) if suffix == "pth" else save_file(weights, path)
+    content = {"empty": b"", "text": b"these are no weights", "cut off": path.read_bytes()[:-100]}
+    path.write_bytes(content[what])
+    with pytest.raises(ValueError, match=rf"source must be a checkpoint file, .*taehv.{suffix}' cannot be"):
+        load_taehv(path)
+
+
 def test_weights_of_something_else_are_refused(tmp_path):
     weights = build(latent_channels=4).state_dict()
     with pytest.raises(ValueError, match=r"source must hold 'decoder.7.conv.weight', got 1 tensors"):
