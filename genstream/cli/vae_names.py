@@ -45,6 +45,16 @@ ARCHITECTURES = {
     "taew2_2": Architecture(
         "tiny VAE of Wan 2.2 latents", "TinyVideoVAE", {"latent_channels": 48, "patch_size": 2}
     ),
+    "taew2_2_super": Architecture(
+        "the same, larger decoder",
+        "TinyVideoVAE",
+        {
+            "latent_channels": 48,
+            "patch_size": 2,
+            "decoder_block": "super",
+            "decoder_widths": (512, 256, 128, 64),
+        },
+    ),
     "taehv1_5": Architecture(
         "tiny VAE of HunyuanVideo 1.5 latents, 4x16x16, 32 channels",
         "TinyVideoVAE",

@@ -206,6 +206,7 @@ def test_architectures_have_the_settings_of_their_classes(name):
         "wan2.2": 704.7,
         "taew2_1": 11.3,
         "taew2_2": 11.4,
+        "taew2_2_super": 20.5,
         "taehv1_5": 11.4,
         "turbo": 40.7,
         "turbo-causal": 40.7,
