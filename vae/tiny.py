@@ -154,6 +154,12 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
             memory_latents=math.ceil(sum(BLOCKS_PER_STAGE / rate for rate in rates)),
         )
 
+    @property
+    def is_aligned(self) -> bool:
+        """Whether `decode` gives back the frames that were encoded, each at its place."""
+        lead: int = math.prod(self.config.encoder_temporal_strides) - 1
+        return bool(self.config.first_frame_copies == lead)
+
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def init_state(self, direction: Direction, batch_size: int, height: int, width: int) -> VAEState:
         """State of a stream that has not started; `height` and `width` in pixels."""
@@ -255,7 +261,7 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
         return frames
 
     def forward(self, sample: Tensor) -> Tensor:
-        """Reconstruction of a clip."""
+        """Reconstruction of a clip; frames are shifted by r - 1 unless the VAE `is_aligned`."""
         return self.decode(self.encode(sample))
 
     def _state_of_clip(self, latents: Tensor) -> VAEState:

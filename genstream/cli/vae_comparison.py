@@ -85,7 +85,7 @@ def _check_clip(clip: Frames, name: str, encoder: VAESpec, decoder: VAESpec) -> 
 
 def _leading_copies(encoder: StreamingVAE) -> int:
     """Copies of the first frame that align what published TAEHV encoders give with what decoders take."""
-    unaligned = isinstance(encoder, TinyVideoVAE) and encoder.config.first_frame_copies == 0
+    unaligned = isinstance(encoder, TinyVideoVAE) and not encoder.is_aligned
     return encoder.spec.temporal_ratio - 1 if unaligned else 0
 
 

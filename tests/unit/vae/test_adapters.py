@@ -11,6 +11,7 @@ from torch import Tensor
 from genstream.vae.adapters import probe, stream_vae
 from genstream.vae.adapters.hunyuan import HunyuanVideoAdapter
 from genstream.vae.adapters.ltx import LTXAdapter
+from genstream.vae.adapters.partition import KVAEAdapter
 from genstream.vae.adapters.scale import LatentScale
 from genstream.vae.adapters.wan import WanAdapter
 from genstream.vae.adapters.windowed import Window
@@ -354,6 +355,12 @@ def test_latents_are_normalised_exactly_once(name):
         expected = (raw - table[0]) * factor / table[1]
     torch.testing.assert_close(vae.encode(frames), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(vae.scale.raw(expected, 0), raw, rtol=1e-9, atol=1e-9)
+
+
+def test_a_published_factor_that_the_class_does_not_know_counts():
+    kind, config = ADAPTED["kvae"]
+    vae = kind.from_config({**config, "scaling_factor": 0.5})
+    assert KVAEAdapter(vae).scale.normalised(torch.ones(1, 4, 1, 1, 1), 0).unique().tolist() == [0.5]
 
 
 def test_statistics_of_frames_beyond_the_table_are_those_of_its_last():
