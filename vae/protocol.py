@@ -151,7 +151,10 @@ class StreamingVAE(Protocol):
         ...
 
     def flush(self, state: VAEState) -> Tensor:
-        """What still waits in `state`: a last latent frame (encode) or frames (decode), else length 0."""
+        """What still waits in `state`: a last latent frame (encode) or frames (decode), else length 0.
+
+        The stream is then at its end: what comes after is not part of it.
+        """
         ...
 
     def encode(self, frames: Tensor) -> Tensor:

@@ -192,6 +192,30 @@ def test_interleaved_streams_and_threads_equal_separate_ones(name):
         assert_close(name, results[stream], expected[stream])
 
 
+@pytest.mark.parametrize("name", ENCODERS)
+def test_one_thread_may_encode_while_another_decodes(name):
+    vae = small_vae(name)
+    ratio = vae.spec.temporal_ratio
+    frames = frames_for(vae, vae.spec.first_frames + 2 * ratio, 1, (2, 2))
+    work: dict[Direction, tuple[Tensor, list[int]]] = {
+        "encode": (frames, [vae.spec.first_frames, ratio, ratio]),
+        "decode": (latents_for(vae, 3, 1, 2, 2), [1] * 3),
+    }
+    expected = {way: streamed(vae, way, *parts) for way, parts in work.items()}
+    results: dict[Direction, Tensor] = {}
+
+    def run(way: Direction) -> None:
+        results[way] = streamed(vae, way, *work[way])
+
+    threads = [threading.Thread(target=run, args=(way,)) for way in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for way in work:
+        assert_close(name, results[way], expected[way])
+
+
 def with_statistics(name: str, mean: list[float], std: list[float]) -> StreamingVAE:
     """The VAE with other latent statistics, but the same weights."""
     if name in OWN:
