@@ -454,7 +454,7 @@ def _check_image_config(config: FrozenDict) -> None:
 
 def _image_statistics(config: FrozenDict) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel that say what the image VAE's own configuration says."""
-    count = config.latent_channels
+    count, factor = config.latent_channels, config.scaling_factor
     if config.latents_mean is not None and config.latents_std is not None:
-        return list(config.latents_mean), list(config.latents_std)
-    return [config.shift_factor or 0.0] * count, [1 / config.scaling_factor] * count
+        return list(config.latents_mean), [std / factor for std in config.latents_std]
+    return [config.shift_factor or 0.0] * count, [1 / factor] * count

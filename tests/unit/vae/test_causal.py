@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from genstream.vae.adapters import stream_vae
 from genstream.vae.causal import CausalVideoVAE
 from genstream.vae.protocol import VAEState
 
@@ -185,6 +186,16 @@ def test_one_frame_is_what_the_image_vae_makes_of_it(image, kernels):
     torch.testing.assert_close(decoded[:, :, 0], image.decode(mode).sample, rtol=0, atol=1e-6)
     still = vae.decode_unclamped(vae.encode(frames.expand(-1, -1, 9, -1, -1)))
     torch.testing.assert_close(still, decoded.expand(-1, -1, 9, -1, -1), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "statistics",
+    [{"shift_factor": 0.5}, {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [0.5, 1, 2, 4]}],
+)
+def test_latents_are_those_that_diffusion_models_expect_of_the_image_vae(statistics):
+    image = image_vae(**statistics)
+    latents = CausalVideoVAE.from_image_vae(image).eval().encode(clip(1))
+    torch.testing.assert_close(latents, stream_vae(image).encode(clip(1)), rtol=1e-6, atol=1e-7)
 
 
 def test_image_vaes_of_another_kind_are_refused():
