@@ -24,7 +24,7 @@ class Architecture:
     config: Mapping[str, Any]
 
 
-_WIDE_STRIDES = {"encoder_temporal_strides": (2, 2, 2), "decoder_temporal_strides": (2, 2, 2)}
+_LTX_STRIDES = {"encoder_temporal_strides": (2, 2, 2), "decoder_temporal_strides": (2, 2, 2)}
 _TURBO = {"decoder_spatio_only": (True, False, False, False)}
 _TAEHV = "tiny VAE of Wan 2.1, Qwen-Image and HunyuanVideo latents, 4x8x8"
 ARCHITECTURES = {
@@ -63,7 +63,18 @@ ARCHITECTURES = {
     "taeltx_2": Architecture(
         "tiny VAE of LTX-2 latents, 8x32x32, 128 channels",
         "TinyVideoVAE",
-        {"latent_channels": 128, "patch_size": 4, **_WIDE_STRIDES},
+        {"latent_channels": 128, "patch_size": 4, **_LTX_STRIDES},
+    ),
+    "taeltx2_3_wide": Architecture(
+        "tiny VAE of LTX-2.3 latents with a larger decoder",
+        "TinyVideoVAE",
+        {
+            "latent_channels": 128,
+            "patch_size": 4,
+            **_LTX_STRIDES,
+            "decoder_block": "wide",
+            "decoder_widths": (1024, 512, 256, 64),
+        },
     ),
     "turbo": Architecture(
         "Turbo-VAED decoder of HunyuanVideo latents, 4x8x8, 16 channels, in overlapping windows",
