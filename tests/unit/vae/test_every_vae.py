@@ -16,6 +16,7 @@ from small_vaes import (
     small_vae,
 )
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from genstream.vae.adapters.base import Adapter
 from genstream.vae.adapters.scale import LatentScale
@@ -27,6 +28,8 @@ EVERY = [*OWN, *ADAPTED]
 ENCODERS = [name for name in EVERY if name not in DECODERS]
 # Published TAEHV weights fill up the last group; image VAEs have groups of one frame.
 ANY_COUNT = ["taehv", "taehv_super", "taehv_wide", "kl", "tiny"]
+GROWING = [("cosmos", "encode"), ("cosmos", "decode"), ("hunyuan15", "encode"), ("hunyuan15", "decode")]
+GROWING += [("mochi", "encode")]
 MEAN, STD = [0.7, -3.0, 0.0, 11.0], [0.3, 5.0, 1.0, 0.06]
 
 
@@ -190,6 +193,26 @@ def test_interleaved_streams_and_threads_equal_separate_ones(name):
         thread.join()
     for stream in range(2):
         assert_close(name, results[stream], expected[stream])
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_chunk_costs_the_same_however_long_the_stream(name, direction):
+    """Memory and arithmetic of a chunk, but for attention to all of the past."""
+    if (name, direction) in GROWING or (name in DECODERS and direction == "encode"):
+        pytest.skip("grows, or has no encoder")
+    vae, spec = small_vae(name), small_vae(name).spec
+    if direction == "encode":
+        step, chunk = vae.encode_chunk, frames_for(vae, spec.temporal_ratio * spec.chunk_latents, 1, (2, 2))
+    else:
+        step, chunk = vae.decode_chunk, latents_for(vae, spec.chunk_latents, 1, 2, 2)
+    state, costs = start(vae, direction, chunk), []
+    for _ in range(9):
+        with FlopCounterMode(display=False) as counter:
+            step(chunk, state)
+        costs.append((counter.get_total_flops(), state.nbytes))
+    assert costs[-1][0] > 0
+    assert len(set(costs[-4:])) == 1
 
 
 @pytest.mark.parametrize("name", ENCODERS)
