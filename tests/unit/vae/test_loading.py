@@ -125,6 +125,13 @@ def test_missing_weights_are_named(tmp_path):
         load_vae(tmp_path)
 
 
+def test_weights_of_another_configuration_are_named(tmp_path):
+    path = tiny_folder(tmp_path) / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(path), "encoder.99.bias": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"0 missing \[\], 1 unexpected \['encoder.99.bias'\]"):
+        load_vae(tmp_path)
+
+
 def test_weights_that_are_cut_off_are_refused(tmp_path):
     path = tiny_folder(tmp_path) / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
