@@ -73,7 +73,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
         encoder_temporal_kernels: for each level, 3 for causal 3-D convolutions or 1 for 2-D ones, which cost
             a third.
         decoder_temporal_kernels: likewise.
-        norm: "group" over each frame, as image VAEs have, or "channel", which is exact in tiles too.
+        norm: "group" over each frame, as image VAEs have, or "channel", which tiles in space do not change.
         norm_num_groups: groups of "group".
         mid_block_add_attention: whether the frames of the last level have self-attention.
         latents: "kl" has a mean and a variance per latent, "deterministic" one value.

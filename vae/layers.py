@@ -105,7 +105,7 @@ class FrameGroupNorm(nn.GroupNorm):
 
 
 class ChannelNorm(nn.Module):
-    """RMS normalisation over the channels of every pixel by itself, so that tiles in space are exact too."""
+    """RMS normalisation over the channels of every pixel by itself, which tiles in space do not change."""
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()
