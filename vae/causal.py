@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from genstream.vae.causal_network import Decoder, Encoder, NetworkSettings, Norm, inflate
 from genstream.vae.checks import (
-    channel_values,
     check_clip,
     check_frames,
     check_start,
     check_state,
     check_tensor,
+    latent_statistics,
 )
 from genstream.vae.chunks import cut_clip
 from genstream.vae.layers import CausalConv3d, CausalInterpolation, FrameConv, Memory, remembering_layers
@@ -117,8 +117,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
         network = self._network(decoder_temporal_kernels)
         self.decoder = Decoder(network, latent_channels, text_dim, text_heads)
         self._memory_latents = _memory_latents(self.decoder)
-        mean = channel_values("latents_mean", latents_mean, latent_channels, 0.0)
-        std = channel_values("latents_std", latents_std, latent_channels, 1.0)
+        mean, std = latent_statistics(latents_mean, latents_std, latent_channels)
         self.register_buffer("_latents_mean", mean, persistent=False)
         self.register_buffer("_latents_std", std, persistent=False)
 

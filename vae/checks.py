@@ -6,7 +6,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from genstream.shapes import check_divides
+from genstream.shapes import check_divides, check_whole
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 
 _CLIP_DIMENSIONS = 5
@@ -16,6 +16,7 @@ def check_start(direction: Direction, batch_size: int, height: int, width: int, 
     """What a state is made for; height and width in pixels must be whole latent pixels."""
     if direction not in get_args(Direction):
         raise ValueError(f"direction must be 'encode' or 'decode', got {direction!r}")
+    check_whole("batch_size", batch_size)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     check_divides("height", height, ratio)
@@ -81,8 +82,21 @@ def check_state(state: VAEState, direction: Direction, vae: str, like: Tensor) -
     check_like("state", next(iter(state.slots.values())), like)
 
 
-def channel_values(name: str, values: Sequence[float] | None, channels: int, default: float) -> Tensor:
-    """One float32 number per latent channel; None stands for `default` everywhere."""
+def latent_statistics(
+    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of raw latents, a float32 number per channel each; None for 0 and for 1."""
+    if channels < 1:
+        raise ValueError(f"latent_channels must be at least 1, got {channels}")
+    if std is not None and not all(value > 0 for value in std):
+        raise ValueError(f"latents_std must be above 0 for every channel, got {list(std)}")
+    return (
+        _channel_values("latents_mean", mean, channels, 0.0),
+        _channel_values("latents_std", std, channels, 1.0),
+    )
+
+
+def _channel_values(name: str, values: Sequence[float] | None, channels: int, default: float) -> Tensor:
     if values is None:
         return torch.full((channels,), default)
     if len(values) != channels:

@@ -103,6 +103,9 @@ class VAEState:
         """The state that `tensors` and `meta` were taken from."""
         if meta.get("format") != STATE_FORMAT:
             raise ValueError(f"VAE state format must be {STATE_FORMAT}, got {meta.get('format')!r}")
+        fields = cls(direction="decode", vae="", batch_size=1, height=1, width=1).meta().keys()
+        if meta.keys() != fields:
+            raise ValueError(f"meta must hold {sorted(fields)}, got {sorted(meta)}")
         names = set(meta["slots"])
         missing, unexpected = sorted(names - tensors.keys()), sorted(tensors.keys() - names)
         if missing or unexpected:

@@ -20,12 +20,12 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from genstream.vae.checks import (
-    channel_values,
     check_clip,
     check_frames,
     check_start,
     check_state,
     check_tensor,
+    latent_statistics,
 )
 from genstream.vae.chunks import cut_clip
 from genstream.vae.protocol import Direction, VAESpec, VAEState
@@ -137,8 +137,7 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
             decoder_spatial_strides,
             decoder_block,
         )
-        mean = channel_values("latents_mean", latents_mean, latent_channels, 0.0)
-        std = channel_values("latents_std", latents_std, latent_channels, 1.0)
+        mean, std = latent_statistics(latents_mean, latents_std, latent_channels)
         self.register_buffer("_latents_mean", mean, persistent=False)
         self.register_buffer("_latents_std", std, persistent=False)
 

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from genstream.vae.checks import channel_values
+from genstream.vae.checks import latent_statistics
 from genstream.vae.turbo import TurboVAED
 from genstream.vae.weights import Weights, fill, read_weights, shape_of
 
 _HEADS = "aligned_feature_projection_heads."
 _FIRST = "conv_in.conv.weight"
 _DECODER = "decoder."
-_BUFFERS = {"latents_mean": 0.0, "latents_std": 1.0}
 
 
 def is_turbo_vaed(tensors: Mapping[str, Tensor]) -> bool:
@@ -49,9 +48,10 @@ def load_turbo_vaed(
     tensors = _whole_names(read_weights(source))
     given = {"latents_mean": latents_mean, "latents_std": latents_std}
     channels = shape_of(tensors, _DECODER + _FIRST)[1]
-    for name, default in _BUFFERS.items():
-        if given[name] is not None or name not in tensors:
-            tensors[name] = channel_values(name, given[name], channels, default)
+    statistics = latent_statistics(latents_mean, latents_std, channels)
+    for (name, values), statistic in zip(given.items(), statistics, strict=True):
+        if values is not None or name not in tensors:
+            tensors[name] = statistic
     blocks = _up_blocks(tensors)
     separable = [_is_separable(tensors, block) for block in (*blocks, "decoder.mid_block")]
     vae: TurboVAED = TurboVAED(

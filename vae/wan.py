@@ -19,12 +19,12 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from genstream.vae.checks import (
-    channel_values,
     check_clip,
     check_frames,
     check_start,
     check_state,
     check_tensor,
+    latent_statistics,
 )
 from genstream.vae.chunks import cut_clip
 from genstream.vae.protocol import Direction, VAESpec, VAEState
@@ -206,8 +206,11 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
         for name, layer in self.named_modules():
             if isinstance(layer, CausalConv3d):
                 layer.slot = name
-        mean = _statistic("latents_mean", latents_mean, latent_channels, _LATENTS_MEAN)
-        std = _statistic("latents_std", latents_std, latent_channels, _LATENTS_STD)
+        mean, std = latent_statistics(
+            _statistic("latents_mean", latents_mean, latent_channels, _LATENTS_MEAN),
+            _statistic("latents_std", latents_std, latent_channels, _LATENTS_STD),
+            latent_channels,
+        )
         self.register_buffer("_latents_mean", mean, persistent=False)
         self.register_buffer("_latents_std", std, persistent=False)
         self._spec = VAESpec(
@@ -385,14 +388,35 @@ def _check_config(
             raise ValueError(f"{name} must be {STAGES + 1} numbers, got {list(widths)}")
     if len(strides) != STAGES - 1 or any(stride not in (1, 2) for stride in strides):
         raise ValueError(f"temporal_strides must be {STAGES - 1} numbers of 1 or 2, got {list(strides)}")
+    if version == "2.2":
+        _check_shortcuts(encoder_widths, decoder_widths, strides)
+
+
+def _check_shortcuts(
+    encoder_widths: Sequence[int], decoder_widths: Sequence[int], strides: Sequence[int]
+) -> None:
+    """Shortcuts of version 2.2 average and copy whole groups of channels."""
+    cells = [stride * SCALE**2 for stride in strides]
+    down = zip(pairwise(encoder_widths), [*cells, 1], strict=True)
+    # The last stage has no shortcut.
+    up = zip(pairwise(decoder_widths[:-1]), cells[::-1], strict=True)
+    for name, widths, whole in (
+        ("encoder_widths", encoder_widths, all(a * cell % b == 0 for (a, b), cell in down)),
+        ("decoder_widths", decoder_widths, all(b * cell % a == 0 for (a, b), cell in up)),
+    ):
+        if not whole:
+            raise ValueError(
+                f"{name} must be multiples of each other, up to factors of 2, for version '2.2', "
+                f"got {list(widths)}"
+            )
 
 
 def _statistic(
     name: str, values: Sequence[float] | None, channels: int, published: dict[int, tuple[float, ...]]
-) -> Tensor:
+) -> Sequence[float]:
     if values is None and channels not in published:
         raise ValueError(
             f"{name} must be given for latent_channels = {channels}, got None, "
             f"which stands for {sorted(published)} channels only"
         )
-    return channel_values(name, published[channels] if values is None else values, channels, 0.0)
+    return published[channels] if values is None else values

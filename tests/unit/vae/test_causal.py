@@ -376,6 +376,8 @@ def test_bad_input_is_refused():
         r"norm must be one of group, channel, got 'batch'": lambda: small_vae(norm="batch"),
         r"block_out_channels must divide by norm_num_groups = 3": lambda: small_vae(norm_num_groups=3),
         r"text_heads must divide .* = 8, got 3": lambda: small_vae(text_dim=6, text_heads=3),
+        r"latents_std must be above 0 .* got \[1, -1, 1, 1\]": lambda: small_vae(latents_std=[1, -1, 1, 1]),
+        r"latent_channels must be at least 1, got 0": lambda: small_vae(latent_channels=0),
         r"latents_std must hold latent_channels = 4 numbers, got 2": lambda: small_vae(latents_std=[1, 2]),
     }.items():
         with pytest.raises(ValueError, match=match):

@@ -304,6 +304,7 @@ def test_states_are_made_for_whole_streams_only(name):
     vae, size = small_vae(name), small_vae(name).spec.spatial_ratio
     assert "direction must be " in message(vae.init_state, "both", 1, size, size)
     assert message(vae.init_state, "decode", 0, size, size) == "batch_size must be at least 1, got 0"
+    assert message(vae.init_state, "decode", 1.5, size, size) == "batch_size must be a whole number, got 1.5"
     text = message(vae.init_state, "decode", 1, 0, size)
     assert f"height must be a positive multiple of {size}, got 0" in text
     if size > 1:
@@ -343,6 +344,9 @@ def test_the_end_of_another_stream_is_refused(name, direction):
 def test_states_that_are_not_whole_are_refused(name):
     vae = small_vae(name)
     state = start(vae, "decode", latents_for(vae, 1))
+    meta = state.meta()
+    del meta["steps"]
+    assert message(VAEState.restore, state.tensors(), meta).startswith("meta must hold ['batch_size', ")
     tensors = state.tensors()
     name, slot = tensors.popitem()
     text = message(VAEState.restore, {**tensors, "other": slot}, state.meta())

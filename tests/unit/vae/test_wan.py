@@ -327,6 +327,23 @@ def test_state_of_another_stream_is_refused():
         vae.decode_chunk(latents, build("2.1").float().init_state("decode", 2, HEIGHT, WIDTH))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"encoder_widths": [4, 4, 6, 8, 8]}, r"encoder_widths must be multiples .* got \[4, 4, 6, 8, 8\]"),
+        (
+            {"decoder_widths": [12, 8, 6, 20, 4]},
+            r"decoder_widths must be multiples .* got \[12, 8, 6, 20, 4\]",
+        ),
+        ({"latents_std": [1.0, 0.0, 1.0, 1.0]}, r"latents_std must be above 0 for every channel, got \[1"),
+        ({"latents_mean": [0.0]}, "latents_mean must hold latent_channels = 4 numbers, got 1"),
+    ],
+)
+def test_settings_of_version_2_2_that_do_not_fit_are_refused(wrong, error):
+    with pytest.raises(ValueError, match=error):
+        build("2.2", **wrong)
+
+
 def test_data_that_does_not_fit_is_refused():
     vae = build("2.1")
     with pytest.raises(ValueError, match=r"width must be a positive multiple of 8, got 20"):
