@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from math import inf
 
 import imageio_ffmpeg
@@ -170,6 +171,18 @@ def test_one_vae_may_decode_what_another_encoded(clip):
         reconstruct(clip[:8], "wan", wan, wan)
     with pytest.raises(ValueError, match="without encoder"):
         reconstruct(clip, "turbo", plain("turbo"), plain("turbo"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not let peaks begin anew")
+def test_the_peak_of_memory_is_that_of_one_comparison(clip):
+    vae = plain("tiny_video")
+    before = reconstruct(clip, "x", vae, vae).peak_memory_bytes
+    large = torch.ones(400, 2**20, dtype=torch.uint8)
+    with_large = reconstruct(clip, "x", vae, vae).peak_memory_bytes
+    del large
+    after = reconstruct(clip, "x", vae, vae).peak_memory_bytes
+    assert with_large - before > 300 * 2**20
+    assert with_large - after > 300 * 2**20
 
 
 def test_late_frames_are_compared_too(clip):
