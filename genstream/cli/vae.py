@@ -67,7 +67,7 @@ def _add_compare(actions: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser = actions.add_parser(
         "compare",
         help="quality and speed on the same clip",
-        description="PSNR, SSIM, flicker and speed of reconstructions, streamed chunk by chunk.",
+        description="PSNR, SSIM, flicker, speed and memory of reconstructions, streamed chunk by chunk.",
         epilog=names_help() + "\nA+B decodes the latents of A with B.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
