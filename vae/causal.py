@@ -16,7 +16,15 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from genstream.vae.causal_network import Decoder, Encoder, NetworkSettings, Norm, inflate
-from genstream.vae.checks import channel_values, check_size, check_state, check_tensor
+from genstream.vae.checks import (
+    check_clip,
+    check_frames,
+    check_start,
+    check_state,
+    check_tensor,
+    latent_statistics,
+)
+from genstream.vae.chunks import cut_clip
 from genstream.vae.layers import CausalConv3d, CausalInterpolation, FrameConv, Memory, remembering_layers
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 
@@ -65,7 +73,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
         encoder_temporal_kernels: for each level, 3 for causal 3-D convolutions or 1 for 2-D ones, which cost
             a third.
         decoder_temporal_kernels: likewise.
-        norm: "group" over each frame, as image VAEs have, or "channel", which is exact in tiles too.
+        norm: "group" over each frame, as image VAEs have, or "channel", which tiles in space do not change.
         norm_num_groups: groups of "group".
         mid_block_add_attention: whether the frames of the last level have self-attention.
         latents: "kl" has a mean and a variance per latent, "deterministic" one value.
@@ -109,8 +117,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
         network = self._network(decoder_temporal_kernels)
         self.decoder = Decoder(network, latent_channels, text_dim, text_heads)
         self._memory_latents = _memory_latents(self.decoder)
-        mean = channel_values("latents_mean", latents_mean, latent_channels, 0.0)
-        std = channel_values("latents_std", latents_std, latent_channels, 1.0)
+        mean, std = latent_statistics(latents_mean, latents_std, latent_channels)
         self.register_buffer("_latents_mean", mean, persistent=False)
         self.register_buffer("_latents_std", std, persistent=False)
 
@@ -168,7 +175,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def init_state(self, direction: Direction, batch_size: int, height: int, width: int) -> VAEState:
         """State of a stream that has not started; `height` and `width` in pixels."""
-        check_size(height, width, self.spec.spatial_ratio)
+        check_start(direction, batch_size, height, width, self.spec.spatial_ratio)
         state = VAEState(
             direction=direction, vae=self._describe(), batch_size=batch_size, height=height, width=width
         )
@@ -246,32 +253,42 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
         latents: Tensor = self.encode_chunk(pending[:, :, -1:].expand(-1, -1, missing, -1, -1), state)
         return latents
 
-    def encode(self, frames: Tensor) -> Tensor:
-        """Latents [B, C, T, h, w] of a whole clip [B, 3, 1 + r (T - 1), H, W]; the mean of the posterior."""
-        _check_video("frames", frames)
-        count, ratio = frames.shape[2], self.spec.temporal_ratio
-        if count % ratio != 1 % ratio or count == 0:
-            raise ValueError(f"frames must be {ratio}n + 1 along dimension 2, got {count}")
-        state = self.init_state("encode", frames.shape[0], frames.shape[3], frames.shape[4])
-        latents: Tensor = self.encode_chunk(frames, state)
-        return latents
+    def encode(self, frames: Tensor, chunk_latents: int | None = None) -> Tensor:
+        """Latents [B, C, T, h, w] of a whole clip [B, 3, 1 + r (T - 1), H, W]; the mean of the posterior.
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Frames [B, 3, 1 + r (T - 1), H, W] in [-1, 1] of a whole clip [B, C, T, h, w]."""
-        return self.decode_unclamped(latents).clamp(-1, 1)
+        The result is the same for any `chunk_latents`: groups of frames that go together, None for all. With
+        a number, memory besides that of the clip itself does not grow with its length.
+        """
+        check_frames(frames, self.spec)
+        state = self.init_state("encode", frames.shape[0], frames.shape[3], frames.shape[4])
+        parts = cut_clip(frames, chunk_latents, self.spec.temporal_ratio)
+        return torch.cat([self.encode_chunk(part, state) for part in parts], dim=2)
+
+    def decode(self, latents: Tensor, chunk_latents: int | None = None) -> Tensor:
+        """Frames [B, 3, 1 + r (T - 1), H, W] in [-1, 1] of a whole clip [B, C, T, h, w].
+
+        `chunk_latents` latent frames go together, as in `encode`.
+        """
+        state = self._state_of_clip(latents)
+        parts = cut_clip(latents, chunk_latents, 1)
+        return torch.cat([self.decode_chunk(part, state) for part in parts], dim=2)
 
     def decode_unclamped(self, latents: Tensor) -> Tensor:
         """`decode` before the clamp, whose gradient is zero outside the range."""
-        _check_video("latents", latents)
-        ratio = self.spec.spatial_ratio
-        batch_size, _, _, height, width = latents.shape
-        state = self.init_state("decode", batch_size, height * ratio, width * ratio)
-        frames: Tensor = self.decode_window(latents, state)
+        frames: Tensor = self.decode_window(latents, self._state_of_clip(latents))
         return frames
 
     def forward(self, sample: Tensor) -> Tensor:
         """Reconstruction of a clip."""
         return self.decode(self.encode(sample))
+
+    def _state_of_clip(self, latents: Tensor) -> VAEState:
+        """A decoding state for latents of this batch and size."""
+        check_clip("latents", latents)
+        ratio = self.spec.spatial_ratio
+        batch_size, _, _, height, width = latents.shape
+        state: VAEState = self.init_state("decode", batch_size, height * ratio, width * ratio)
+        return state
 
     def _encode(self, frames: Tensor, state: VAEState) -> tuple[Posterior, dict[str, Tensor]]:
         """Posterior of the groups that `frames` complete, and the next slots."""
@@ -292,11 +309,13 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
     def _posterior(self, mean: Tensor, log_variance: Tensor) -> Posterior:
         """Normalise raw moments. The variance is kept in a range where its exponential is finite."""
         offset, std = self._per_channel(self._latents_mean), self._per_channel(self._latents_std)
-        normalised = (mean - offset) / std
+        # The statistics may be float32 in a VAE that was loaded in half precision.
+        dtype = self._weight.dtype
+        normalised = ((mean - offset) / std).to(dtype)
         if self.config.latents == "deterministic":
             return Posterior(mean=normalised, log_variance=None)
         bounded = log_variance.clamp(*_LOG_VARIANCE_RANGE)
-        return Posterior(mean=normalised, log_variance=bounded - 2 * std.log())
+        return Posterior(mean=normalised, log_variance=(bounded - 2 * std.log()).to(dtype))
 
     def _decode(self, latents: Tensor, state: VAEState) -> tuple[Tensor, dict[str, Tensor]]:
         """Frames, not clamped, and the next slots."""
@@ -309,7 +328,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
         raw = latents * self._per_channel(self._latents_std) + self._per_channel(self._latents_mean)
         text, mask = state.slots[_TEXT], state.slots[_TEXT_MASK]
         memory = Memory(self.decoder, state.slots)
-        frames = self.decoder(self.post_quant_conv(raw), memory, text, mask)
+        frames = self.decoder(self.post_quant_conv(raw.to(latents.dtype)), memory, text, mask)
         return frames, {**memory.slots, _TEXT: text, _TEXT_MASK: mask}
 
     def _complete_frames(self, waiting: int, state: VAEState) -> int:
@@ -434,14 +453,7 @@ def _check_image_config(config: FrozenDict) -> None:
 
 def _image_statistics(config: FrozenDict) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel that say what the image VAE's own configuration says."""
-    count = config.latent_channels
+    count, factor = config.latent_channels, config.scaling_factor
     if config.latents_mean is not None and config.latents_std is not None:
-        return list(config.latents_mean), list(config.latents_std)
-    return [config.shift_factor or 0.0] * count, [1 / config.scaling_factor] * count
-
-
-def _check_video(name: str, video: Tensor) -> None:
-    if video.dim() != 5:
-        raise ValueError(
-            f"{name} must have 5 dimensions [B, C, frames, height, width], got {list(video.shape)}"
-        )
+        return list(config.latents_mean), [std / factor for std in config.latents_std]
+    return [config.shift_factor or 0.0] * count, [1 / factor] * count

@@ -38,7 +38,7 @@ class NetworkSettings:
         layers_per_block: residual blocks of an encoder level; the decoder has one more.
         temporal_levels: for each level but the last, whether the frame rate halves behind it too.
         temporal_kernels: for each level, 3 for causal 3-D convolutions or 1 for 2-D ones.
-        norm: "group" over each frame, as image VAEs have, or "channel", which tiles in space.
+        norm: "group" over each frame, as image VAEs have, or "channel", which tiles in space do not change.
         norm_groups: groups of "group".
         attention: whether the frames of the last level have self-attention.
     """

@@ -1,18 +1,24 @@
 """What every VAE refuses: sizes that do not divide, tensors and states of another stream."""
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from genstream.shapes import check_divides
-from genstream.vae.protocol import Direction, VAEState
+from genstream.shapes import check_divides, check_whole
+from genstream.vae.protocol import Direction, VAESpec, VAEState
 
 _CLIP_DIMENSIONS = 5
 
 
-def check_size(height: int, width: int, ratio: int) -> None:
-    """Height and width in pixels must be whole latent pixels."""
+def check_start(direction: Direction, batch_size: int, height: int, width: int, ratio: int) -> None:
+    """What a state is made for; height and width in pixels must be whole latent pixels."""
+    if direction not in get_args(Direction):
+        raise ValueError(f"direction must be 'encode' or 'decode', got {direction!r}")
+    check_whole("batch_size", batch_size)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     check_divides("height", height, ratio)
     check_divides("width", width, ratio)
 
@@ -21,10 +27,23 @@ def check_clip(name: str, clip: Tensor) -> None:
     """A whole clip, from which a state of its size is made."""
     if clip.ndim != _CLIP_DIMENSIONS:
         raise ValueError(f"{name} must be [B, C, T, h, w], got {list(clip.shape)}")
+    if clip.shape[2] == 0:
+        raise ValueError(f"{name} must be at least 1 along dimension 2, got 0")
+
+
+def check_frames(frames: Tensor, spec: VAESpec) -> None:
+    """A whole clip whose frames make whole latent frames."""
+    check_clip("frames", frames)
+    count = frames.shape[2] - spec.first_frames
+    if count < 0 or count % spec.temporal_ratio:
+        raise ValueError(
+            f"frames must be {spec.first_frames} + {spec.temporal_ratio}n along dimension 2, "
+            f"got {frames.shape[2]}"
+        )
 
 
 def check_tensor(name: str, tensor: Tensor, expected: tuple[int | None, ...], like: Tensor) -> None:
-    """Compare with the shape that a state was made for, None being any length, and with the dtype of `like`.
+    """Compare with the shape that a state was made for, None being any length, and with weights `like`.
 
     Autocast converts, so that inside of it the dtype is free.
     """
@@ -35,25 +54,49 @@ def check_tensor(name: str, tensor: Tensor, expected: tuple[int | None, ...], li
     if not fits:
         wanted = ", ".join("any" if want is None else str(want) for want in expected)
         raise ValueError(f"{name} must have the shape of its state [{wanted}], got {list(shape)}")
-    if tensor.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
-        raise ValueError(f"{name} must be {like.dtype} like the VAE, got {tensor.dtype}")
+    if torch.is_autocast_enabled(like.device.type):
+        tensor = tensor.new_empty(0, dtype=like.dtype)
+    check_like(name, tensor, like)
 
 
-def check_state(state: VAEState, direction: Direction, vae: str, like: Tensor) -> None:
-    """Refuse a state of the other direction, of another architecture than `vae`, or unlike the weights."""
+def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Compare dtype and device with those of the weights `like`."""
+    if (tensor.dtype, tensor.device) != (like.dtype, like.device):
+        raise ValueError(
+            f"{name} must be {like.dtype} on {like.device} like the VAE, "
+            f"got {tensor.dtype} on {tensor.device}"
+        )
+
+
+def check_owner(state: VAEState, direction: Direction, vae: str) -> None:
+    """Refuse a state of the other direction or of another architecture than `vae`."""
     if state.direction != direction:
         raise ValueError(f"state must be for {direction!r}, got one for {state.direction!r}")
     if state.vae != vae:
         raise ValueError(f"state must come from {vae}, got one from {state.vae}")
-    slot = next(iter(state.slots.values()))
-    if (slot.dtype, slot.device) != (like.dtype, like.device):
-        raise ValueError(
-            f"state must be {like.dtype} on {like.device} like the VAE, got {slot.dtype} on {slot.device}"
-        )
 
 
-def channel_values(name: str, values: Sequence[float] | None, channels: int, default: float) -> Tensor:
-    """One float32 number per latent channel; None stands for `default` everywhere."""
+def check_state(state: VAEState, direction: Direction, vae: str, like: Tensor) -> None:
+    """`check_owner`, and what is remembered must be like the weights."""
+    check_owner(state, direction, vae)
+    check_like("state", next(iter(state.slots.values())), like)
+
+
+def latent_statistics(
+    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of raw latents, a float32 number per channel each; None for 0 and for 1."""
+    if channels < 1:
+        raise ValueError(f"latent_channels must be at least 1, got {channels}")
+    if std is not None and not all(value > 0 for value in std):
+        raise ValueError(f"latents_std must be above 0 for every channel, got {list(std)}")
+    return (
+        _channel_values("latents_mean", mean, channels, 0.0),
+        _channel_values("latents_std", std, channels, 1.0),
+    )
+
+
+def _channel_values(name: str, values: Sequence[float] | None, channels: int, default: float) -> Tensor:
     if values is None:
         return torch.full((channels,), default)
     if len(values) != channels:

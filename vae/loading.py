@@ -31,7 +31,7 @@ def load_vae(
         device: to load to.
 
     Raises:
-        ValueError: it is no such folder, its VAE cannot stream, or weights are missing.
+        ValueError: it is no such folder, its VAE cannot stream, or its weights do not fit.
         OSError: its weights cannot be read.
     """
     folder = Path(folder)
@@ -45,8 +45,13 @@ def load_vae(
     vae, loading = kind.from_pretrained(
         str(folder), torch_dtype=dtype, use_safetensors=True, output_loading_info=True
     )
-    if lacking := sorted(loading["missing_keys"]):
-        raise ValueError(f"weights in {str(folder)!r} must be whole: {len(lacking)} missing {lacking[:3]}")
+    missing, unexpected = (sorted(loading[key]) for key in ("missing_keys", "unexpected_keys"))
+    # Published weights of diffusers' VAEs may hold more than their classes use.
+    if missing or (unexpected and name in _OWN):
+        raise ValueError(
+            f"weights in {str(folder)!r} must be those of its configuration: {len(missing)} missing "
+            f"{missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
+        )
     vae.to(device).eval()
     return vae if name in _OWN else stream_vae(vae)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 Direction = Literal["encode", "decode"]
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 _METADATA_KEY = "genstream_vae_state"
 
 
@@ -95,6 +95,7 @@ class VAEState:
             "height": self.height,
             "width": self.width,
             "steps": self.steps,
+            "slots": sorted(self.slots),
         }
 
     @classmethod
@@ -102,7 +103,14 @@ class VAEState:
         """The state that `tensors` and `meta` were taken from."""
         if meta.get("format") != STATE_FORMAT:
             raise ValueError(f"VAE state format must be {STATE_FORMAT}, got {meta.get('format')!r}")
-        values = {name: value for name, value in meta.items() if name != "format"}
+        fields = cls(direction="decode", vae="", batch_size=1, height=1, width=1).meta().keys()
+        if meta.keys() != fields:
+            raise ValueError(f"meta must hold {sorted(fields)}, got {sorted(meta)}")
+        names = set(meta["slots"])
+        missing, unexpected = sorted(names - tensors.keys()), sorted(tensors.keys() - names)
+        if missing or unexpected:
+            raise ValueError(f"tensors must be those of meta, got {missing} missing, {unexpected} unexpected")
+        values = {name: value for name, value in meta.items() if name not in ("format", "slots")}
         return cls(**values, slots=dict(tensors))
 
     def save(self, path: str | Path) -> None:
@@ -146,7 +154,10 @@ class StreamingVAE(Protocol):
         ...
 
     def flush(self, state: VAEState) -> Tensor:
-        """What still waits in `state`: a last latent frame (encode) or frames (decode), else length 0."""
+        """What still waits in `state`: a last latent frame (encode) or frames (decode), else length 0.
+
+        The stream is then at its end: what comes after is not part of it.
+        """
         ...
 
     def encode(self, frames: Tensor) -> Tensor:

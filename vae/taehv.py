@@ -2,7 +2,8 @@
 
 `taehv`, `taew2_1`, `taecvx`, `taeos1_3` (4x8x8, 16 channels), `taehv1_5` (4x16x16, 32), `taew2_2` (4x16x16,
 48), `taeltx_2`, `taeltx2_3` (8x32x32, 128), their "super" and "wide" decoders, and retrainings of the same
-layout (https://github.com/madebyollin/taehv).
+layout (https://github.com/madebyollin/taehv). Not `taeh3`: it starts anew after every 17 frames, which its
+tensors do not tell.
 """
 
 import math
@@ -26,11 +27,14 @@ def load_taehv(
     latents_std: Sequence[float] | None = None,
     decoder_temporal_strides: Sequence[int] | None = None,
     decoder_spatial_strides: Sequence[int] = (2, 2, 2),
+    first_frame_copies: int = 0,
 ) -> TinyVideoVAE:
     """A VAE in float32 from a published checkpoint.
 
     Decoding drops the first r - 1 frames, which leaves 1 + r (T - 1); encoding gives ceil(F / r) latents. So
-    does the reference, except for `taecvx` with an even T, where it keeps all frames, misaligned.
+    does the reference, except for `taecvx` with an even T, where it keeps all frames, misaligned. That
+    encoding does not undo such a decoding: with r - 1 `first_frame_copies` it does, and gives as many latents
+    for 1 + r (T - 1) frames as the VAE that it stands in for.
 
     Args:
         source: a .safetensors or .pth file, or its tensors by name.
@@ -40,6 +44,7 @@ def load_taehv(
         decoder_temporal_strides: 1 instead of 2 at a stage decodes fewer frames, from the same weights; None
             for all.
         decoder_spatial_strides: 1 instead of 2 at a stage decodes smaller frames; not in super decoders.
+        first_frame_copies: put in front of what is encoded; 0 as published, or r - 1.
     """
     tensors = read_weights(source)
     decoder_block = _decoder_block(tensors)
@@ -56,6 +61,7 @@ def load_taehv(
             shape_of(tensors, f"encoder.{index}.conv.weight")[1] // encoder_width for index in _POOLS
         ],
         decoder_temporal_strides=strides,
+        first_frame_copies=first_frame_copies,
         latents_mean=latents_mean,
         latents_std=latents_std,
         encoder_block="wide" if "encoder.4.conv.6.weight" in tensors else "base",

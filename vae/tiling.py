@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from genstream.vae.checks import check_clip, check_frames, check_owner, check_start
 from genstream.vae.protocol import Direction, StreamingVAE, VAESpec, VAEState
 
 _SEPARATOR = "/"
@@ -75,10 +76,7 @@ class TiledVAE:
 
     def init_state(self, direction: Direction, batch_size: int, height: int, width: int) -> VAEState:
         """State of a stream that has not started; size in pixels."""
-        ratio = self.spec.spatial_ratio
-        for name, value in (("height", height), ("width", width)):
-            if value <= 0 or value % ratio:
-                raise ValueError(f"{name} must be a positive multiple of {ratio}, got {value}")
+        check_start(direction, batch_size, height, width, self.spec.spatial_ratio)
         state = VAEState(
             direction=direction, vae=self._description, batch_size=batch_size, height=height, width=width
         )
@@ -100,21 +98,18 @@ class TiledVAE:
 
     def flush(self, state: VAEState) -> Tensor:
         """What still waits in `state`."""
-        self._check_owner(state, state.direction)
+        check_owner(state, state.direction, self._description)
         return self._run(state, lambda inner, part: self.vae.flush(inner))
 
     def encode(self, frames: Tensor) -> Tensor:
         """Latents of a whole clip [B, 3, first_frames + r (T - 1), H, W]."""
-        spec, count = self.spec, frames.shape[2]
-        if count < spec.first_frames or (count - spec.first_frames) % spec.temporal_ratio:
-            raise ValueError(
-                f"frames must be {spec.first_frames} + {spec.temporal_ratio}n along dimension 2, got {count}"
-            )
+        check_frames(frames, self.spec)
         state = self.init_state("encode", frames.shape[0], frames.shape[3], frames.shape[4])
         return torch.cat([self.encode_chunk(frames, state), self.flush(state)], dim=2)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Frames of a whole clip [B, C, T, h, w]."""
+        check_clip("latents", latents)
         ratio = self.spec.spatial_ratio
         state = self.init_state(
             "decode", latents.shape[0], latents.shape[3] * ratio, latents.shape[4] * ratio
@@ -155,7 +150,7 @@ class TiledVAE:
                 yield f"{i}.{j}", row, column
 
     def _check(self, state: VAEState, direction: Direction, name: str, tensor: Tensor) -> None:
-        self._check_owner(state, direction)
+        check_owner(state, direction, self._description)
         unit = 1 if direction == "encode" else self.spec.spatial_ratio
         wanted = (state.batch_size, state.height // unit, state.width // unit)
         if tensor.ndim != 5 or (tensor.shape[0], *tensor.shape[3:]) != wanted:
@@ -163,12 +158,6 @@ class TiledVAE:
                 f"{name} must have the batch size, height and width of their state {list(wanted)}, "
                 f"got shape {list(tensor.shape)}"
             )
-
-    def _check_owner(self, state: VAEState, direction: Direction) -> None:
-        if state.direction != direction:
-            raise ValueError(f"state must be for {direction!r}, got one for {state.direction!r}")
-        if state.vae != self._description:
-            raise ValueError(f"state must come from {self._description}, got one from {state.vae}")
 
 
 def _places(length: int, tile: int, overlap: int) -> list[_Tile]:

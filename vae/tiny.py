@@ -19,7 +19,14 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from genstream.vae.checks import channel_values, check_clip, check_size, check_state, check_tensor
+from genstream.vae.checks import (
+    check_clip,
+    check_frames,
+    check_start,
+    check_state,
+    check_tensor,
+    latent_statistics,
+)
 from genstream.vae.chunks import cut_clip
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 from genstream.vae.tiny_blocks import (
@@ -130,8 +137,7 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
             decoder_spatial_strides,
             decoder_block,
         )
-        mean = channel_values("latents_mean", latents_mean, latent_channels, 0.0)
-        std = channel_values("latents_std", latents_std, latent_channels, 1.0)
+        mean, std = latent_statistics(latents_mean, latents_std, latent_channels)
         self.register_buffer("_latents_mean", mean, persistent=False)
         self.register_buffer("_latents_std", std, persistent=False)
 
@@ -147,10 +153,16 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
             memory_latents=math.ceil(sum(BLOCKS_PER_STAGE / rate for rate in rates)),
         )
 
+    @property
+    def is_aligned(self) -> bool:
+        """Whether `decode` gives back the frames that were encoded, each at its place."""
+        lead: int = math.prod(self.config.encoder_temporal_strides) - 1
+        return bool(self.config.first_frame_copies == lead)
+
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def init_state(self, direction: Direction, batch_size: int, height: int, width: int) -> VAEState:
         """State of a stream that has not started; `height` and `width` in pixels."""
-        check_size(height, width, self.spec.spatial_ratio)
+        check_start(direction, batch_size, height, width, self.spec.spatial_ratio)
         if direction == "encode" and self._reduced:
             raise ValueError("direction must be 'decode' for a reduced decoder, got 'encode'")
         state = VAEState(
@@ -213,6 +225,7 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
             size = (state.height // self.spec.spatial_ratio, state.width // self.spec.spatial_ratio)
             shape = (state.batch_size, self.spec.latent_channels, 0, *size)
             return self.decode_chunk(next(self.parameters()).new_zeros(shape), state)
+        check_state(state, "encode", self._describe(), next(self.parameters()))
         pending = state.slots[_PENDING]
         missing = -pending.shape[2] % self.spec.temporal_ratio
         latents: Tensor = self.encode_chunk(pending[:, :, -1:].expand(-1, -1, missing, -1, -1), state)
@@ -225,11 +238,11 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
         for any `chunk_latents`: groups of frames that go together, None for all. Fewer take less memory.
         """
         check_clip("frames", frames)
-        count, ratio = frames.shape[2], self.spec.temporal_ratio
-        if self.config.first_frame_copies and count % ratio != 1:
-            raise ValueError(f"frames must be {ratio}n + 1 along dimension 2, got {count}")
+        if self.config.first_frame_copies:
+            check_frames(frames, self.spec)
         state = self.init_state("encode", frames.shape[0], frames.shape[3], frames.shape[4])
-        latents = [self.encode_chunk(part, state) for part in cut_clip(frames, chunk_latents, ratio)]
+        parts = cut_clip(frames, chunk_latents, self.spec.temporal_ratio)
+        latents = [self.encode_chunk(part, state) for part in parts]
         return torch.cat([*latents, self.flush(state)], dim=2)
 
     def decode(self, latents: Tensor, chunk_latents: int | None = None) -> Tensor:
@@ -247,7 +260,7 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
         return frames
 
     def forward(self, sample: Tensor) -> Tensor:
-        """Reconstruction of a clip."""
+        """Reconstruction of a clip; frames are shifted by r - 1 unless the VAE `is_aligned`."""
         return self.decode(self.encode(sample))
 
     def _state_of_clip(self, latents: Tensor) -> VAEState:

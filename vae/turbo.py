@@ -2,7 +2,7 @@
 
 Depthwise-separable 3-D convolutions where most channels are, and a 3-D pixel shuffle taken apart into a
 reshape over time and 2-D shuffles. Key and configuration names are those of the published weights
-(https://github.com/hustvl/Turbo-VAED).
+(https://github.com/hustvl/Turbo-VAED); `genstream.vae.turbo_weights.load_turbo_vaed` reads them.
 """
 
 import math
@@ -14,7 +14,7 @@ from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
-from genstream.vae.checks import check_size, check_state, check_tensor
+from genstream.vae.checks import check_clip, check_start, check_state, check_tensor
 from genstream.vae.layers import Memory, remembering_layers
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 from genstream.vae.turbo_network import TurboDecoder, reach_latents
@@ -120,7 +120,7 @@ class TurboVAED(ModelMixin, ConfigMixin):
         if direction != "decode":
             raise ValueError(f"direction must be 'decode' for a VAE without encoder, got {direction!r}")
         ratio = self.spec.spatial_ratio
-        check_size(height, width, ratio)
+        check_start(direction, batch_size, height, width, ratio)
         like = self._weight
         slots = {name: like.new_zeros((batch_size, 0)) for name in remembering_layers(self.decoder).values()}
         if not self.is_causal:
@@ -181,9 +181,8 @@ class TurboVAED(ModelMixin, ConfigMixin):
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def decode_unclamped(self, latents: Tensor) -> Tensor:
         """`decode` before the clamp, as the published code gives it."""
+        check_clip("latents", latents)
         check_tensor("latents", latents, (None, self.config.latent_channels, None, None, None), self._weight)
-        if latents.shape[2] == 0:
-            raise ValueError("latents must be at least 1 along dimension 2, got 0")
         past = {name: latents.new_zeros(0) for name in remembering_layers(self.decoder).values()}
         return self._run(latents, Memory(self.decoder, past))
 

@@ -18,7 +18,14 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from genstream.vae.checks import channel_values, check_clip, check_size, check_state, check_tensor
+from genstream.vae.checks import (
+    check_clip,
+    check_frames,
+    check_start,
+    check_state,
+    check_tensor,
+    latent_statistics,
+)
 from genstream.vae.chunks import cut_clip
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 from genstream.vae.wan_blocks import (
@@ -199,8 +206,11 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
         for name, layer in self.named_modules():
             if isinstance(layer, CausalConv3d):
                 layer.slot = name
-        mean = _statistic("latents_mean", latents_mean, latent_channels, _LATENTS_MEAN)
-        std = _statistic("latents_std", latents_std, latent_channels, _LATENTS_STD)
+        mean, std = latent_statistics(
+            _statistic("latents_mean", latents_mean, latent_channels, _LATENTS_MEAN),
+            _statistic("latents_std", latents_std, latent_channels, _LATENTS_STD),
+            latent_channels,
+        )
         self.register_buffer("_latents_mean", mean, persistent=False)
         self.register_buffer("_latents_std", std, persistent=False)
         self._spec = VAESpec(
@@ -218,7 +228,7 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def init_state(self, direction: Direction, batch_size: int, height: int, width: int) -> VAEState:
         """State of a stream that has not started; `height` and `width` in pixels."""
-        check_size(height, width, self.spec.spatial_ratio)
+        check_start(direction, batch_size, height, width, self.spec.spatial_ratio)
         state = VAEState(
             direction=direction, vae=self._describe(), batch_size=batch_size, height=height, width=width
         )
@@ -287,6 +297,7 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
         """
         if state.direction == "decode":
             return self.decode_chunk(self._no_latents(state, self.spec.latent_channels), state)
+        check_state(state, "encode", self._describe(), next(self.parameters()))
         pending = state.slots[_PENDING]
         missing = -pending.shape[2] % self.spec.temporal_ratio
         return self.encode_chunk(pending[:, :, -1:].expand(-1, -1, missing, -1, -1), state)
@@ -296,12 +307,10 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
 
         `chunk_latents` groups of frames go together, None for all: more take as much more memory.
         """
-        check_clip("frames", frames)
-        ratio = self.spec.temporal_ratio
-        if (frames.shape[2] - 1) % ratio:
-            raise ValueError(f"frames must be {ratio}n + 1 along dimension 2, got {frames.shape[2]}")
+        check_frames(frames, self.spec)
         state = self.init_state("encode", frames.shape[0], frames.shape[3], frames.shape[4])
-        latents = [self.encode_chunk(part, state) for part in cut_clip(frames, chunk_latents, ratio)]
+        parts = cut_clip(frames, chunk_latents, self.spec.temporal_ratio)
+        latents = [self.encode_chunk(part, state) for part in parts]
         return torch.cat(latents, dim=2)
 
     def decode(self, latents: Tensor, chunk_latents: int | None = 1) -> Tensor:
@@ -379,14 +388,35 @@ def _check_config(
             raise ValueError(f"{name} must be {STAGES + 1} numbers, got {list(widths)}")
     if len(strides) != STAGES - 1 or any(stride not in (1, 2) for stride in strides):
         raise ValueError(f"temporal_strides must be {STAGES - 1} numbers of 1 or 2, got {list(strides)}")
+    if version == "2.2":
+        _check_shortcuts(encoder_widths, decoder_widths, strides)
+
+
+def _check_shortcuts(
+    encoder_widths: Sequence[int], decoder_widths: Sequence[int], strides: Sequence[int]
+) -> None:
+    """Shortcuts of version 2.2 average and copy whole groups of channels."""
+    cells = [stride * SCALE**2 for stride in strides]
+    down = zip(pairwise(encoder_widths), [*cells, 1], strict=True)
+    # The last stage has no shortcut.
+    up = zip(pairwise(decoder_widths[:-1]), cells[::-1], strict=True)
+    for name, widths, whole in (
+        ("encoder_widths", encoder_widths, all(a * cell % b == 0 for (a, b), cell in down)),
+        ("decoder_widths", decoder_widths, all(b * cell % a == 0 for (a, b), cell in up)),
+    ):
+        if not whole:
+            raise ValueError(
+                f"{name} must be multiples of each other, up to factors of 2, for version '2.2', "
+                f"got {list(widths)}"
+            )
 
 
 def _statistic(
     name: str, values: Sequence[float] | None, channels: int, published: dict[int, tuple[float, ...]]
-) -> Tensor:
+) -> Sequence[float]:
     if values is None and channels not in published:
         raise ValueError(
             f"{name} must be given for latent_channels = {channels}, got None, "
             f"which stands for {sorted(published)} channels only"
         )
-    return channel_values(name, published[channels] if values is None else values, channels, 0.0)
+    return published[channels] if values is None else values

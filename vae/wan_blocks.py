@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genstream.vae.layers import convolve
+
 SCALE = 2
 """How much one resampling changes height and width."""
 TIME_KERNEL = (3, 1, 1)
@@ -40,7 +42,7 @@ class CausalConv3d(nn.Conv3d):
             Output [B, C', F / stride, h, w], and a view of the input to remember, like `past`.
         """
         both = torch.cat([past.to(x.dtype), x], dim=2)
-        return super().forward(both), both[:, :, -self.memory_frames :]
+        return convolve(self, both), both[:, :, -self.memory_frames :]
 
 
 @dataclass(kw_only=True)

@@ -1,9 +1,11 @@
 """Published checkpoints: reading them and putting them into a module, with nothing left over."""
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,13 +23,23 @@ def read_weights(source: Weights) -> dict[str, Tensor]:
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"source must be a checkpoint file, got {str(path)!r}")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = _read_file(path)
+    # What the libraries raise for files of another kind and for files that are cut off.
+    except (SafetensorError, pickle.UnpicklingError, EOFError, LookupError, RuntimeError) as error:
+        raise ValueError(
+            f"source must be a checkpoint file, {str(path)!r} cannot be read: {error}"
+        ) from error
     tensors = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"source must hold tensors by name, got {str(path)!r}")
     return dict(tensors)
+
+
+def _read_file(path: Path) -> object:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:

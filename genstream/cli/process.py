@@ -63,6 +63,31 @@ def peak_memory_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * _KIB
 
 
+def restart_peak_memory(device: "torch.device") -> bool:
+    """Let `peak_memory_since` begin anew; False where the system cannot."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory_since(device: "torch.device") -> int:
+    """Most memory in bytes since `restart_peak_memory`: PyTorch's on a GPU, else of the whole process."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    (peak,) = (line for line in lines if line.startswith("VmHWM:"))
+    return int(peak.split()[1]) * _KIB
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """True for Python's and torch's ways of saying so, on CPU and GPU."""
     return isinstance(error, MemoryError) or any(

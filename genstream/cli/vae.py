@@ -67,7 +67,7 @@ def _add_compare(actions: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser = actions.add_parser(
         "compare",
         help="quality and speed on the same clip",
-        description="PSNR, SSIM, flicker and speed of reconstructions, streamed chunk by chunk.",
+        description="PSNR, SSIM, flicker, speed and memory of reconstructions, streamed chunk by chunk.",
         epilog=names_help() + "\nA+B decodes the latents of A with B.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -222,3 +222,5 @@ def _read_clip(path: Path, count: int, size: tuple[int, int] | None) -> "Frames"
 def _check_folder_of(option: str, path: Path | None) -> None:
     if path is not None and not path.parent.is_dir():
         raise ValueError(f"{option}: the folder {str(path.parent)!r} does not exist")
+    if path is not None and path.is_dir():
+        raise ValueError(f"{option}: {str(path)!r} is a folder, not a file")

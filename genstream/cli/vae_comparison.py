@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from genstream.cli.pipeline import to_uint8
+from genstream.cli.process import peak_memory_since, restart_peak_memory
+from genstream.cli.units import mib
 from genstream.evaluation.quality import flicker, psnr, ssim
 from genstream.training.clips import to_tensor
 from genstream.vae.protocol import Direction, StreamingVAE, VAESpec
@@ -28,7 +30,10 @@ Frames = NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """What a VAE makes of a clip; `flicker` of 255, rates in frames per second."""
+    """What a VAE makes of a clip; `flicker` of 255, rates in frames per second.
+
+    The peak of memory holds weights and clip too, on a CPU the whole process; None where it is not known.
+    """
 
     vae: str
     frames: Frames
@@ -37,6 +42,7 @@ class Reconstruction:
     flicker: float
     encode_frame_rate: float
     decode_frame_rate: float
+    peak_memory_bytes: int | None
 
     def as_json(self) -> dict[str, object]:
         """All figures but the frames."""
@@ -48,6 +54,7 @@ def reconstruct(clip: Frames, name: str, encoder: StreamingVAE, decoder: Streami
     """Encode with one VAE, decode with the same or another one, each chunk by chunk."""
     _check_clip(clip, name, encoder.spec, decoder.spec)
     like = next(iter(encoder.init_state("encode", 1, *clip.shape[1:3]).slots.values()))
+    counts_memory = restart_peak_memory(like.device)
     frames = to_tensor(clip[None]).to(like)
     lead = _leading_copies(encoder)
     if lead:
@@ -56,6 +63,7 @@ def reconstruct(clip: Frames, name: str, encoder: StreamingVAE, decoder: Streami
     latents, encode_s = _stream(encoder, "encode", frames)
     _stream(decoder, "decode", latents[:, :, :1])
     decoded, decode_s = _stream(decoder, "decode", latents)
+    peak = peak_memory_since(like.device) if counts_memory else None
     again = to_uint8(decoded)
     return Reconstruction(
         vae=name,
@@ -65,6 +73,7 @@ def reconstruct(clip: Frames, name: str, encoder: StreamingVAE, decoder: Streami
         flicker=flicker(clip, again),
         encode_frame_rate=len(clip) / encode_s,
         decode_frame_rate=len(clip) / decode_s,
+        peak_memory_bytes=peak,
     )
 
 
@@ -85,7 +94,7 @@ def _check_clip(clip: Frames, name: str, encoder: VAESpec, decoder: VAESpec) -> 
 
 def _leading_copies(encoder: StreamingVAE) -> int:
     """Copies of the first frame that align what published TAEHV encoders give with what decoders take."""
-    unaligned = isinstance(encoder, TinyVideoVAE) and encoder.config.first_frame_copies == 0
+    unaligned = isinstance(encoder, TinyVideoVAE) and not encoder.is_aligned
     return encoder.spec.temporal_ratio - 1 if unaligned else 0
 
 
@@ -107,13 +116,15 @@ def table(clip: str, rows: Sequence[Reconstruction]) -> str:
     """The figures as a markdown table."""
     return "\n".join(
         [
-            f"{clip}. Flicker is the mean change of a pixel's error from one frame to the next, of 255.",
+            f"{clip}. Flicker is the mean change of a pixel's error from one frame to the next, of 255. "
+            f"Memory holds weights and clip too, on a CPU the whole process.",
             "",
-            "| VAE | PSNR | SSIM | flicker | encode | decode |",
-            "|---|---|---|---|---|---|",
+            "| VAE | PSNR | SSIM | flicker | encode | decode | peak memory |",
+            "|---|---|---|---|---|---|---|",
             *(
                 f"| {row.vae} | {row.psnr_db:.2f} dB | {row.ssim:.4f} | {row.flicker:.2f} "
-                f"| {row.encode_frame_rate:.4g} fps | {row.decode_frame_rate:.4g} fps |"
+                f"| {row.encode_frame_rate:.4g} fps | {row.decode_frame_rate:.4g} fps "
+                f"| {'' if row.peak_memory_bytes is None else mib(row.peak_memory_bytes)} |"
                 for row in rows
             ),
         ]

@@ -24,7 +24,7 @@ class Architecture:
     config: Mapping[str, Any]
 
 
-_WIDE_STRIDES = {"encoder_temporal_strides": (2, 2, 2), "decoder_temporal_strides": (2, 2, 2)}
+_LTX_STRIDES = {"encoder_temporal_strides": (2, 2, 2), "decoder_temporal_strides": (2, 2, 2)}
 _TURBO = {"decoder_spatio_only": (True, False, False, False)}
 _TAEHV = "tiny VAE of Wan 2.1, Qwen-Image and HunyuanVideo latents, 4x8x8"
 ARCHITECTURES = {
@@ -45,6 +45,16 @@ ARCHITECTURES = {
     "taew2_2": Architecture(
         "tiny VAE of Wan 2.2 latents", "TinyVideoVAE", {"latent_channels": 48, "patch_size": 2}
     ),
+    "taew2_2_super": Architecture(
+        "the same, larger decoder",
+        "TinyVideoVAE",
+        {
+            "latent_channels": 48,
+            "patch_size": 2,
+            "decoder_block": "super",
+            "decoder_widths": (512, 256, 128, 64),
+        },
+    ),
     "taehv1_5": Architecture(
         "tiny VAE of HunyuanVideo 1.5 latents, 4x16x16, 32 channels",
         "TinyVideoVAE",
@@ -53,7 +63,18 @@ ARCHITECTURES = {
     "taeltx_2": Architecture(
         "tiny VAE of LTX-2 latents, 8x32x32, 128 channels",
         "TinyVideoVAE",
-        {"latent_channels": 128, "patch_size": 4, **_WIDE_STRIDES},
+        {"latent_channels": 128, "patch_size": 4, **_LTX_STRIDES},
+    ),
+    "taeltx2_3_wide": Architecture(
+        "tiny VAE of LTX-2.3 latents with a larger decoder",
+        "TinyVideoVAE",
+        {
+            "latent_channels": 128,
+            "patch_size": 4,
+            **_LTX_STRIDES,
+            "decoder_block": "wide",
+            "decoder_widths": (1024, 512, 256, 64),
+        },
     ),
     "turbo": Architecture(
         "Turbo-VAED decoder of HunyuanVideo latents, 4x8x8, 16 channels, in overlapping windows",
@@ -82,7 +103,7 @@ def names_help() -> str:
             "A VAE is one of:",
             "  a component folder with config.json and safetensors weights, of genstream or diffusers",
             "  a model folder, whose VAE is taken",
-            "  a weight file as published for Wan or TAEHV (.safetensors, .pth)",
+            "  a weight file as published for Wan, TAEHV or Turbo-VAED (.safetensors, .pth)",
             f"  an installed model: {', '.join(installed_models())}",
             "  a class of diffusers, such as AutoencoderKLWan, with random weights",
             "  an architecture with random weights:",
@@ -94,7 +115,11 @@ def names_help() -> str:
 def split_pair(name: str) -> tuple[str, str]:
     """Encoder and decoder: `A+B` decodes the latents of A with B, any other VAE does both."""
     encoder, plus, decoder = name.partition(_PAIR)
-    return (name, name) if not plus or Path(name).exists() else (encoder, decoder)
+    if not plus or Path(name).exists():
+        return name, name
+    if not (encoder and decoder):
+        raise ValueError(f"VAE must name an encoder and a decoder around {_PAIR}, got {name!r}")
+    return encoder, decoder
 
 
 def open_vae(name: str, dtype: "torch.dtype", device: "torch.device") -> "StreamingVAE":
@@ -117,11 +142,15 @@ def open_vae(name: str, dtype: "torch.dtype", device: "torch.device") -> "Stream
 
 def _open_file(path: Path, dtype: "torch.dtype", device: "torch.device") -> "StreamingVAE":
     from genstream.vae.taehv import load_taehv
+    from genstream.vae.turbo_weights import is_turbo_vaed, load_turbo_vaed
     from genstream.vae.wan_weights import load_wan_vae
     from genstream.vae.weights import read_weights
 
     tensors = read_weights(path)
-    vae = load_taehv(tensors) if "encoder.0.weight" in tensors else load_wan_vae(tensors)
+    if "encoder.0.weight" in tensors:
+        vae: ModelMixin = load_taehv(tensors)
+    else:
+        vae = load_turbo_vaed(tensors) if is_turbo_vaed(tensors) else load_wan_vae(tensors)
     moved: StreamingVAE = _cast(vae, dtype, device)
     return moved
 

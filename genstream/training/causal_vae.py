@@ -2,10 +2,12 @@
 
 From Stable Diffusion's VAE: `genstream train causal-vae --videos FOLDER --initial-image-vae FOLDER
 --block-out-channels "[128, 256, 512, 512]"`. Alignment to a vision encoder needs the caller's: make a
-`VAEObjective` with it, and `run` its trainee.
+`VAEObjective` with it, and `run` its trainee. So does a decoder that follows captions: give the trainee those
+of its clips.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from genstream.training.record import Training, claim_run, write_record
 from genstream.training.vae_clips import clip_source
 from genstream.training.vae_losses import VAELossWeights, VAEObjective, VisionAlignment, psnr_db
 from genstream.training.vae_run import VAERunSettings, last_figures
-from genstream.training.vae_windows import ClipSource, WindowSettings, last_window, reconstruct
+from genstream.training.vae_windows import Caption, ClipSource, WindowSettings, last_window, reconstruct
 from genstream.vae.adapters.base import Adapter
 from genstream.vae.causal import CausalVideoVAE, Latents
 from genstream.vae.causal_network import Norm
@@ -54,7 +56,7 @@ class CausalVAETrainingSettings(VAERunSettings):
         temporal_levels: for each level but the last, whether the frame rate halves behind it too.
         encoder_temporal_kernels: for each level, 3 for causal 3-D convolutions or 1 for 2-D ones.
         decoder_temporal_kernels: likewise.
-        norm: "group" over each frame, as image VAEs have, or "channel", which is exact in tiles too.
+        norm: "group" over each frame, as image VAEs have, or "channel", which tiles in space do not change.
         norm_num_groups: groups of "group".
         mid_block_add_attention: whether the frames of the last level have self-attention.
         latents: "kl" has a mean and a variance per latent, "deterministic" one value and no KL loss.
@@ -193,18 +195,29 @@ class CausalVAETrainee:
         objective: with the VAE.
         clips: to train on and to be judged by; single frames teach images.
         windows: how clips are cut.
+        captions: what the decoder is told about the clips of a step, on the VAE's device; no tokens at all
+            now and then teach it to do without, as in `evaluate`. None for a VAE without `text_dim`.
     """
 
-    def __init__(self, objective: VAEObjective, clips: ClipSource, windows: WindowSettings) -> None:
+    def __init__(
+        self,
+        objective: VAEObjective,
+        clips: ClipSource,
+        windows: WindowSettings,
+        captions: Callable[[int], Caption] | None = None,
+    ) -> None:
         self.objective = objective
         self.clips = clips
         self.windows = windows
+        self.captions = captions
         self.module = TrainedVAE(objective.vae, objective.alignment)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Loss of a step's clips, and its parts without their weights."""
         vae = self.objective.vae
-        return self.objective(last_window(vae, self.clips.training(step).to(vae.device), self.windows))
+        caption = None if self.captions is None else self.captions(step)
+        frames = self.clips.training(step).to(vae.device)
+        return self.objective(last_window(vae, frames, self.windows, caption))
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:

@@ -161,6 +161,11 @@ def _load_teacher(folder: Path, device: torch.device) -> Teacher:
     teacher = load_vae(folder, torch.float32, device)
     if isinstance(teacher, TurboVAED):
         raise ValueError(f"teacher must encode its clips, got TurboVAED in {str(folder)!r}, only a decoder")
+    if isinstance(teacher, TinyVideoVAE) and not teacher.is_aligned:
+        raise ValueError(
+            f"teacher must decode frames at the places that it encoded, got first_frame_copies = 0 in "
+            f"{str(folder)!r}: save what load_taehv gives with r - 1 of them"
+        )
     return teacher
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from genstream.vae.causal import CausalVideoVAE, Posterior, detach_state
+from genstream.vae.checks import check_frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +143,8 @@ def _groups(vae: CausalVideoVAE, frames: Tensor, settings: WindowSettings) -> li
     ratio, length = vae.spec.temporal_ratio, settings.window_frames
     if length % ratio:
         raise ValueError(f"window_frames must be a multiple of {ratio} for this VAE, got {length}")
+    check_frames(frames, vae.spec)
     count = frames.shape[2]
-    if count < 1 or (count - 1) % ratio:
-        raise ValueError(f"frames must be {ratio}n + 1 along dimension 2, got {count}")
     starts = [0, *range(1 + length, count, length)]
     parts = [frames[:, :, start:stop] for start, stop in zip(starts, [*starts[1:], count], strict=True)]
     together = settings.gradient_windows

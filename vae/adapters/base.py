@@ -12,6 +12,14 @@ from torch import Tensor
 
 from genstream.vae.adapters.memory import Memory
 from genstream.vae.adapters.scale import LatentScale
+from genstream.vae.checks import (
+    check_clip,
+    check_frames,
+    check_like,
+    check_owner,
+    check_start,
+    check_tensor,
+)
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 
 Exactness = Literal["exact", "partition", "approximate"]
@@ -119,14 +127,7 @@ class Adapter(ABC):
 
     def init_state(self, direction: Direction, batch_size: int, height: int, width: int) -> VAEState:
         """State of a stream that has not started; `height` and `width` in pixels."""
-        if direction not in ("encode", "decode"):
-            raise ValueError(f"direction must be 'encode' or 'decode', got {direction!r}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        ratio = self.spec.spatial_ratio
-        for name, value in (("height", height), ("width", width)):
-            if value <= 0 or value % ratio:
-                raise ValueError(f"{name} must be a positive multiple of {ratio}, got {value}")
+        check_start(direction, batch_size, height, width, self.spec.spatial_ratio)
         self._load()
         state = VAEState(
             direction=direction, vae=self._description, batch_size=batch_size, height=height, width=width
@@ -171,12 +172,7 @@ class Adapter(ABC):
 
     def encode(self, frames: Tensor) -> Tensor:
         """Latents [B, C, T, h, w] of a whole clip [B, 3, first_frames + r (T - 1), H, W]."""
-        _check_rank("frames", frames)
-        spec, count = self.spec, frames.shape[2]
-        if count < spec.first_frames or (count - spec.first_frames) % spec.temporal_ratio:
-            raise ValueError(
-                f"frames must be {spec.first_frames} + {spec.temporal_ratio}n along dimension 2, got {count}"
-            )
+        check_frames(frames, self.spec)
         state = self.init_state("encode", frames.shape[0], frames.shape[3], frames.shape[4])
         return torch.cat([self.encode_chunk(frames, state), self.flush(state)], dim=2)
 
@@ -186,7 +182,7 @@ class Adapter(ABC):
 
     def decode_unclamped(self, latents: Tensor) -> Tensor:
         """`decode` before the clamp."""
-        _check_rank("latents", latents)
+        check_clip("latents", latents)
         ratio = self.spec.spatial_ratio
         size = (latents.shape[3] * ratio, latents.shape[4] * ratio)
         state = self.init_state("decode", latents.shape[0], *size)
@@ -264,25 +260,17 @@ class Adapter(ABC):
         return f"{type(self.vae).__name__}[{hashlib.sha256(settings.encode()).hexdigest()[:12]}]"
 
     def _check_state(self, state: VAEState, direction: Direction) -> None:
-        if state.direction != direction:
-            raise ValueError(f"state must be for {direction!r}, got one for {state.direction!r}")
-        if state.vae != self._description:
-            raise ValueError(f"state must come from {self._description}, got one from {state.vae}")
-        self._check_kind("state", state.slots[_PENDING])
+        check_owner(state, direction, self._description)
+        check_like("state", state.slots[_PENDING], self._like)
 
     def _check_tensor(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         """Compare with the shape that the state was made for; the third dimension may have any length."""
-        if tensor.ndim != len(shape) or _sized(tuple(tensor.shape), 0) != shape:
-            wanted = ", ".join(map(str, [*shape[:2], "any", *shape[3:]]))
-            raise ValueError(f"{name} must have the shape of its state [{wanted}], got {list(tensor.shape)}")
-        self._check_kind(name, tensor)
+        check_tensor(name, tensor, (*shape[:2], None, *shape[3:]), self._like)
 
-    def _check_kind(self, name: str, tensor: Tensor) -> None:
-        if (tensor.dtype, tensor.device) != (self.dtype, self.device):
-            raise ValueError(
-                f"{name} must be {self.dtype} on {self.device} like the VAE, "
-                f"got {tensor.dtype} on {tensor.device}"
-            )
+    @property
+    def _like(self) -> Tensor:
+        """Nothing, in the dtype and on the device of the weights."""
+        return torch.empty(0, dtype=self.dtype, device=self.device)
 
 
 def _memory(state: VAEState) -> Memory:
@@ -296,8 +284,3 @@ def _sized(shape: tuple[int, ...], count: int) -> tuple[int, ...]:
 def _filled(x: Tensor, count: int) -> Tensor:
     """`x` with its last frame repeated up to `count` frames."""
     return torch.cat([x, x[:, :, -1:].expand(-1, -1, max(0, count - x.shape[2]), -1, -1)], dim=2)
-
-
-def _check_rank(name: str, tensor: Tensor) -> None:
-    if tensor.ndim != 5:
-        raise ValueError(f"{name} must be [B, C, T, h, w], got {list(tensor.shape)}")

@@ -6,6 +6,7 @@ from torch import Tensor
 from genstream.vae.adapters.base import Adapter
 from genstream.vae.adapters.memory import Memory
 from genstream.vae.adapters.scale import LatentScale
+from genstream.vae.layers import to_images, to_video
 from genstream.vae.protocol import VAESpec
 
 
@@ -37,10 +38,10 @@ class ImageAdapter(Adapter):
         return torch.stack([self._decoded(frame) for frame in raw.unbind(dim=2)], dim=2)
 
     def _encode_piece(self, frames: Tensor, memory: Memory) -> Tensor:
-        return _to_video(self._encoded(_to_images(frames)), frames.shape[0])
+        return to_video(self._encoded(to_images(frames)), frames.shape[0])
 
     def _decode_piece(self, raw: Tensor, memory: Memory) -> Tensor:
-        return _to_video(self._decoded(_to_images(raw)), raw.shape[0])
+        return to_video(self._decoded(to_images(raw)), raw.shape[0])
 
     def _encoded(self, images: Tensor) -> Tensor:
         latents: Tensor = self.vae.encode(images, return_dict=False)[0].mode()
@@ -69,14 +70,3 @@ class TinyImageAdapter(ImageAdapter):
     def _encoded(self, images: Tensor) -> Tensor:
         latents: Tensor = self.vae.encode(images, return_dict=False)[0]
         return latents
-
-
-def _to_images(video: Tensor) -> Tensor:
-    """[B, C, F, H, W] to [B F, C, H, W]."""
-    return video.transpose(1, 2).flatten(0, 1)
-
-
-def _to_video(images: Tensor, batch_size: int) -> Tensor:
-    """[B F, C, H, W] to [B, C, F, H, W]."""
-    video: Tensor = images.unflatten(0, (batch_size, -1))
-    return video.transpose(1, 2)

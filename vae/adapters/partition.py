@@ -95,7 +95,8 @@ class KVAEAdapter(PartitionAdapter):
         )
 
     def _latent_scale(self) -> LatentScale:
-        return LatentScale.uniform(1.0)
+        # Its class has no such setting; a published configuration may.
+        return LatentScale.uniform(self.vae.config.get("scaling_factor", 1.0))
 
     def _rest(self, direction: Direction, count: int, steps: int) -> list[int]:
         # The model cannot work off a later segment of a single latent frame.

@@ -16,8 +16,9 @@ _SEED = 0
 def probe(adapter: Adapter) -> Measured:
     """Compare a small clip that is streamed latent frame by latent frame with the whole one.
 
-    Errors up to the square root of the precision, relative to the largest value, are rounding. The precision
-    is that of the weights, at most float32: several models normalise in float32 whatever their weights are.
+    Frames that depend on more than the stream knows of when it decodes them are never exact. Errors up to the
+    square root of the precision, relative to the largest value, are rounding. The precision is that of the
+    weights, at most float32: several models normalise in float32 whatever their weights are.
     """
     with torch.no_grad():
         decode_error, decode_scale = _decode_error(adapter)
@@ -26,18 +27,24 @@ def probe(adapter: Adapter) -> Measured:
     precision = max(torch.finfo(adapter.dtype).eps, torch.finfo(torch.float32).eps)
     tolerance = math.sqrt(precision)
     rounding = decode_error <= tolerance * decode_scale and encode_error <= tolerance * encode_scale
+    known = lookahead <= _known_latents(adapter.spec)
     return Measured(
         decode_error=decode_error,
         encode_error=encode_error,
         decode_scale=decode_scale,
         encode_scale=encode_scale,
         lookahead_latents=lookahead,
-        exactness=_exactness(adapter.spec) if rounding else "approximate",
+        exactness=_exactness(adapter.spec) if rounding and known else "approximate",
     )
 
 
 def _exactness(spec: VAESpec) -> Exactness:
     return "exact" if spec.first_latents == spec.chunk_latents == 1 else "partition"
+
+
+def _known_latents(spec: VAESpec) -> int:
+    """Latent frames behind the first of a piece that are handed in with it."""
+    return max(spec.first_latents, spec.chunk_latents) - 1 + spec.lookahead_latents
 
 
 def _decode_error(adapter: Adapter) -> tuple[float, float]:
@@ -62,12 +69,13 @@ def _encode_error(adapter: Adapter) -> tuple[float, float]:
 
 
 def _lookahead(adapter: Adapter) -> int:
-    """Latent frames between the last one and the first frame that it changes."""
+    """Latent frames between the last one and the first frame that it changes; 0 if it changes none."""
     spec, latents = adapter.spec, _latents(adapter)
     changed = latents.clone()
     changed[:, :, -1] += _random(adapter, changed[:, :, -1].shape)
     before, after = (adapter.whole_decode(adapter.scale.raw(clip, 0)) for clip in (latents, changed))
-    first = int((before != after).flatten(0, 1).flatten(2).any(dim=2).any(dim=0).nonzero()[0])
+    differs = (before != after).flatten(0, 1).flatten(2).any(dim=2).any(dim=0)
+    first = int(differs.long().argmax()) if differs.any() else len(differs) - 1
     latent = 0 if first < spec.first_frames else 1 + (first - spec.first_frames) // spec.temporal_ratio
     return latents.shape[2] - 1 - latent
 

@@ -57,7 +57,18 @@ class Layer(nn.Module):
 def rewired(
     module: nn.Module, layers: Mapping[type[nn.Module], type[Layer]], memory: Memory, name: str = ""
 ) -> nn.Module:
-    """`module` with stand-ins from `layers`, sharing all weights with it; `module` itself stays as it is."""
+    """`module` with stand-ins from `layers`, sharing all weights with it; `module` itself stays as it is.
+
+    Raises:
+        ValueError: a layer was wrapped, as offloading layer by layer and compilation do. Its wrapper would
+            run the original, which has no memory, instead of the stand-ins.
+    """
+    if "forward" in vars(module):
+        wrapped = name.removeprefix(".") or "a network"
+        raise ValueError(
+            f"VAE must have its layers as they were built to stream, got {wrapped} that is wrapped by "
+            f"offloading or compilation"
+        )
     children = {
         key: rewired(child, layers, memory, f"{name}.{key}")
         for key, child in module._modules.items()

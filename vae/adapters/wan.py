@@ -18,7 +18,11 @@ _RESAMPLERS = (WanResample, QwenImageResample)
 
 
 class WanAdapter(Adapter):
-    """Streams `AutoencoderKLWan`, one latent frame at a time like the model's own loop: bit-equal to it."""
+    """Streams `AutoencoderKLWan`, one latent frame at a time like the model's own loop.
+
+    Any chunking is bit-equal to any other. From the model's own result it differs by the rounding of its
+    1x1x1 convolutions, which that loop runs on the whole clip.
+    """
 
     def _layout(self) -> VAESpec:
         config = self.vae.config

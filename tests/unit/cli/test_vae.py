@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from math import inf
 
 import imageio_ffmpeg
@@ -26,6 +27,7 @@ from genstream.cli.vae_comparison import picture, reconstruct
 from genstream.cli.vae_names import ARCHITECTURES, open_vae, split_pair
 from genstream.data.toyworld import ToyWorld
 from genstream.vae.tiny import TinyVideoVAE
+from genstream.vae.turbo import TurboVAED
 from genstream.vae.wan import WanVideoVAE
 
 CPU = torch.device("cpu")
@@ -171,6 +173,18 @@ def test_one_vae_may_decode_what_another_encoded(clip):
         reconstruct(clip, "turbo", plain("turbo"), plain("turbo"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not let peaks begin anew")
+def test_the_peak_of_memory_is_that_of_one_comparison(clip):
+    vae = plain("tiny_video")
+    before = reconstruct(clip, "x", vae, vae).peak_memory_bytes
+    large = torch.ones(400, 2**20, dtype=torch.uint8)
+    with_large = reconstruct(clip, "x", vae, vae).peak_memory_bytes
+    del large
+    after = reconstruct(clip, "x", vae, vae).peak_memory_bytes
+    assert with_large - before > 300 * 2**20
+    assert with_large - after > 300 * 2**20
+
+
 def test_late_frames_are_compared_too(clip):
     vae = adapter("hunyuan")
     row = reconstruct(clip, "hunyuan", vae, vae)
@@ -205,6 +219,7 @@ def test_architectures_have_the_settings_of_their_classes(name):
         "wan2.2": 704.7,
         "taew2_1": 11.3,
         "taew2_2": 11.4,
+        "taew2_2_super": 20.5,
         "taehv1_5": 11.4,
         "turbo": 40.7,
         "turbo-causal": 40.7,
@@ -226,6 +241,8 @@ def test_vaes_by_name_folder_and_file(tiny_folder, tmp_path):
     wan = WanVideoVAE(encoder_widths=(4,) * 5, decoder_widths=(4,) * 5)
     save_file(wan.state_dict(), tmp_path / "wan.safetensors")
     assert isinstance(open_vae(str(tmp_path / "wan.safetensors"), torch.float32, CPU), WanVideoVAE)
+    save_file(plain("turbo").float().state_dict(), tmp_path / "turbo.safetensors")
+    assert isinstance(open_vae(str(tmp_path / "turbo.safetensors"), torch.float32, CPU), TurboVAED)
     with pytest.raises(ValueError, match=r"one of wan2.1, wan2.2, .*causal, got 'wan3'"):
         open_vae("wan3", torch.float32, CPU)
     weights = [open_vae("taehv", torch.float32, CPU).decoder[1].weight for _ in range(2)]
@@ -304,7 +321,9 @@ def test_compare_takes_a_video(tiny_folder, tmp_path, capsys):
         (["bench", "--size", "32"], "must be WIDTHxHEIGHT"),
         (["bench", "--output", "no/such.md"], "output: the folder 'no' does not exist"),
         (["bench", "wan2.1+taehv", "--size", "32x32"], "got 'wan2.1+taehv'"),
+        (["bench", "--output", "."], "output: '.' is a folder, not a file"),
         (["compare"], "VAE"),
+        (["compare", "toyworld+"], "VAE must name an encoder and a decoder around +, got 'toyworld+'"),
         (["compare", "toyworld", "--frames", "1"], "frames (--frames) must be at least 2, got 1"),
         (["compare", "toyworld", "--frames", "6"], "frames must be 1 + 4n for toyworld, got 6"),
         (["compare", "toyworld", "--picture", "no/such.png"], "picture: the folder 'no' does not exist"),

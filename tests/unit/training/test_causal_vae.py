@@ -13,7 +13,7 @@ from genstream.training import causal_vae
 from genstream.training.causal_vae import CausalVAETrainee, CausalVAETrainingSettings, train_causal_vae
 from genstream.training.loop import LoopSettings, run
 from genstream.training.vae_losses import VAELossWeights, VAEObjective, VisionAlignment
-from genstream.training.vae_windows import ClipSource, WindowSettings
+from genstream.training.vae_windows import Caption, ClipSource, WindowSettings
 from genstream.vae.causal import CausalVideoVAE
 from genstream.vae.loading import load_vae
 
@@ -81,6 +81,38 @@ def test_a_run_with_every_loss_makes_the_vae_better(tmp_path):
     assert {"perceptual", "kl", "wavelet", "alignment"} < set(rows[0])
     judged = [float(row["psnr_db"]) for row in csv.DictReader((tmp_path / "evaluation.csv").open())]
     assert judged[-1] > judged[0]
+
+
+def test_a_decoder_learns_to_follow_captions(tmp_path):
+    """Black and white clips, told apart by their captions."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    small = {"block_out_channels": (4, 4, 8, 8), "layers_per_block": 1, "norm_num_groups": 2}
+    vae = CausalVideoVAE(text_dim=2, latents="deterministic", **small)
+    vae.encoder.requires_grad_(requires_grad=False)
+    signs = (torch.tensor([1.0, -1.0]), torch.tensor([-1.0, 1.0]))
+
+    def caption(step):
+        return Caption(text=signs[step % 2].view(2, 1, 1).expand(-1, -1, 2), mask=torch.ones(2, 1))
+
+    def clips(step):
+        return signs[step % 2].view(2, 1, 1, 1, 1).expand(-1, 3, 5, 16, 16)
+
+    trainee = CausalVAETrainee(
+        VAEObjective(vae, VAELossWeights()),
+        ClipSource(training=clips, evaluation=[clips(0)]),
+        WindowSettings(window_frames=4),
+        caption,
+    )
+    loop = LoopSettings(total_steps=8, learning_rate=1e-2, warmup_steps=1, log_steps=8, evaluate_steps=8)
+    run(loop, trainee, tmp_path)
+    assert vae.decoder.text_attentions[0].to_out.weight.abs().max() > 1e-3
+    latents, results = torch.zeros(2, 4, 2, 2, 2), []
+    for step in range(2):
+        state = vae.init_state("decode", 2, 16, 16)
+        vae.condition(state, caption(step).text, caption(step).mask)
+        results.append(vae.decode_chunk(latents, state))
+    assert (results[0] - results[1]).abs().max() > 1e-3
 
 
 def test_from_nothing_to_a_normalised_vae(tmp_path):

@@ -226,6 +226,13 @@ def test_a_teacher_without_encoder_is_refused(tmp_path):
         distill_vae(replace(SETTINGS, teacher=str(tmp_path / "teacher")), tmp_path / "run")
 
 
+def test_a_teacher_whose_frames_are_shifted_is_refused(tmp_path):
+    small = {"latent_channels": 4, "encoder_width": 4, "decoder_widths": (4, 4, 4, 4)}
+    TinyVideoVAE(**small).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match=r"teacher must decode frames at .* got first_frame_copies = 0"):
+        distill_vae(replace(SETTINGS, teacher=str(tmp_path / "teacher")), tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("wrong", "error"),
     [

@@ -176,7 +176,7 @@ def test_windows_that_do_not_fit_are_refused():
     vae = small_vae()
     with pytest.raises(ValueError, match=r"window_frames must be a multiple of 4 .* got 6"):
         next(rollback_windows(vae, clip(9), WindowSettings(window_frames=6)))
-    with pytest.raises(ValueError, match=r"frames must be 4n \+ 1 .* got 8"):
+    with pytest.raises(ValueError, match=r"frames must be 1 \+ 4n .* got 8"):
         last_window(vae, clip(8), WindowSettings())
     with pytest.raises(ValueError, match="evaluation must hold at least one clip, got none"):
         ClipSource(training=clip, evaluation=[])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from genstream.vae.adapters import stream_vae
 from genstream.vae.causal import CausalVideoVAE
 from genstream.vae.protocol import VAEState
 
@@ -79,6 +80,22 @@ def test_chunked_decode_equals_whole(vae):
     for parts in partitions(7):
         chunked = in_chunks(vae.decode_chunk, latents, parts, vae.init_state("decode", 2, 16, 24))
         torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("chunk_latents", [1, 2])
+def test_long_clips_take_the_memory_of_a_chunk(vae, chunk_latents):
+    frames = clip(13)
+    latents = vae.encode(frames)
+    whole = vae.decode(latents)
+    seen = []
+    hook = vae.decoder.conv_out.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[2]))
+    decoded = vae.decode(latents, chunk_latents)
+    hook.remove()
+    assert max(seen) <= 4 * chunk_latents
+    torch.testing.assert_close(decoded, whole, rtol=0, atol=1e-11)
+    torch.testing.assert_close(vae.encode(frames, chunk_latents), latents, rtol=0, atol=1e-11)
+    with pytest.raises(ValueError, match="chunk_latents must be None or 1 or more, got 0"):
+        vae.decode(latents, 0)
 
 
 def test_later_input_changes_no_earlier_output(vae):
@@ -169,6 +186,16 @@ def test_one_frame_is_what_the_image_vae_makes_of_it(image, kernels):
     torch.testing.assert_close(decoded[:, :, 0], image.decode(mode).sample, rtol=0, atol=1e-6)
     still = vae.decode_unclamped(vae.encode(frames.expand(-1, -1, 9, -1, -1)))
     torch.testing.assert_close(still, decoded.expand(-1, -1, 9, -1, -1), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "statistics",
+    [{"shift_factor": 0.5}, {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [0.5, 1, 2, 4]}],
+)
+def test_latents_are_those_that_diffusion_models_expect_of_the_image_vae(statistics):
+    image = image_vae(**statistics)
+    latents = CausalVideoVAE.from_image_vae(image).eval().encode(clip(1))
+    torch.testing.assert_close(latents, stream_vae(image).encode(clip(1)), rtol=1e-6, atol=1e-7)
 
 
 def test_image_vaes_of_another_kind_are_refused():
@@ -328,8 +355,8 @@ def test_bad_input_is_refused():
     other = small_vae(block_out_channels=(4, 4, 8, 12))
     for match, call in {
         r"width must be a positive multiple of 8, got 20": lambda: vae.init_state("decode", 1, 16, 20),
-        r"frames must be 4n \+ 1 along dimension 2, got 8": lambda: vae.encode(clip(8)),
-        r"frames .* 5 dimensions .* got \[3, 16, 24\]": lambda: vae.encode(clip(1)[0, :, 0]),
+        r"frames must be 1 \+ 4n along dimension 2, got 8": lambda: vae.encode(clip(8)),
+        r"frames must be \[B, C, T, h, w\], got \[3, 16, 24\]": lambda: vae.encode(clip(1)[0, :, 0]),
         r"latents .*\[2, 4, any, 2, 3\], got \[2, 3, 1, 2, 3\]": lambda: vae.decode(latents[:, :3]),
         r"latents .*\[2, 4, any, 2, 3\], got \[1, 4, 1": lambda: vae.decode_chunk(latents[:1], decoding),
         r"frames .*\[2, 3, any, 16, 24\], got": lambda: vae.encode_chunk(clip(1)[..., :8], encoding),
@@ -349,6 +376,8 @@ def test_bad_input_is_refused():
         r"norm must be one of group, channel, got 'batch'": lambda: small_vae(norm="batch"),
         r"block_out_channels must divide by norm_num_groups = 3": lambda: small_vae(norm_num_groups=3),
         r"text_heads must divide .* = 8, got 3": lambda: small_vae(text_dim=6, text_heads=3),
+        r"latents_std must be above 0 .* got \[1, -1, 1, 1\]": lambda: small_vae(latents_std=[1, -1, 1, 1]),
+        r"latent_channels must be at least 1, got 0": lambda: small_vae(latent_channels=0),
         r"latents_std must hold latent_channels = 4 numbers, got 2": lambda: small_vae(latents_std=[1, 2]),
     }.items():
         with pytest.raises(ValueError, match=match):

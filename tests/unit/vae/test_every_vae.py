@@ -2,7 +2,6 @@
 
 import copy
 import random
-import re
 import threading
 
 import pytest
@@ -17,6 +16,7 @@ from small_vaes import (
     small_vae,
 )
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from genstream.vae.adapters.base import Adapter
 from genstream.vae.adapters.scale import LatentScale
@@ -28,6 +28,8 @@ EVERY = [*OWN, *ADAPTED]
 ENCODERS = [name for name in EVERY if name not in DECODERS]
 # Published TAEHV weights fill up the last group; image VAEs have groups of one frame.
 ANY_COUNT = ["taehv", "taehv_super", "taehv_wide", "kl", "tiny"]
+GROWING = [("cosmos", "encode"), ("cosmos", "decode"), ("hunyuan15", "encode"), ("hunyuan15", "decode")]
+GROWING += [("mochi", "encode")]
 MEAN, STD = [0.7, -3.0, 0.0, 11.0], [0.3, 5.0, 1.0, 0.06]
 
 
@@ -116,20 +118,43 @@ def test_any_chunks_encode_like_one(name, seed):
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_half_precision(name):
+    """Only diffusers' Cosmos has an operation that processors lack in half precision."""
+    if name == "cosmos":
+        pytest.skip("diffusers' class needs a GPU in half precision")
+    half = in_precision(small_vae(name), torch.bfloat16)
+    latents = latents_for(half, 2)
+    frames = half.decode(latents.bfloat16())
+    assert frames.dtype == torch.bfloat16
+    error = (frames.double() - small_vae(name).decode(latents)).square().mean().sqrt()
+    assert error < 0.1
+    if name not in DECODERS:
+        assert half.encode(frames.clone()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_rounding_of_chunks_in_single_precision(name):
-    vae = single_precision(small_vae(name))
-    latents = latents_for(vae, 7).float()
+    vae = in_precision(small_vae(name), torch.float32)
+    # A batch of one takes another way through small convolutions.
+    latents = latents_for(vae, 7, 1).float()
     expected = streamed(vae, "decode", latents, [7])
     for parts in ([1] * 7, [2, 2, 2, 1], [3, 3, 1], [1, 0, 4, 2]):
         torch.testing.assert_close(streamed(vae, "decode", latents, parts), expected, rtol=0, atol=1e-5)
+    if name in DECODERS:
+        return
+    count = vae.spec.first_frames + 4 * vae.spec.temporal_ratio
+    frames = frames_for(vae, count, 1).float()
+    expected = streamed(vae, "encode", frames, [count])
+    for parts in ([1] * count, [2, 0, count - 3, 1]):
+        torch.testing.assert_close(streamed(vae, "encode", frames, parts), expected, rtol=0, atol=1e-5)
 
 
-def single_precision(vae: StreamingVAE) -> StreamingVAE:
+def in_precision(vae: StreamingVAE, dtype: torch.dtype) -> StreamingVAE:
     if isinstance(vae, TiledVAE):
-        return TiledVAE(single_precision(vae.vae), vae.tiling)
+        return TiledVAE(in_precision(vae.vae, dtype), vae.tiling)
     if isinstance(vae, Adapter):
-        return type(vae)(copy.deepcopy(vae.vae).float())
-    return copy.deepcopy(vae).float()
+        return type(vae)(copy.deepcopy(vae.vae).to(dtype))
+    return copy.deepcopy(vae).to(dtype)
 
 
 @pytest.mark.parametrize("name", [name for name in OWN if name not in NOT_CAUSAL])
@@ -169,6 +194,50 @@ def test_interleaved_streams_and_threads_equal_separate_ones(name):
         thread.join()
     for stream in range(2):
         assert_close(name, results[stream], expected[stream])
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_chunk_costs_the_same_however_long_the_stream(name, direction):
+    """Memory and arithmetic of a chunk, but for attention to all of the past."""
+    if (name, direction) in GROWING or (name in DECODERS and direction == "encode"):
+        pytest.skip("grows, or has no encoder")
+    vae, spec = small_vae(name), small_vae(name).spec
+    if direction == "encode":
+        step, chunk = vae.encode_chunk, frames_for(vae, spec.temporal_ratio * spec.chunk_latents, 1, (2, 2))
+    else:
+        step, chunk = vae.decode_chunk, latents_for(vae, spec.chunk_latents, 1, 2, 2)
+    state, costs = start(vae, direction, chunk), []
+    for _ in range(9):
+        with FlopCounterMode(display=False) as counter:
+            step(chunk, state)
+        costs.append((counter.get_total_flops(), state.nbytes))
+    assert costs[-1][0] > 0
+    assert len(set(costs[-4:])) == 1
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_one_thread_may_encode_while_another_decodes(name):
+    vae = small_vae(name)
+    ratio = vae.spec.temporal_ratio
+    frames = frames_for(vae, vae.spec.first_frames + 2 * ratio, 1, (2, 2))
+    work: dict[Direction, tuple[Tensor, list[int]]] = {
+        "encode": (frames, [vae.spec.first_frames, ratio, ratio]),
+        "decode": (latents_for(vae, 3, 1, 2, 2), [1] * 3),
+    }
+    expected = {way: streamed(vae, way, *parts) for way, parts in work.items()}
+    results: dict[Direction, Tensor] = {}
+
+    def run(way: Direction) -> None:
+        results[way] = streamed(vae, way, *work[way])
+
+    threads = [threading.Thread(target=run, args=(way,)) for way in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for way in work:
+        assert_close(name, results[way], expected[way])
 
 
 def with_statistics(name: str, mean: list[float], std: list[float]) -> StreamingVAE:
@@ -225,14 +294,64 @@ def test_bad_input_is_refused_with_both_sides(name):
     assert state.steps == 0
     assert all(torch.equal(slot, state.slots[key]) for key, slot in before.items())
 
-    size = spec.spatial_ratio
-    if size > 1:
-        text = message(vae.init_state, "decode", 1, 2 * size + 1, size)
-        assert f"height must be a positive multiple of {size}" in text and str(2 * size + 1) in text
     stranger = small_vae("taehv" if name != "taehv" else "wan2.1")
     text = message(vae.decode_chunk, latents, start(stranger, "decode", latents_for(stranger, 1)))
     assert "state must come from" in text
     assert state.vae in text and start(stranger, "decode", latents_for(stranger, 1)).vae in text
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_states_are_made_for_whole_streams_only(name):
+    vae, size = small_vae(name), small_vae(name).spec.spatial_ratio
+    assert "direction must be " in message(vae.init_state, "both", 1, size, size)
+    assert message(vae.init_state, "decode", 0, size, size) == "batch_size must be at least 1, got 0"
+    assert message(vae.init_state, "decode", 1.5, size, size) == "batch_size must be a whole number, got 1.5"
+    text = message(vae.init_state, "decode", 1, 0, size)
+    assert f"height must be a positive multiple of {size}, got 0" in text
+    if size > 1:
+        text = message(vae.init_state, "decode", 1, size, 2 * size + 1)
+        assert f"width must be a positive multiple of {size}, got {2 * size + 1}" in text
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_clips_that_are_none_are_refused(name):
+    vae, latents = small_vae(name), latents_for(small_vae(name), 1)
+    for step, what, clip in (
+        (vae.decode, "latents", latents),
+        (vae.encode, "frames", frames_for(vae, 1)),
+    ):
+        if name in DECODERS and what == "frames":
+            continue
+        assert message(step, clip[0]) == f"{what} must be [B, C, T, h, w], got {list(clip.shape[1:])}"
+        assert message(step, clip[:, :, :0]) == f"{what} must be at least 1 along dimension 2, got 0"
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_tensors_elsewhere_are_refused(name):
+    vae, latents = small_vae(name), latents_for(small_vae(name), 1)
+    text = message(vae.decode_chunk, latents.to("meta"), start(vae, "decode", latents))
+    assert "latents must be torch.float64 on cpu like the VAE, got torch.float64 on meta" in text
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("name", EVERY)
+def test_the_end_of_another_stream_is_refused(name, direction):
+    stranger = small_vae("tiled" if name != "tiled" else "kl")
+    text = message(small_vae(name).flush, stranger.init_state(direction, 1, 32, 32))
+    assert "state must " in text and "got one " in text
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_states_that_are_not_whole_are_refused(name):
+    vae = small_vae(name)
+    state = start(vae, "decode", latents_for(vae, 1))
+    meta = state.meta()
+    del meta["steps"]
+    assert message(VAEState.restore, state.tensors(), meta).startswith("meta must hold ['batch_size', ")
+    tensors = state.tensors()
+    name, slot = tensors.popitem()
+    text = message(VAEState.restore, {**tensors, "other": slot}, state.meta())
+    assert text == f"tensors must be those of meta, got ['{name}'] missing, ['other'] unexpected"
 
 
 @pytest.mark.parametrize("name", [name for name in ENCODERS if name not in ANY_COUNT])
@@ -240,8 +359,7 @@ def test_clips_that_are_no_whole_latent_frames_are_refused(name):
     spec = small_vae(name).spec
     count = spec.first_frames + spec.temporal_ratio + 1
     text = message(small_vae(name).encode, frames_for(small_vae(name), count))
-    assert re.search(rf"frames must be (1 \+ {spec.temporal_ratio}n|{spec.temporal_ratio}n \+ 1) ", text)
-    assert f"got {count}" in text
+    assert f"frames must be 1 + {spec.temporal_ratio}n along dimension 2, got {count}" in text
 
 
 @pytest.mark.parametrize("name", EVERY)

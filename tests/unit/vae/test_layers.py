@@ -11,6 +11,7 @@ from genstream.vae.layers import (
     ChannelNorm,
     FrameGroupNorm,
     Memory,
+    convolve,
 )
 
 NOTHING = torch.zeros((1, 0), dtype=torch.float64)
@@ -34,6 +35,25 @@ def test_convolutions_see_copies_of_the_outer_frames(layer, before):
     expected = F.conv3d(torch.cat(copies, dim=2), conv.weight, conv.bias, padding=(0, 1, 1))
     result = conv(x, NOTHING)[0] if layer is CausalConv3d else conv(x)
     torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("frames", [1, 4, 60])
+@pytest.mark.parametrize(
+    ("kernel", "stride"), [((3, 3, 3), 1), ((3, 3, 3), 2), ((3, 1, 1), 2), ((5, 5, 5), 1)]
+)
+def test_small_convolutions_give_what_large_ones_give(frames, kernel, stride):
+    """Of 8 channels with 46 rows, 60 frames are more than PyTorch calls small."""
+    torch.manual_seed(0)
+    padding = (0, kernel[1] // 2, kernel[2] // 2)
+    conv = torch.nn.Conv3d(8, 6, kernel, stride=(stride, 1, 1), padding=padding)
+    x = torch.randn(1, 8, frames + kernel[0] - 1, 46, 5)
+    expected = torch.nn.functional.conv3d(x, conv.weight, conv.bias, (stride, 1, 1), padding)
+    torch.testing.assert_close(convolve(conv, x), expected, rtol=1e-5, atol=1e-5)
+    gradients = [
+        torch.autograd.grad(y.square().sum(), conv.weight)[0]
+        for y in (convolve(conv, x), torch.nn.Conv3d.forward(conv, x))
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-2)
 
 
 def test_interpolation_of_a_ramp():

@@ -85,6 +85,19 @@ def test_weights_in_half_precision_are_used_in_the_one_asked_for(tmp_path):
     assert (frames.dtype, list(frames.shape)) == (torch.float64, [1, 3, 5, 16, 16])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", VAES)
+def test_every_kind_works_in_half_precision(name, tmp_path):
+    build(name).save_pretrained(tmp_path)
+    vae = load_vae(tmp_path, torch.bfloat16)
+    ratio = vae.spec.spatial_ratio
+    latents = torch.zeros(1, 4, 2, 2, 2, dtype=torch.bfloat16)
+    assert vae.decode(latents).dtype == torch.bfloat16
+    if name != "turbo":
+        frames = torch.zeros(1, 3, 1 + vae.spec.temporal_ratio, 2 * ratio, 2 * ratio, dtype=torch.bfloat16)
+        assert vae.encode(frames).dtype == torch.bfloat16
+
+
 def test_a_folder_without_configuration_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"component folder with config.json, got .*nothing"):
         load_vae(tmp_path / "nothing")
@@ -109,6 +122,13 @@ def test_missing_weights_are_named(tmp_path):
     del tensors["encoder.0.bias"]
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"1 missing \['encoder.0.bias'\]"):
+        load_vae(tmp_path)
+
+
+def test_weights_of_another_configuration_are_named(tmp_path):
+    path = tiny_folder(tmp_path) / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(path), "encoder.99.bias": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"0 missing \[\], 1 unexpected \['encoder.99.bias'\]"):
         load_vae(tmp_path)
 
 

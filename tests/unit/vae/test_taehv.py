@@ -184,12 +184,38 @@ def test_statistics_for_weights_trained_on_raw_latents():
     torch.testing.assert_close(vae.decode(latents), raw.decode(unnormalised), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["taehv", "taeltx_2"])
+def test_latents_of_aligned_encoders_are_those_of_frames_with_copies_in_front(name):
+    published = build(**VARIANTS[name])
+    copies = published.spec.temporal_ratio - 1
+    aligned = load_taehv(published.state_dict(), first_frame_copies=copies)
+    size = published.spec.spatial_ratio
+    frames = torch.rand((1, 3, copies + 2, size, size)) * 2 - 1
+    led = torch.cat([frames[:, :, :1].expand(-1, -1, copies, -1, -1), frames], dim=2)
+    torch.testing.assert_close(aligned.encode(frames), published.encode(led), rtol=0, atol=1e-6)
+    assert aligned.decode(aligned.encode(frames)).shape == frames.shape
+    with pytest.raises(ValueError, match=f"first_frame_copies must be 0 or {copies}, got 1"):
+        load_taehv(published.state_dict(), first_frame_copies=1)
+
+
 def test_strides_that_the_weights_do_not_have_are_refused():
     weights = build(latent_channels=4).state_dict()
     with pytest.raises(ValueError, match=r"decoder_temporal_strides must be \[1, 2, 2\] or less"):
         load_taehv(weights, decoder_temporal_strides=[2, 1, 2])
     with pytest.raises(ValueError, match=r"decoder_spatial_strides must be 3 numbers of 1 or 2"):
         load_taehv(weights, decoder_spatial_strides=[2, 2])
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("what", ["empty", "text", "cut off"])
+def test_files_that_are_no_checkpoints_are_refused(suffix, what, tmp_path):
+    path = tmp_path / f"taehv.{suffix}"
+    weights = build(latent_channels=4).state_dict()
+    torch.save(weights, path) if suffix == "pth" else save_file(weights, path)
+    content = {"empty": b"", "text": b"these are no weights", "cut off": path.read_bytes()[:-100]}
+    path.write_bytes(content[what])
+    with pytest.raises(ValueError, match=rf"source must be a checkpoint file, .*taehv.{suffix}' cannot be"):
+        load_taehv(path)
 
 
 def test_weights_of_something_else_are_refused(tmp_path):

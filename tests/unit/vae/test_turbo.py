@@ -6,6 +6,7 @@ import torch
 
 from genstream.vae.protocol import VAEState
 from genstream.vae.turbo import TurboVAED
+from genstream.vae.turbo_weights import load_turbo_vaed
 
 SMALL = {
     "latent_channels": 4,
@@ -179,6 +180,52 @@ def test_save_pretrained_round_trip(tmp_path):
     latents = some_latents(3).float()
     assert torch.equal(loaded.decode(latents), vae.decode(latents))
     assert torch.equal(loaded.decode_chunk(latents, start(vae)), vae.decode(latents))
+
+
+PUBLISHED = {
+    "dense": {"decoder_is_dw_conv": (False,) * 5, "decoder_dw_kernel_size": 1},
+    "separable": {"decoder_is_dw_conv": (False, True, False, True, True)},
+    "patches": {"patch_size": 4, "decoder_block_out_channels": (16, 4, 6, 6)},
+    "all in time": {"decoder_spatio_only": (False,) * 4, "decoder_layers_per_block": (2, 1, 3, 1, 2)},
+    "told": {"decoder_causal": True, "is_video_dc_ae": True},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_files_say_what_they_are(name, tmp_path):
+    vae = small_vae(**PUBLISHED[name]).float()
+    told = PUBLISHED[name] if name == "told" else {}
+    torch.save(vae.state_dict(), tmp_path / "whole.pth")
+    loaded = load_turbo_vaed(tmp_path / "whole.pth", **told)
+    assert loaded._describe() == vae._describe()
+    latents = some_latents(2).float()
+    assert torch.equal(loaded.decode(latents), vae.decode(latents))
+
+
+def test_a_decoder_alone_is_loaded_and_heads_are_left_out():
+    vae = small_vae().float()
+    heads = {"aligned_feature_projection_heads.0.weight": torch.zeros(1)}
+    loaded = load_turbo_vaed(vae.decoder.state_dict() | heads, latents_std=[2.0] * 4, scaling_factor=0.5)
+    assert loaded.latents_mean.tolist() == [0] * 4
+    assert loaded.latents_std.tolist() == [2] * 4
+    latents = some_latents(2).float()
+    raw = load_turbo_vaed(vae.decoder.state_dict())
+    torch.testing.assert_close(loaded.decode(latents), raw.decode(latents * 4), rtol=0, atol=1e-6)
+
+
+def test_weights_of_something_else_are_refused():
+    weights = small_vae().decoder.state_dict()
+    for match, source in {
+        r"source must hold 'decoder.conv_in.conv.weight', got 1 tensors": {"x": torch.zeros(1)},
+        r"0 missing \[\], 1 unexpected \['decoder.extra'\]": weights | {"extra": torch.zeros(1)},
+        r"1 missing \['decoder.conv_out.conv.bias'\]": {
+            name: weight for name, weight in weights.items() if name != "conv_out.conv.bias"
+        },
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            load_turbo_vaed(source)
+    with pytest.raises(ValueError, match="latents_mean must hold latent_channels = 4 numbers, got 1"):
+        load_turbo_vaed(weights, latents_mean=[0.0])
 
 
 def test_bad_input_is_refused():

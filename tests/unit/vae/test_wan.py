@@ -327,11 +327,28 @@ def test_state_of_another_stream_is_refused():
         vae.decode_chunk(latents, build("2.1").float().init_state("decode", 2, HEIGHT, WIDTH))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"encoder_widths": [4, 4, 6, 8, 8]}, r"encoder_widths must be multiples .* got \[4, 4, 6, 8, 8\]"),
+        (
+            {"decoder_widths": [12, 8, 6, 20, 4]},
+            r"decoder_widths must be multiples .* got \[12, 8, 6, 20, 4\]",
+        ),
+        ({"latents_std": [1.0, 0.0, 1.0, 1.0]}, r"latents_std must be above 0 for every channel, got \[1"),
+        ({"latents_mean": [0.0]}, "latents_mean must hold latent_channels = 4 numbers, got 1"),
+    ],
+)
+def test_settings_of_version_2_2_that_do_not_fit_are_refused(wrong, error):
+    with pytest.raises(ValueError, match=error):
+        build("2.2", **wrong)
+
+
 def test_data_that_does_not_fit_is_refused():
     vae = build("2.1")
     with pytest.raises(ValueError, match=r"width must be a positive multiple of 8, got 20"):
         vae.init_state("encode", 1, 16, 20)
-    with pytest.raises(ValueError, match=r"frames must be 4n \+ 1 along dimension 2, got 8"):
+    with pytest.raises(ValueError, match=r"frames must be 1 \+ 4n along dimension 2, got 8"):
         vae.encode(random_frames(8))
     with pytest.raises(ValueError, match=r"latents .*\[1, 4, any, 2, 2\], got \[1, 5, 1, 2, 2\]"):
         vae.decode(torch.zeros((1, 5, 1, 2, 2), dtype=torch.float64))
@@ -339,7 +356,9 @@ def test_data_that_does_not_fit_is_refused():
         vae.encode(torch.zeros((3, 16, 16), dtype=torch.float64))
     with pytest.raises(ValueError, match=r"latents must be \[B, C, T, h, w\], got \[4, 2, 2\]"):
         vae.decode(torch.zeros((4, 2, 2), dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"latents must be torch.float64 like the VAE, got torch.float32"):
+    with pytest.raises(
+        ValueError, match=r"latents must be torch.float64 on cpu like the VAE, got torch.float32"
+    ):
         vae.decode(random_latents(vae, 1).float())
 
 

@@ -114,6 +114,12 @@ def test_decode_unclamped(case):
     assert_equals(case.vae.decode_chunk_unclamped(case.data["dec.z"], state), case.data["dec.y_scaled"])
 
 
+def test_decode_one(case):
+    z, expected = case.data["dec.z"][:, :, :1], case.data["dec_T1.y_scaled"]
+    state = case.vae.init_state("decode", 1, *expected.shape[3:])
+    assert_equals(case.vae.decode_chunk_unclamped(z, state), expected)
+
+
 def test_decode_raw(case):
     raw = case.data["dec.z"] - case.vae._latents_mean.view(1, -1, 1, 1, 1)
     raw = raw / case.vae._latents_std.view(1, -1, 1, 1, 1)
@@ -138,3 +144,27 @@ def assert_slots(slots: dict[str, torch.Tensor], data: dict[str, torch.Tensor], 
     theirs = {name: value for name, value in data.items() if name.startswith(prefix)}
     for name, value in theirs.items():
         assert_equals(ours[int(name.removeprefix(prefix))], value)
+
+
+def test_layers_give_what_those_of_the_reference_give(case):
+    prefix = "dec.tap_latent1."
+    taps = {name: value for name, value in case.data.items() if name.startswith(prefix)}
+    if not taps:
+        pytest.skip("the set holds no layers")
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str):
+        # Convolutions put out what they remember, too.
+        return lambda module, inputs, output: outputs.update(
+            {name: output[0] if isinstance(output, tuple) else output}
+        )
+
+    layers = dict(case.vae.decoder.named_modules())
+    hooks = [layers[name.removeprefix(prefix)].register_forward_hook(keep(name)) for name in taps]
+    state = case.vae.init_state("decode", 1, *case.data["dec.y_scaled"].shape[3:])
+    for latent in case.data["dec.z"][:, :, :2].split(1, dim=2):
+        case.vae.decode_chunk(latent, state)
+    for hook in hooks:
+        hook.remove()
+    for name, value in taps.items():
+        torch.testing.assert_close(outputs[name], value, rtol=ATOL, atol=ATOL)
