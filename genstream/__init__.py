@@ -23,6 +23,8 @@ _EXPORTS = {
     "FewStepScheduler": "genstream.schedulers.few_step",
     "GivenNoise": "genstream.streaming.noise",
     "LiveFrames": "genstream.streaming.source",
+    "LoraControl": "genstream.streaming.controls",
+    "LoraUse": "genstream.transformer.adapters",
     "MotionNoise": "genstream.streaming.intake",
     "NoiseSource": "genstream.streaming.noise",
     "PauseControl": "genstream.streaming.controls",

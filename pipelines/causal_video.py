@@ -23,6 +23,7 @@ from genstream.conditioning.image import Picture, as_pixels, check_pixels, image
 from genstream.conditioning.text import check_prompts, encode_prompts, unknown_words
 from genstream.io.hub_card import CARD_NAME, copy_companions
 from genstream.io.model_folder import check_model_folder, installed_folder, installed_models, read_json
+from genstream.pipelines.lora import LoraLoaderMixin
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.shapes import (
     check_divides,
@@ -45,6 +46,7 @@ from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSet
 from genstream.streaming.snapshot import load_state, model_fingerprint, save_state
 from genstream.streaming.source import FrameSource, as_source
 from genstream.streaming.state import StreamState
+from genstream.transformer.adapters import active_loras
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.vae.protocol import StreamingVAE
 from genstream.vae.wrapping import as_streaming, module_of, streams
@@ -68,7 +70,7 @@ class CausalVideoOutput(BaseOutput):
     frames: list[list[Image.Image]] | np.ndarray | Tensor
 
 
-class CausalVideoPipeline(DiffusionPipeline):
+class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     """Streams video from a causal few-step transformer, one chunk of latent frames at a time.
 
     Args:
@@ -98,9 +100,9 @@ class CausalVideoPipeline(DiffusionPipeline):
         image_encoder: CLIP, for transformers that take image tokens; None when callers give image embeddings.
     """
 
-    model_cpu_offload_seq = "text_encoder->image_encoder->transformer->vae"
     # Transformer and VAE take turns in every chunk: moving them each time would cost more than it saves.
-    _exclude_from_cpu_offload: ClassVar[list[str]] = ["vae"]
+    model_cpu_offload_seq = "text_encoder->image_encoder"
+    _exclude_from_cpu_offload: ClassVar[list[str]] = ["transformer", "vae"]
     _optional_components: ClassVar[list[str]] = [
         "tokenizer",
         "text_encoder",
@@ -437,6 +439,7 @@ class CausalVideoPipeline(DiffusionPipeline):
             image_embeds=image_embeds,
             image_channels=image_channels,
             transform=_transform(strength, motion),
+            loras=active_loras(self.transformer),
             decode=decode,
         )
 
@@ -554,7 +557,8 @@ class CausalVideoPipeline(DiffusionPipeline):
 
     def save_state(self, state: StreamState, path: str | Path) -> None:
         """Write a running stream to a file, to go on later with `load_state`."""
-        save_state(state, path, model_fingerprint(self.transformer, module_of(self.vae)))
+        fingerprint = model_fingerprint(self.transformer, module_of(self.vae), loras=state.loras)
+        save_state(state, path, fingerprint)
 
     def load_state(
         self, path: str | Path, source: FrameSource | Iterable[Picture] | None = None

@@ -33,7 +33,7 @@ MAY_IMPORT["app"] = {"pipelines", "streaming", "conditioning", "io"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
 
 # Optional dependency -> the only folder that imports it.
-ONLY_IN = {"triton": "kernels", "gradio": "app"}
+ONLY_IN = {"triton": "kernels", "gradio": "app", "peft": "transformer", "torchao": "pipelines"}
 
 
 def _source_files() -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +12,13 @@ from genstream.streaming.settings import RecachePolicy
 @dataclass(frozen=True)
 class Control:
     """Base of all controls."""
+
+
+def _check_recache(policy: RecachePolicy | None) -> None:
+    if policy is not None and not isinstance(policy, RecachePolicy):
+        raise ValueError(
+            f"recache must be one of {[str(each) for each in RecachePolicy]} as RecachePolicy, got {policy!r}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +42,34 @@ class PromptControl(Control):
             raise ValueError("prompt must not be empty")
         if self.blend_chunks < 1:
             raise ValueError(f"blend_chunks must be at least 1, got {self.blend_chunks}")
-        if self.recache is not None and not isinstance(self.recache, RecachePolicy):
-            raise ValueError(
-                f"recache must be one of {[str(policy) for policy in RecachePolicy]} as RecachePolicy, "
-                f"got {self.recache!r}"
-            )
+        _check_recache(self.recache)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraControl(Control):
+    """Continue with one loaded LoRA, or with none.
+
+    The prompt is embedded anew by the changed weights. Only this stream changes: others on the same weights
+    go on with theirs.
+
+    Attributes:
+        name: of a loaded LoRA, which replaces all that are in use; None for the model alone.
+        scale: factor on what it adds to the weights; 1 is as it was trained.
+        recache: what happens to the kept keys and values, so that the past no longer speaks for the old
+            weights; the model's own way when None. Where nothing happens, the change comes gradually, as the
+            old past leaves the window; a past that is built anew for every chunk follows at once.
+    """
+
+    name: str | None
+    scale: float = 1.0
+    recache: RecachePolicy | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale must be finite, got {self.scale}")
+        if self.name is None and self.scale != 1.0:
+            raise ValueError(f"scale needs the name of a LoRA, got {self.scale} and no name")
+        _check_recache(self.recache)
 
 
 @dataclass(frozen=True)
@@ -72,7 +103,8 @@ class ResetControl(Control):
 
 
 _KINDS: dict[str, type[Control]] = {
-    kind.__name__: kind for kind in (PromptControl, PauseControl, ResumeControl, StopControl, ResetControl)
+    kind.__name__: kind
+    for kind in (PromptControl, LoraControl, PauseControl, ResumeControl, StopControl, ResetControl)
 }
 
 

@@ -18,6 +18,7 @@ from genstream.streaming.chunk import Chunk, Timings
 from genstream.streaming.controls import (
     Applied,
     Control,
+    LoraControl,
     PauseControl,
     PromptControl,
     ResetControl,
@@ -31,6 +32,7 @@ from genstream.streaming.request import StreamRequest
 from genstream.streaming.settings import ContextPolicy, RecachePolicy
 from genstream.streaming.source import FrameSource
 from genstream.streaming.state import Blend, StreamState
+from genstream.transformer.adapters import LoraUse, loras_in_use, use_loras
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.transformer.embeddings import timestep_dtype
 from genstream.vae.protocol import StreamingVAE, VAEState
@@ -82,12 +84,19 @@ class CacheEngine:
     ) -> StreamState:
         """The state in front of the first chunk; `controls`, the log of another run, are replayed."""
         self._check_context(request)
+        with loras_in_use(self.transformer, request.loras):
+            state = self._start(request, source)
+        for applied in controls:
+            state.submit(applied.control, not_before=applied.frame)
+        return state
+
+    def _start(self, request: StreamRequest, source: FrameSource | None) -> StreamState:
         device, dtype = self.transformer.device, self.transformer.dtype
         height, width = self._latent_size(request)
         layout = self.cache_layout(request)
         embeds = request.prompt_embeds.to(device, dtype)
         channels = self.transformer.out_channels
-        state = StreamState(
+        return StreamState(
             request=request,
             noise=request.noise,
             prompt_embeds=embeds,
@@ -98,10 +107,8 @@ class CacheEngine:
             history=torch.zeros(request.batch_size, channels, 0, height, width, device=device, dtype=dtype),
             intake=self._intake(request),
             source=source,
+            loras=request.loras,
         )
-        for applied in controls:
-            state.submit(applied.control, not_before=applied.frame)
-        return state
 
     @torch.no_grad()
     def step(self, state: StreamState) -> Chunk:
@@ -118,6 +125,11 @@ class CacheEngine:
         if state.finished:
             raise ValueError("state is finished: its stream has no further chunk")
         self._take_in(state)
+        with loras_in_use(self.transformer, state.loras):
+            return self._step(state)
+
+    def _step(self, state: StreamState) -> Chunk:
+        """`step` with the stream's LoRAs in use; a control may change them."""
         draft = state.draft()
         due = self._apply_due(draft)
         controls = draft.log[len(state.log) :]
@@ -353,6 +365,8 @@ class CacheEngine:
                     done=0,
                     recache=control.recache or state.request.settings.recache,
                 )
+            case LoraControl():
+                self._change_lora(control, state)
             case PauseControl():
                 state.paused = True
             case ResumeControl():
@@ -381,21 +395,32 @@ class CacheEngine:
         state.frame = 0
         state.intake = None if state.intake is None else state.intake.restarted(self.vae)
 
+    def _change_lora(self, control: LoraControl, state: StreamState) -> None:
+        self._commit_waiting(state)
+        loras = () if control.name is None else (LoraUse(name=control.name, scale=control.scale),)
+        use_loras(self.transformer, loras)
+        state.loras = loras
+        state.text = self.text_cache(state.prompt_embeds, state.request)
+        state.negative_text = self._negative_text(state.request, state.prompt_embeds)
+        self.recache(state, control.recache or state.request.settings.recache)
+
     def _advance_blend(self, state: StreamState) -> None:
         blend = state.blend
         if blend is None:
             return
-        if state.uncommitted:
-            # Now, with the prompt that it was made with.
-            self._clean_pass(
-                state.history[:, :, -state.uncommitted :], state.frame - state.uncommitted, state
-            )
-            state.uncommitted = 0
+        self._commit_waiting(state)
         blend = replace(blend, done=blend.done + 1)
         state.prompt_embeds = blend.embeds
         state.text = self.text_cache(state.prompt_embeds, state.request)
         self.recache(state, blend.recache)
         state.blend = None if blend.done == blend.chunks else blend
+
+    def _commit_waiting(self, state: StreamState) -> None:
+        """Commit a chunk that waits for the next pass now, with the prompt and weights that it was made with."""
+        if state.uncommitted:
+            waiting = state.history[:, :, -state.uncommitted :]
+            self._clean_pass(waiting, state.frame - state.uncommitted, state)
+            state.uncommitted = 0
 
     def _decode(self, latents: Tensor, state: StreamState) -> Tensor | None:
         """Frames that are ready; with a stream's last chunk also those that the VAE held back."""

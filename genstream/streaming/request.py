@@ -10,6 +10,7 @@ from genstream.schedulers.schedule import Schedule
 from genstream.streaming.intake import TransformSettings
 from genstream.streaming.noise import NoiseSource
 from genstream.streaming.settings import StreamSettings as StreamSettings
+from genstream.transformer.adapters import LoraUse
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,6 +32,7 @@ class StreamRequest:
         image_channels: `[B, in_channels - C, T, h, w]` behind the channels of the noisy latents, for models
             that take them; the last latent frame of them stands for all that follow.
         transform: how much a source is changed; None generates from noise alone.
+        loras: the LoRAs that the stream starts with.
         decode: decode the latents; otherwise the stream gives latents only.
     """
 
@@ -47,6 +49,7 @@ class StreamRequest:
     image_embeds: Tensor | None = None
     image_channels: Tensor | None = None
     transform: TransformSettings | None = None
+    loras: tuple[LoraUse, ...] = ()
     decode: bool = True
 
     def __post_init__(self) -> None:

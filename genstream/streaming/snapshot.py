@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +24,7 @@ from genstream.streaming.noise import restore_noise
 from genstream.streaming.request import StreamRequest
 from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSettings
 from genstream.streaming.state import Blend, StreamState
+from genstream.transformer.adapters import LoraUse, adapter_of, base_name, check_loaded, loras_in_use
 from genstream.vae.protocol import VAEState
 from genstream.vae.wrapping import module_of
 
@@ -41,12 +43,18 @@ _COUNTERS = (
 )
 
 
-def model_fingerprint(*modules: nn.Module) -> str:
-    """Tells models apart by the names, shapes, dtypes and first values of their parameters."""
+def model_fingerprint(*modules: nn.Module, loras: Collection[LoraUse] = ()) -> str:
+    """Tells models apart by the names, shapes, dtypes and first values of their parameters.
+
+    Of the LoRAs on them only those count that a stream uses.
+    """
     digest = sha256()
+    used = {None, *(lora.name for lora in loras)}
     for module in modules:
         for name, parameter in module.state_dict().items():
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            if adapter_of(name) not in used:
+                continue
+            digest.update(f"{base_name(name)} {tuple(parameter.shape)} {parameter.dtype}".encode())
             digest.update(repr(parameter.flatten()[:8].float().tolist()).encode())
     return digest.hexdigest()
 
@@ -103,7 +111,9 @@ def load_state(path: str | Path, engine: CacheEngine) -> StreamState:
             if text is None:
                 raise ValueError(f"path must be a stream snapshot, got {str(path)!r}")
             meta = json.loads(text)
-            _check(meta, path, model_fingerprint(engine.transformer, module_of(engine.vae)))
+            loras = _restore_loras(meta)
+            check_loaded(engine.transformer, loras)
+            _check(meta, path, model_fingerprint(engine.transformer, module_of(engine.vae), loras=loras))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"path must be a whole stream snapshot, got {str(path)!r}: {error}") from error
@@ -118,7 +128,7 @@ def _check(meta: dict[str, Any], path: str | Path, fingerprint: str) -> None:
         raise ValueError(f"snapshot {str(path)!r} must have format {FORMAT}, got {meta.get('format')}")
     if meta.get("model") != fingerprint:
         raise ValueError(
-            f"snapshot {str(path)!r} belongs to another model or dtype: "
+            f"snapshot {str(path)!r} belongs to another model, LoRA or dtype: "
             f"{str(meta.get('model'))[:12]} in the file, {fingerprint[:12]} loaded"
         )
 
@@ -144,9 +154,11 @@ def _meta(state: StreamState, fingerprint: str) -> dict[str, Any]:
                 "sigmas": list(request.schedule.sigmas),
             },
             "noise": request.noise.meta(),
+            "loras": [asdict(lora) for lora in request.loras],
         },
         "counters": {name: getattr(state, name) for name in _COUNTERS},
         "noise": state.noise.meta(),
+        "loras": [asdict(lora) for lora in state.loras],
         "origin": state.kv.origin,
         "layout": asdict(state.kv.layout),
         "vae": None if state.vae is None else state.vae.meta(),
@@ -162,7 +174,11 @@ def _blend_meta(blend: Blend) -> dict[str, Any]:
 
 
 def _restore(meta: dict[str, Any], tensors: dict[str, Tensor], engine: CacheEngine) -> StreamState:
-    state = engine.start(_restore_request(meta["request"], _under("request", tensors)))
+    request = _restore_request(meta["request"], _under("request", tensors))
+    loras = _restore_loras(meta)
+    # The LoRAs it started with need not be loaded any more.
+    state = engine.start(replace(request, loras=loras))
+    state.request = request
     layout = asdict(state.kv.layout)
     if meta.get("layout", layout) != layout:
         raise ValueError(f"snapshot must have the engine's cache layout {layout}, got {meta['layout']}")
@@ -170,7 +186,8 @@ def _restore(meta: dict[str, Any], tensors: dict[str, Tensor], engine: CacheEngi
         setattr(state, name, value)
     state.noise = restore_noise(meta["noise"], _under("noise", tensors))
     state.prompt_embeds = tensors["prompt_embeds"].to(state.prompt_embeds)
-    state.text = engine.text_cache(state.prompt_embeds, state.request)
+    with loras_in_use(engine.transformer, loras):
+        state.text = engine.text_cache(state.prompt_embeds, state.request)
     state.history = tensors["history"].to(state.history)
     state.queue = tensors["queue"].to(state.history) if "queue" in tensors else None
     state.kv.load(_under("kv", tensors), meta["origin"])
@@ -212,6 +229,7 @@ def _restore_request(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Stream
         image_embeds=tensors.get("image_embeds"),
         image_channels=tensors.get("image_channels"),
         transform=_restore_transform(meta.get("transform")),
+        loras=_restore_loras(meta),
         decode=meta["decode"],
     )
 
@@ -243,6 +261,10 @@ def _restore_transform(meta: dict[str, Any] | None) -> TransformSettings | None:
     return TransformSettings(
         strength=meta["strength"], motion=None if motion is None else MotionNoise(**motion)
     )
+
+
+def _restore_loras(meta: dict[str, Any]) -> tuple[LoraUse, ...]:
+    return tuple(LoraUse(**lora) for lora in meta.get("loras", ()))  # files from before LoRAs have none
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from genstream.streaming.noise import NoiseSource
 from genstream.streaming.request import StreamRequest
 from genstream.streaming.settings import RecachePolicy
 from genstream.streaming.source import FrameSource
+from genstream.transformer.adapters import LoraUse
 from genstream.vae.protocol import VAEState
 
 
@@ -65,6 +66,7 @@ class StreamState:
         blend: prompt blend in progress.
         intake: what was taken in of the source; None without one.
         source: where the frames of a video-to-video stream come from; not part of a snapshot or a clone.
+        loras: the LoRAs in use on this stream.
         log: the controls that took effect; with the request they replay the stream.
         pending: the controls that wait.
         sequence: number of the last submitted control.
@@ -92,6 +94,7 @@ class StreamState:
     blend: Blend | None = None
     intake: Intake | None = None
     source: FrameSource | None = None
+    loras: tuple[LoraUse, ...] = ()
     log: tuple[Applied, ...] = ()
     pending: deque[Submitted] = field(default_factory=deque)
     sequence: int = 0

@@ -172,7 +172,8 @@ class CausalDiT(
             rows=rows,
             columns=columns,
         )
-        return KVCache.allocate(layout, shape, self.patch_embedding.weight)
+        # Not like a weight: offloaded ones lie elsewhere, and float8 ones are cast when they are used.
+        return KVCache.allocate(layout, shape, torch.empty(0, device=self.device, dtype=self.dtype))
 
     def text_cache(self, prompt_embeds: Tensor, image_embeds: Tensor | None = None) -> TextCache:
         """Cross-attention keys and values of every layer, computed once per prompt.

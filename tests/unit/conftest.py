@@ -55,3 +55,41 @@ def build_pipeline():
 def pipe():
     """A pipeline with one sink chunk and a window of one chunk, shared by the tests of a file."""
     return _build()
+
+
+_NAMINGS = {
+    "peft": ("base_model.model.", "lora_A", "lora_B"),
+    "diffusers": ("transformer.", "lora_A", "lora_B"),
+    "original": ("diffusion_model.", "lora_down", "lora_up"),
+}
+_WAN_LINEAR = {
+    "attn1.to_q": "self_attn.q",
+    "attn1.to_out.0": "self_attn.o",
+    "attn2.to_k": "cross_attn.k",
+    "attn2.to_v": "cross_attn.v",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+}
+
+
+def _lora(transformer, *, naming="peft", seed=0, ranks=(2, 2), alpha=None) -> dict[str, torch.Tensor]:
+    """Random LoRA tensors; block `i` has the rank `ranks[i]`."""
+    generator = torch.Generator().manual_seed(seed)
+    prefix, down, up = _NAMINGS[naming]
+    tensors = {}
+    for block, rank in enumerate(ranks):
+        for ours, wan in _WAN_LINEAR.items():
+            linear = transformer.blocks[block].get_submodule(ours)
+            layer = f"{prefix}blocks.{block}.{ours if naming == 'diffusers' else wan}"
+            shapes = {down: (rank, linear.in_features), up: (linear.out_features, rank)}
+            for part, shape in shapes.items():
+                tensors[f"{layer}.{part}.weight"] = torch.randn(shape, generator=generator) / 2
+            if alpha is not None:
+                tensors[f"{layer}.alpha"] = torch.tensor(float(alpha))
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def build_lora():
+    """`build_lora(transformer, naming=..., seed=...)`: tensors of a LoRA that changes pictures visibly."""
+    return _lora

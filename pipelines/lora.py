@@ -1,0 +1,110 @@
+"""LoRA adapters on a pipeline's transformer, in the manner of diffusers' pipelines."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
+from diffusers.utils import is_peft_available
+from torch import Tensor
+
+from genstream.io.model_folder import read_json
+from genstream.transformer.adapters import peft_adapter
+from genstream.transformer.causal_dit import CausalDiT
+
+_ADAPTER_NAME = re.compile(r"\w[\w-]*")
+_PEFT_CONFIG = "adapter_config.json"
+_USER_AGENT = {"file_type": "attn_procs_weights", "framework": "pytorch"}
+
+
+class LoraLoaderMixin(LoraBaseMixin):
+    """Loads LoRAs for the transformer; diffusers' `set_adapters` and its like work on them.
+
+    A stream takes over what is in use when it is requested; `LoraControl` changes it for that stream alone.
+    """
+
+    _lora_loadable_modules: ClassVar[list[str]] = ["transformer"]
+    transformer_name = "transformer"
+    transformer: CausalDiT
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | Path | Mapping[str, Tensor],
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        local_files_only: bool | None = None,
+    ) -> None:
+        """Load a LoRA and put it in use, instead of those that are.
+
+        Its names may be those of diffusers, of PEFT or of the original Wan code, as LongLive publishes it.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: a .safetensors file, a folder or a repository that holds
+                one, or its tensors. Pickles are not read: `genstream convert` turns them into a folder.
+            adapter_name: for `set_adapters` and `LoraControl`; "default_0" and so on when None.
+            weight_name: of the file in the folder or repository, where it holds several.
+            subfolder: of the repository.
+            revision: of the repository.
+            token: for the Hugging Face Hub.
+            local_files_only: look nothing up on the Hub.
+
+        Raises:
+            ImportError: peft is not installed.
+            ValueError: the LoRA is for other layers, or the name is taken; nothing is changed.
+        """
+        if not is_peft_available():
+            raise ImportError("load_lora_weights needs peft: pip install 'genstream[lora]'")
+        self._check_name(adapter_name)
+        tensors, metadata = _fetch_state_dict(
+            _source(pretrained_model_name_or_path_or_dict),
+            weight_name=weight_name,
+            use_safetensors=True,
+            local_files_only=local_files_only,
+            cache_dir=None,
+            force_download=False,
+            proxies=None,
+            token=token,
+            revision=revision,
+            subfolder=subfolder,
+            user_agent=_USER_AGENT,
+            allow_pickle=False,
+        )
+        trained = metadata or _peft_config(pretrained_model_name_or_path_or_dict)
+        trained = {name.removeprefix(f"{self.transformer_name}."): value for name, value in trained.items()}
+        adapter, config = peft_adapter(tensors, self.transformer, trained)
+        self.transformer.load_lora_adapter(
+            adapter, prefix=None, adapter_name=adapter_name, metadata=config, _pipeline=self
+        )
+
+    def _check_name(self, name: str | None) -> None:
+        if name is None:
+            return
+        if not _ADAPTER_NAME.fullmatch(name):
+            raise ValueError(f"adapter_name must be letters, digits, - and _, got {name!r}")
+        if name in getattr(self.transformer, "peft_config", {}):
+            raise ValueError(f"adapter_name must be a new one, got {name!r}, which is loaded")
+
+
+def _source(source: str | Path | Mapping[str, Tensor]) -> str | dict[str, Tensor]:
+    if isinstance(source, Mapping):
+        return dict(source)
+    path = Path(source)
+    if path.is_file() and path.suffix != ".safetensors":
+        raise ValueError(f"LoRA must be a .safetensors file (genstream convert makes one), got {str(path)!r}")
+    return str(source)
+
+
+def _peft_config(source: str | Path | Mapping[str, Tensor]) -> dict[str, Any]:
+    """What PEFT writes beside an adapter, as far as it is a local one."""
+    if isinstance(source, Mapping):
+        return {}
+    path = Path(source)
+    beside = (path if path.is_dir() else path.parent) / _PEFT_CONFIG
+    return dict(read_json(beside)) if beside.is_file() else {}
