@@ -326,7 +326,31 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             )
         prompts = [prompt] if isinstance(prompt, str) else prompt
         check_prompts(prompts, self.tokenizer, self.config.text_tokens)
-        return encode_prompts(prompts, self.tokenizer, self.text_encoder, self.config.text_tokens)
+        return self._encode(prompts)
+
+    def _encode(self, prompts: list[str]) -> Tensor:
+        embeds = encode_prompts(prompts, self.tokenizer, self.text_encoder, self.config.text_tokens)
+        self._offload_text_encoder()
+        return embeds
+
+    def _offload_text_encoder(self) -> None:
+        """With `enable_model_cpu_offload`, take it off the GPU: prompts change seldom."""
+        for hook in getattr(self, "_all_hooks", ()):  # set by diffusers when offloading is enabled
+            hook.offload()
+
+    def maybe_free_model_hooks(self) -> None:
+        """Nothing has to move at the end of a clip: transformer and VAE stay for other streams."""
+        self.transformer._reset_stateful_cache()
+        self._offload_text_encoder()
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Refused: a stream would wait for every weight in every pass."""
+        raise ValueError(
+            "enable_sequential_cpu_offload would move every weight in every pass; use "
+            "enable_model_cpu_offload, or enable_group_offload with exclude_modules=['transformer', 'vae']"
+        )
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of the prompt that the model never saw."""
@@ -798,8 +822,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             )
         if prompt is not None:
             return self.encode_prompt([prompt] * batch_size)
-        nothing = [""] * batch_size
-        return encode_prompts(nothing, self.tokenizer, self.text_encoder, self.config.text_tokens)
+        return self._encode([""] * batch_size)
 
     def _check_preset(self, name: str, preset: Preset) -> None:
         config, wanted = self.transformer.config, preset.settings.chunk_frames

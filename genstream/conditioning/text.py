@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 import torch
+from diffusers.models.modeling_utils import get_parameter_device
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
@@ -23,7 +24,8 @@ def encode_prompts(
         tokens: length that the transformer was trained with.
     """
     batch = tokenizer(list(prompts), padding="max_length", max_length=tokens, return_tensors="pt")
-    return embed_tokens(batch.input_ids.to(encoder.device), batch.attention_mask.to(encoder.device), encoder)
+    device = get_parameter_device(encoder)  # where an offloaded encoder will run, not where it waits
+    return embed_tokens(batch.input_ids.to(device), batch.attention_mask.to(device), encoder)
 
 
 def embed_tokens(input_ids: Tensor, attention_mask: Tensor, encoder: UMT5EncoderModel) -> Tensor:

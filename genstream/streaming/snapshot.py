@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from genstream.cache.layout import PositionPolicy
 from genstream.schedulers import schedule as schedules
@@ -55,8 +56,17 @@ def model_fingerprint(*modules: nn.Module, loras: Collection[LoraUse] = ()) -> s
             if adapter_of(name) not in used:
                 continue
             digest.update(f"{base_name(name)} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(repr(parameter.flatten()[:8].float().tolist()).encode())
+            for values in _stored(parameter):
+                digest.update(repr(values.flatten()[:8].float().tolist()).encode())
     return digest.hexdigest()
+
+
+def _stored(parameter: Tensor) -> list[Tensor]:
+    """The tensors that hold its numbers; quantized weights are made of several."""
+    if not is_traceable_wrapper_subclass(parameter):
+        return [parameter]
+    names, _ = parameter.__tensor_flatten__()
+    return [getattr(parameter, name) for name in names]
 
 
 def save_state(state: StreamState, path: str | Path, fingerprint: str) -> None:

@@ -182,17 +182,23 @@ class CausalDiT(
             prompt_embeds: `[B, tokens, text_dim]`, zero rows behind the prompt; padding is attended to.
             image_embeds: `[B, tokens, image_dim]` of image-to-video checkpoints.
         """
-        embedder = self.condition_embedder
-        text = embedder.text_embedder(prompt_embeds)
+        embedder, device = self.condition_embedder, prompt_embeds.device
+        text = embedder.text_embedder(_beside(prompt_embeds, embedder.text_embedder.linear_1.weight))
         image = None
         if image_embeds is not None:
             if embedder.image_embedder is None:
                 raise ValueError(
                     "encoder_hidden_states_image was given, but this model takes no image tokens"
                 )
-            embedded = embedder.image_embedder(image_embeds)
-            image = [layer.image(embedded) for layer in self._cross_attentions()]
-        return TextCache([layer.text(text) for layer in self._cross_attentions()], image)
+            embedded = embedder.image_embedder(_beside(image_embeds, embedder.image_embedder.norm1.weight))
+            image = [
+                _to(device, layer.image(_beside(embedded, layer.to_k.weight)))
+                for layer in self._cross_attentions()
+            ]
+        return TextCache(
+            [_to(device, layer.text(_beside(text, layer.to_k.weight))) for layer in self._cross_attentions()],
+            image,
+        )
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tokens in a latent frame of `height` x `width` latent pixels."""
@@ -286,3 +292,13 @@ class CausalDiT(
             -1, (patch_height, patch_width, self.out_channels)
         )
         return patched.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+
+def _beside(x: Tensor, weight: Tensor) -> Tensor:
+    """`x` where a weight is: group offloading brings blocks to the GPU for their own `forward` only."""
+    return x.to(weight.device)
+
+
+def _to(device: torch.device, tensors: KeysValues) -> KeysValues:
+    keys, values = tensors
+    return keys.to(device), values.to(device)

@@ -436,3 +436,64 @@ def test_a_very_long_stream_starts_at_once(pipe):
     request = pipe.request(RED, seconds=1e9)
     state = pipe.start(request)
     assert next(pipe.run(state)).frames.shape[2] == 9
+
+
+def test_model_offload_moves_the_text_encoder_only(build_pipeline, monkeypatch):
+    pipe = build_pipeline(guidance_scale=2.0)
+    expected = pipe(RED, num_frames=21, output_type="latent").frames
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert [name for name, part in pipe.components.items() if hasattr(part, "_hf_hook")] == ["text_encoder"]
+    (hook,) = pipe._all_hooks
+    offloaded = []
+    monkeypatch.setattr(hook, "offload", lambda: offloaded.append(pipe.text_encoder))
+    state = pipe.start(pipe.request(RED, seed=0))
+    assert len(offloaded) == 2  # the prompt and the negative one
+    state.submit(genstream.PromptControl(prompt=BLUE))
+    pipe.step(state)
+    assert len(offloaded) == 3
+    assert_same(pipe(RED, num_frames=21, output_type="latent").frames, expected)
+    assert pipe._all_hooks == [hook]
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+@pytest.mark.parametrize("kept", [[], ["transformer", "vae"]], ids=["all", "text encoder"])
+def test_group_offload(build_pipeline, kind, kept):
+    pipe = build_pipeline()
+    expected = pipe(RED, num_frames=33, output_type="pt").frames
+    pipe.enable_group_offload(
+        torch.device("cpu"), offload_type=kind, num_blocks_per_group=1, exclude_modules=kept
+    )
+    assert_same(pipe(RED, num_frames=33, output_type="pt").frames, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("offload", ["model", "block_level", "leaf_level"])
+def test_offload_on_a_gpu(build_pipeline, offload):
+    expected = build_pipeline().to("cuda")(RED, num_frames=33, output_type="pt").frames
+    pipe = build_pipeline()
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device="cuda")
+    else:
+        pipe.enable_group_offload(
+            torch.device("cuda"), offload_type=offload, num_blocks_per_group=1, exclude_modules="vae"
+        )
+    torch.testing.assert_close(pipe(RED, num_frames=33, output_type="pt").frames, expected)
+    assert next(pipe.text_encoder.parameters()).device.type == "cpu"
+    assert next(pipe.vae.parameters()).device.type == "cuda"
+
+
+def test_sequential_offload_is_refused(build_pipeline):
+    with pytest.raises(ValueError, match="enable_sequential_cpu_offload would move every weight"):
+        build_pipeline().enable_sequential_cpu_offload(device="cpu")
+
+
+def test_float8_storage(build_pipeline):
+    """Weights stored in float8 are cast when they are used; the cache has the dtype they are cast to."""
+    pipe = build_pipeline()
+    expected = pipe(RED, num_frames=21, output_type="latent").frames
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    state = pipe.start(pipe.request(RED, num_frames=21))
+    assert state.kv.keys[0].dtype == torch.float32
+    latents = pipe(RED, num_frames=21, output_type="latent").frames
+    assert 0 < (latents - expected).norm() < 0.1 * expected.norm()
