@@ -6,7 +6,7 @@ from diffusers import PipelineQuantizationConfig, TorchAoConfig
 from diffusers.utils import is_torchao_available
 
 # Where one value decides about a whole latent frame, bits matter more than bytes.
-_KEPT = ["patch_embedding", "condition_embedder", "proj_out"]
+KEPT = ("patch_embedding", "condition_embedder", "proj_out")
 
 
 class WeightFormat(StrEnum):
@@ -29,5 +29,5 @@ def quantization(weights: WeightFormat) -> PipelineQuantizationConfig:
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     kinds = {WeightFormat.INT8: Int8WeightOnlyConfig, WeightFormat.FP8: Float8WeightOnlyConfig}
-    config = TorchAoConfig(kinds[weights](), modules_to_not_convert=_KEPT)
+    config = TorchAoConfig(kinds[weights](), modules_to_not_convert=list(KEPT))
     return PipelineQuantizationConfig(quant_mapping={"transformer": config})

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 
 import genstream
-from genstream.cli import bench, convert, distill, evaluate, generate, models, train, transform, vae
+from genstream.cli import bench, convert, distill, evaluate, generate, models, plan, train, transform, vae
 from genstream.cli.parser import Parser
 from genstream.cli.process import is_out_of_memory
 
-COMMANDS = (generate, transform, models, convert, train, distill, evaluate, bench, vae)
+COMMANDS = (generate, transform, models, plan, convert, train, distill, evaluate, bench, vae)
 EXIT_ERROR = 2
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
 
-from genstream.cli.plan import GeneratePlan
+from genstream.cli.clip import GeneratePlan
 from genstream.cli.process import peak_memory_bytes, seconds_since_process_start
 
 

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from genstream.cli.clip import check_single_image, make_plan, parse_size, parse_switch
 from genstream.cli.figures import RunFigures
-from genstream.cli.plan import check_single_image, make_plan, parse_size, parse_switch
 from genstream.io.model_folder import find_model, read_card
 from genstream.streaming.presets import PRESETS
 

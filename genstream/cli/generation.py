@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from genstream.cli.clip import GeneratePlan, Switch
 from genstream.cli.figures import RunClock
 from genstream.cli.pipeline import frames_of_chunk
-from genstream.cli.plan import GeneratePlan, Switch
 from genstream.cli.progress import Progress, progress_for
 from genstream.io.writer import VideoWriter
 from genstream.pipelines.causal_video import CausalVideoPipeline

@@ -1,115 +1,223 @@
-"""What `generate` was asked for, checked as far as it can be before anything heavy is loaded."""
+"""`genstream plan`: does a stream fit into a graphics card, and what would make it fit?
+
+Nothing is loaded: configurations and the headers of the weight files tell it all.
+"""
 
 import argparse
+import dataclasses
+import json
 import math
-import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from genstream.io.model_folder import ModelCard
+from genstream.cli.clip import parse_size
+from genstream.cli.units import gib
+from genstream.io.model_folder import INDEX_NAME, find_model, read_card, read_object
 from genstream.shapes import frames_for_seconds
 
-DEFAULT_SECONDS = 4.0
-_SWITCH = re.compile(r"(?P<seconds>\d+(?:\.\d+)?)s:\s*(?P<prompt>\S.*)")
-_SIZE = re.compile(r"(?P<width>\d+)x(?P<height>\d+)")
+if TYPE_CHECKING:
+    from genstream.pipelines.memory import MemoryEstimate, StreamPlan
+    from genstream.streaming.request import StreamSettings
+
+_GIB = 2**30
+_RESERVE_GIB = 1.0
+_SETTINGS = ("sink_frames", "window_frames", "chunk_frames", "guidance_scale")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Switch:
-    """From the first chunk that starts at or after `seconds` on, the stream follows `prompt`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """What would take less memory.
 
-    seconds: float
-    prompt: str
+    Attributes:
+        option: of this command.
+        peak_bytes: with this option alone, what is kept free included.
+        together_bytes: with all proposals up to this one.
+    """
 
-
-@dataclass(frozen=True, kw_only=True)
-class GeneratePlan:
-    """One clip to generate: `num_frames` or `seconds` is given, the other is None. Sizes in pixels."""
-
-    prompt: str
-    width: int
-    height: int
-    fps: float
-    seed: int
-    num_frames: int | None
-    seconds: float | None
-    switches: tuple[Switch, ...]
-
-    def __post_init__(self) -> None:
-        if not self.prompt.strip():
-            raise ValueError(f"prompt must not be empty, got {self.prompt!r}")
-        if not 0 < self.fps < math.inf:
-            raise ValueError(f"fps must be a positive number, got {self.fps}")
-        if self.total_frames < 1:
-            raise ValueError(f"num_frames (--frames) must be at least 1, got {self.num_frames}")
-        for switch in self.switches:
-            if switch.seconds * self.fps >= self.total_frames:
-                raise ValueError(
-                    f"switch at {switch.seconds}s comes after the end; the video has {self._length}"
-                )
-
-    @property
-    def total_frames(self) -> int:
-        """Frames in the file."""
-        if self.seconds is not None:
-            return frames_for_seconds(self.seconds, self.fps)
-        assert self.num_frames is not None
-        return self.num_frames
-
-    @property
-    def described_prompt(self) -> str:
-        """The prompt with its switches, for the metadata of the file."""
-        return "; ".join(
-            [self.prompt, *(f"{switch.seconds:g}s: {switch.prompt}" for switch in self.switches)]
-        )
-
-    @property
-    def _length(self) -> str:
-        return f"num_frames {self.num_frames}" if self.seconds is None else f"seconds {self.seconds}"
+    option: str
+    peak_bytes: int
+    together_bytes: int
 
 
-def check_single_image(output: str, plan: GeneratePlan) -> None:
-    """Raise ValueError if a video is to go into one png."""
-    if output.lower().endswith(".png") and plan.total_frames != 1:
-        raise ValueError(
-            f"output path {output!r} is one image and takes 1 frame, got {plan.total_frames} frames;"
-            " add --frames 1, or use a name without suffix for a folder of png"
-        )
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "plan", help="tell the memory that a stream takes", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--model", default="toyworld", help="installed model or model folder (toyworld)")
+    parser.add_argument("--size", type=parse_size, metavar="WxH", help="size in pixels (the model's own)")
+    parser.add_argument("--vram", type=float, metavar="GIB", help="memory of the card")
+    parser.add_argument("--seconds", type=float, help="length, where all frames are kept (endless)")
+    parser.add_argument("--preset", help="how the model is run (as its folder says)")
+    parser.add_argument("--sink", dest="sink_frames", type=int, help="latent frames that are kept for ever")
+    parser.add_argument("--window", dest="window_frames", type=int, help="latest latent frames that are kept")
+    parser.add_argument("--chunk", dest="chunk_frames", type=int, help="latent frames generated together")
+    parser.add_argument("--guidance-scale", type=float, help="of classifier-free guidance; 1 is off")
+    parser.add_argument("--batch", type=int, default=1, help="streams that advance together (1)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="(bfloat16)"
+    )
+    parser.add_argument("--quantize", choices=("int8", "fp8"), help="eight-bit weights in the transformer")
+    parser.add_argument(
+        "--offload",
+        choices=("none", "model", "group"),
+        default="none",
+        help="keep the text encoder off the card and bring it whole, or layer by layer, to encode (none)",
+    )
+    parser.add_argument("--tiny-vae", action="store_true", help="decode with TAEHV (the model's own VAE)")
+    parser.add_argument(
+        "--reserve",
+        type=float,
+        default=_RESERVE_GIB,
+        metavar="GIB",
+        help=f"left to the driver, to workspaces of libraries and to gaps ({_RESERVE_GIB:g})",
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as json, in bytes")
+    parser.set_defaults(run=run)
 
 
-def make_plan(arguments: argparse.Namespace, card: ModelCard) -> GeneratePlan:
-    """The plan of the parsed command line; the model's card fills in its native size and frame rate."""
-    width, height = (card.width, card.height) if arguments.size is None else arguments.size
-    fps = card.fps if arguments.fps is None else arguments.fps
-    if width is None or height is None or fps is None:
-        raise ValueError(
-            f"size and fps must be given (--size, --fps): model {card.name!r} does not say its own"
-        )
-    seconds = arguments.seconds
-    if seconds is None and arguments.frames is None:
-        seconds = DEFAULT_SECONDS
-    return GeneratePlan(
-        prompt=arguments.prompt,
-        width=width,
+def run(arguments: argparse.Namespace) -> int:
+    """Print what the stream takes and what would take less."""
+    for name, least in (("vram", 0), ("reserve", -1), ("batch", 0)):
+        value = getattr(arguments, name)
+        if value is not None and not least < value < math.inf:
+            raise ValueError(f"{name} (--{name}) must be a number above {max(least, 0)}, got {value}")
+    folder = find_model(arguments.model)
+    from genstream.pipelines.memory import estimate_memory
+
+    plan = make_plan(arguments, folder)
+    estimate = estimate_memory(plan)
+    reserve_bytes = int(arguments.reserve * _GIB)
+    found = compare(plan, reserve_bytes)
+    if arguments.json:
+        print(json.dumps(_figures(estimate, reserve_bytes, found), indent=2))
+        return 0
+    print("\n".join([_title(arguments, plan), *_lines(estimate, reserve_bytes)]))
+    print("\n".join(_verdict(estimate.peak_bytes + reserve_bytes, arguments.vram, found)))
+    return 0
+
+
+def make_plan(arguments: argparse.Namespace, folder: Path) -> "StreamPlan":
+    """What the command line asks for; the model's folder fills in the rest."""
+    import torch
+
+    from genstream.pipelines.memory import StreamPlan, TextEncoderOffload
+    from genstream.pipelines.quantization import WeightFormat
+
+    card = read_card(folder)
+    width, height = arguments.size or (card.width, card.height)
+    if width is None or height is None:
+        raise ValueError(f"size must be given (--size): model {card.name!r} does not say its own")
+    num_frames = None
+    if arguments.seconds is not None:
+        if card.fps is None:
+            raise ValueError(f"--seconds needs a frame rate, which model {card.name!r} does not say")
+        num_frames = frames_for_seconds(arguments.seconds, card.fps)
+    return StreamPlan(
+        folder=folder,
         height=height,
-        fps=fps,
-        seed=arguments.seed,
-        num_frames=arguments.frames,
-        seconds=seconds,
-        switches=tuple(sorted(arguments.switch, key=lambda switch: switch.seconds)),
+        width=width,
+        settings=_settings(arguments, folder),
+        num_frames=num_frames,
+        dtype=getattr(torch, arguments.dtype),
+        weights=None if arguments.quantize is None else WeightFormat(arguments.quantize),
+        offload=TextEncoderOffload(arguments.offload),
+        tiny_vae=arguments.tiny_vae,
+        batch_size=arguments.batch,
     )
 
 
-def parse_switch(text: str) -> Switch:
-    """`4s: a blue square moving left` as a Switch."""
-    match = _SWITCH.fullmatch(text.strip())
-    if match is None:
-        raise argparse.ArgumentTypeError(f'must look like "4s: a blue square moving left", got {text!r}')
-    return Switch(seconds=float(match["seconds"]), prompt=match["prompt"])
+def compare(plan: "StreamPlan", reserve_bytes: int) -> list[Proposal]:
+    """What each proposal would give, alone and together with those before it."""
+    from genstream.pipelines.memory import estimate_memory, proposals
+
+    found, together = [], plan
+    for option, proposed in proposals(plan):
+        changed = {
+            field.name: getattr(proposed, field.name)
+            for field in dataclasses.fields(plan)
+            if getattr(proposed, field.name) != getattr(plan, field.name)
+        }
+        together = dataclasses.replace(together, **changed)
+        peaks = [estimate_memory(each).peak_bytes + reserve_bytes for each in (proposed, together)]
+        found.append(Proposal(option=option, peak_bytes=peaks[0], together_bytes=peaks[1]))
+    return found
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """`WxH` as (width, height) in pixels."""
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT in pixels, such as 128x128, got {text!r}")
-    return int(match["width"]), int(match["height"])
+def _settings(arguments: argparse.Namespace, folder: Path) -> "StreamSettings":
+    from genstream.cache.layout import PositionPolicy
+    from genstream.streaming.request import StreamSettings
+
+    index = read_object(folder / INDEX_NAME)
+    names = [field.name for field in dataclasses.fields(StreamSettings)]
+    values = {name: index[name] for name in names if name in index}
+    if "positions" in values:
+        values["positions"] = PositionPolicy(values["positions"])
+    settings = StreamSettings(**values)
+    given = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
+    return dataclasses.replace(settings, **given)
+
+
+def _title(arguments: argparse.Namespace, plan: "StreamPlan") -> str:
+    settings = plan.settings
+    kept = "all frames" if settings.window_frames is None else f"window {settings.window_frames}"
+    return (
+        f"{arguments.model}, {plan.width}x{plan.height}, {arguments.dtype}, chunks of {settings.chunk_frames} "
+        f"latent frames, sinks {settings.sink_frames}, {kept}"
+    )
+
+
+def _lines(estimate: "MemoryEstimate", reserve_bytes: int) -> Iterator[str]:
+    rows = (
+        ("weights", "transformer", estimate.transformer_bytes),
+        ("", "VAE", estimate.vae_bytes),
+        ("", "text encoder", estimate.text_encoder_bytes),
+        ("stream", "KV cache", estimate.kv_cache_bytes),
+        ("", "text cache", estimate.text_cache_bytes),
+        ("", "VAE state", estimate.vae_state_bytes),
+        ("for a while", "denoise a chunk", estimate.denoise_bytes),
+        ("", "decode a chunk", estimate.decode_bytes),
+        ("", "encode a new prompt", estimate.encode_bytes),
+        ("", "rebuild the cache with it", estimate.recache_bytes),
+        ("kept free", "", reserve_bytes),
+        ("most at once", "one prompt", estimate.streaming_bytes + reserve_bytes),
+        ("", "prompts that change", estimate.peak_bytes + reserve_bytes),
+    )
+    for group, name, size_bytes in rows:
+        yield f"  {group:<13}{name:<27}{gib(size_bytes):>11}"
+
+
+def _verdict(total_bytes: int, vram: float | None, found: list[Proposal]) -> Iterator[str]:
+    """Whether it fits into `vram` GiB, and what would take less."""
+    if vram is not None:
+        free_bytes = vram * _GIB - total_bytes
+        fits = "fits into" if free_bytes >= 0 else "does not fit into"
+        rest = f"{gib(abs(free_bytes))} {'to spare' if free_bytes >= 0 else 'too much'}"
+        yield f"It {fits} {vram:g} GiB: {rest}."
+        if free_bytes >= 0:
+            return
+    if found:
+        yield f"Less would take{'alone':>26}{'and all above':>16}"
+    for proposal in found:
+        alone, together = (
+            f"{gib(size_bytes)}{_mark(size_bytes, vram)}"
+            for size_bytes in (proposal.peak_bytes, proposal.together_bytes)
+        )
+        yield f"  {proposal.option:<25}{alone:>14}{together:>16}"
+    if vram is not None and all(proposal.together_bytes > vram * _GIB for proposal in found):
+        yield "None of it is enough."
+
+
+def _mark(size_bytes: int, vram: float | None) -> str:
+    return " *" if vram is not None and size_bytes <= vram * _GIB else "  "
+
+
+def _figures(estimate: "MemoryEstimate", reserve_bytes: int, found: list[Proposal]) -> dict[str, object]:
+    return {
+        **dataclasses.asdict(estimate),
+        "reserve_bytes": reserve_bytes,
+        "streaming_bytes": estimate.streaming_bytes + reserve_bytes,
+        "peak_bytes": estimate.peak_bytes + reserve_bytes,
+        "proposals": [dataclasses.asdict(proposal) for proposal in found],
+    }

@@ -9,8 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from genstream.cli.clip import GeneratePlan, check_single_image, make_plan
 from genstream.cli.generate import add_run_options, write
-from genstream.cli.plan import GeneratePlan, check_single_image, make_plan
 from genstream.io.model_folder import ModelCard, find_model, read_card
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """How figures are written in tables."""
 
 _MIB = 2**20
+_GIB = 2**30
 
 
 def mib(size_bytes: float) -> str:
@@ -11,3 +12,8 @@ def mib(size_bytes: float) -> str:
 def change(before: float, after: float) -> str:
     """What a figure became, in per cent of what it was."""
     return f"{100 * (after / before - 1):+.1f} %"
+
+
+def gib(size_bytes: float) -> str:
+    """Bytes as GiB, in which the memory of graphics cards is counted."""
+    return f"{size_bytes / _GIB:.2f} GiB"

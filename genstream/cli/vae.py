@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from genstream.cli.plan import parse_size
+from genstream.cli.clip import parse_size
 from genstream.cli.vae_names import names_help, open_vae, split_pair
 from genstream.io.sections import write_section
 

@@ -49,10 +49,19 @@ def stream_vae(vae: ModelMixin) -> Adapter:
     Returns:
         A `StreamingVAE`; its `measured` holds the errors.
     """
+    adapter = adapter_of(vae)
+    return type(adapter)(vae, probe(adapter))
+
+
+def adapter_of(vae: ModelMixin) -> Adapter:
+    """The adapter of a VAE, which need not have weights; nothing is measured.
+
+    Raises:
+        ValueError: it cannot stream.
+    """
     for kind in type(vae).__mro__:
         if kind in _ADAPTERS:
-            adapter = _ADAPTERS[kind]
-            return adapter(vae, probe(adapter(vae)))
+            return _ADAPTERS[kind](vae)
         if kind.__name__ in _REFUSED:
             raise ValueError(f"{type(vae).__name__} cannot stream: {_REFUSED[kind.__name__]}")
     known = ", ".join(sorted(kind.__name__ for kind in _ADAPTERS))

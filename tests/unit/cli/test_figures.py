@@ -5,8 +5,8 @@ from dataclasses import asdict
 
 import pytest
 
+from genstream.cli.clip import GeneratePlan
 from genstream.cli.figures import RunClock, RunFigures
-from genstream.cli.plan import GeneratePlan
 from genstream.cli.process import peak_memory_bytes, seconds_since_process_start
 from genstream.cli.progress import PlainLines
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from genstream.cli.__main__ import build_parser
-from genstream.cli.plan import GeneratePlan, make_plan
+from genstream.cli.clip import GeneratePlan, make_plan
 from genstream.io.model_folder import ModelCard
 
 CARD = ModelCard(name="m", description="", height=32, width=64, fps=16, vocabulary={})
