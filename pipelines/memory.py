@@ -6,7 +6,7 @@ shape, so it follows the code of every component; workspaces of libraries come o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -124,55 +124,109 @@ class MemoryEstimate:
         return max(self.streaming_bytes, self.resting_bytes + max(self.encode_bytes, self.recache_bytes))
 
 
-def estimate_memory(plan: StreamPlan) -> MemoryEstimate:
-    """The memory of a stream.
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """What would take less memory.
 
-    Raises:
-        ValueError: the size does not fit the model, its files contradict each other, or an endless stream
-            would keep everything.
+    Attributes:
+        option: of `genstream plan`.
+        plan: with it alone.
+        peak_bytes: of that plan.
+        together_bytes: of a plan with all proposals up to this one.
     """
-    vae = _vae(plan)
-    config = read_config(read_object(plan.folder / "transformer" / "config.json"))
-    stream = _Stream(config, vae.spec, plan)
-    layers, capacity = config["num_layers"], stream.layout.capacity_frames
-    cache_bytes = layers * stream.kv.nbytes
-    state_bytes, decode_bytes = _decoding(vae, stream)
-    encoder_bytes, encode_bytes = _text_encoding(plan)
-    return MemoryEstimate(
-        transformer_bytes=sum(_transformer_bytes(config, plan).values()),
-        vae_bytes=sum(tensor.nbytes for tensor in _tensors(module_of(vae))),
-        text_encoder_bytes=encoder_bytes,
-        kv_cache_bytes=cache_bytes + stream.latents(stream.transformer.out_channels, capacity).nbytes,
-        text_cache_bytes=layers * stream.text_bytes,
-        vae_state_bytes=state_bytes,
-        denoise_bytes=stream.pass_bytes(capacity, plan.settings.chunk_frames),
-        decode_bytes=decode_bytes,
-        encode_bytes=encode_bytes,
-        recache_bytes=cache_bytes + stream.pass_bytes(0, capacity),
+
+    option: str
+    plan: StreamPlan
+    peak_bytes: int
+    together_bytes: int
+
+
+class MemoryPlanner:
+    """Estimates plans of one model. What plans have in common is found once."""
+
+    def __init__(self) -> None:
+        self._decoding: dict[StreamPlan, tuple[int, int]] = {}
+        self._encoding: dict[StreamPlan, tuple[int, int]] = {}
+
+    def estimate(self, plan: StreamPlan) -> MemoryEstimate:
+        """The memory of a stream.
+
+        Raises:
+            ValueError: the size does not fit the model, its files contradict each other, or an endless
+                stream would keep everything.
+        """
+        vae = _vae(plan)
+        config = read_config(read_object(plan.folder / "transformer" / "config.json"))
+        stream = _Stream(config, vae.spec, plan)
+        layers, capacity = config["num_layers"], stream.layout.capacity_frames
+        cache_bytes = layers * stream.kv.nbytes
+        decoded = replace(_plain(plan), tiny_vae=plan.tiny_vae)
+        if decoded not in self._decoding:
+            self._decoding[decoded] = _decoding(vae, stream)
+        encoded = replace(_plain(plan), height=0, width=0, offload=plan.offload)
+        if encoded not in self._encoding:
+            self._encoding[encoded] = _text_encoding(plan)
+        encoder_bytes, encode_bytes = self._encoding[encoded]
+        state_bytes, decode_bytes = self._decoding[decoded]
+        return MemoryEstimate(
+            transformer_bytes=sum(_transformer_bytes(config, plan).values()),
+            vae_bytes=sum(tensor.nbytes for tensor in _tensors(module_of(vae))),
+            text_encoder_bytes=encoder_bytes,
+            kv_cache_bytes=cache_bytes + stream.latents(stream.transformer.out_channels, capacity).nbytes,
+            text_cache_bytes=layers * stream.text_bytes,
+            vae_state_bytes=state_bytes,
+            denoise_bytes=stream.pass_bytes(capacity, plan.settings.chunk_frames),
+            decode_bytes=decode_bytes,
+            encode_bytes=encode_bytes,
+            recache_bytes=cache_bytes + stream.pass_bytes(0, capacity),
+        )
+
+    def proposals(self, plan: StreamPlan) -> list[Proposal]:
+        """What would take less memory; first what harms the picture least."""
+        found, together = [], plan
+        for option, changed in _smaller(plan):
+            together = replace(together, **changed)
+            alone = replace(plan, **changed)
+            found.append(
+                Proposal(
+                    option=option,
+                    plan=alone,
+                    peak_bytes=self.estimate(alone).peak_bytes,
+                    together_bytes=self.estimate(together).peak_bytes,
+                )
+            )
+        return found
+
+
+def _plain(plan: StreamPlan) -> StreamPlan:
+    """What every part of the memory depends on; the window, for one, is nothing to the VAE."""
+    settings = replace(plan.settings, sink_frames=0, window_frames=0, guidance_scale=1.0)
+    return StreamPlan(
+        folder=plan.folder,
+        height=plan.height,
+        width=plan.width,
+        settings=settings,
+        dtype=plan.dtype,
+        batch_size=plan.batch_size,
     )
 
 
-def proposals(plan: StreamPlan) -> list[tuple[str, StreamPlan]]:
-    """What would take less memory: the option, and the plan with it; first what harms the picture least."""
-    found: list[tuple[str, StreamPlan]] = []
+def _smaller(plan: StreamPlan) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Options and the fields of the plan that they change."""
     settings = plan.settings
     if plan.dtype == torch.float32:
-        found.append(("--dtype bfloat16", replace(plan, dtype=torch.bfloat16)))
+        yield "--dtype bfloat16", {"dtype": torch.bfloat16}
     if plan.offload is not TextEncoderOffload.GROUP and _has_text_encoder(plan):
-        found.append(("--offload group", replace(plan, offload=TextEncoderOffload.GROUP)))
+        yield "--offload group", {"offload": TextEncoderOffload.GROUP}
     if plan.weights is None:
-        found.append(("--quantize int8", replace(plan, weights=WeightFormat.INT8)))
+        yield "--quantize int8", {"weights": WeightFormat.INT8}
     if not plan.tiny_vae and _tiny_fits(plan):
-        found.append(("--tiny-vae", replace(plan, tiny_vae=True)))
+        yield "--tiny-vae", {"tiny_vae": True}
     if settings.window_frames is None or settings.window_frames > settings.chunk_frames:
-        shorter = settings.chunk_frames if settings.window_frames is None else settings.window_frames // 2
-        window = max(shorter, settings.chunk_frames)
-        found.append((f"--window {window}", replace(plan, settings=replace(settings, window_frames=window))))
-    if smaller := _smaller_size(plan):
-        found.append(
-            (f"--size {smaller[0]}x{smaller[1]}", replace(plan, width=smaller[0], height=smaller[1]))
-        )
-    return found
+        window = max((settings.window_frames or 0) // 2, settings.chunk_frames)
+        yield f"--window {window}", {"settings": replace(settings, window_frames=window)}
+    if size := _smaller_size(plan):
+        yield f"--size {size[0]}x{size[1]}", {"width": size[0], "height": size[1]}
 
 
 class _Stream:

@@ -12,32 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genstream.cli.clip import parse_size
-from genstream.cli.units import gib
+from genstream.cli.units import gpu_memory
 from genstream.io.model_folder import INDEX_NAME, find_model, read_card, read_object
 from genstream.shapes import frames_for_seconds
 
 if TYPE_CHECKING:
-    from genstream.pipelines.memory import MemoryEstimate, StreamPlan
+    from genstream.pipelines.memory import MemoryEstimate, Proposal, StreamPlan
     from genstream.streaming.request import StreamSettings
 
 _GIB = 2**30
 _RESERVE_GIB = 1.0
 _SETTINGS = ("sink_frames", "window_frames", "chunk_frames", "guidance_scale")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Proposal:
-    """What would take less memory.
-
-    Attributes:
-        option: of this command.
-        peak_bytes: with this option alone, what is kept free included.
-        together_bytes: with all proposals up to this one.
-    """
-
-    option: str
-    peak_bytes: int
-    together_bytes: int
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -84,17 +69,18 @@ def run(arguments: argparse.Namespace) -> int:
         if value is not None and not least < value < math.inf:
             raise ValueError(f"{name} (--{name}) must be a number above {max(least, 0)}, got {value}")
     folder = find_model(arguments.model)
-    from genstream.pipelines.memory import estimate_memory
+    from genstream.pipelines.memory import MemoryPlanner
 
-    plan = make_plan(arguments, folder)
-    estimate = estimate_memory(plan)
-    reserve_bytes = int(arguments.reserve * _GIB)
-    found = compare(plan, reserve_bytes)
+    plan, planner = make_plan(arguments, folder), MemoryPlanner()
+    estimate, reserve_bytes = planner.estimate(plan), int(arguments.reserve * _GIB)
     if arguments.json:
-        print(json.dumps(_figures(estimate, reserve_bytes, found), indent=2))
+        print(json.dumps(_figures(estimate, reserve_bytes, planner.proposals(plan)), indent=2))
         return 0
-    print("\n".join([_title(arguments, plan), *_lines(estimate, reserve_bytes)]))
-    print("\n".join(_verdict(estimate.peak_bytes + reserve_bytes, arguments.vram, found)))
+    lines = [_title(arguments, plan), *_lines(estimate, reserve_bytes)]
+    lines += _verdict(estimate, reserve_bytes, arguments.vram)
+    if arguments.vram is None or estimate.peak_bytes + reserve_bytes > arguments.vram * _GIB:
+        lines += _table(planner.proposals(plan), reserve_bytes, arguments.vram)
+    print("\n".join(lines))
     return 0
 
 
@@ -128,23 +114,6 @@ def make_plan(arguments: argparse.Namespace, folder: Path) -> "StreamPlan":
     )
 
 
-def compare(plan: "StreamPlan", reserve_bytes: int) -> list[Proposal]:
-    """What each proposal would give, alone and together with those before it."""
-    from genstream.pipelines.memory import estimate_memory, proposals
-
-    found, together = [], plan
-    for option, proposed in proposals(plan):
-        changed = {
-            field.name: getattr(proposed, field.name)
-            for field in dataclasses.fields(plan)
-            if getattr(proposed, field.name) != getattr(plan, field.name)
-        }
-        together = dataclasses.replace(together, **changed)
-        peaks = [estimate_memory(each).peak_bytes + reserve_bytes for each in (proposed, together)]
-        found.append(Proposal(option=option, peak_bytes=peaks[0], together_bytes=peaks[1]))
-    return found
-
-
 def _settings(arguments: argparse.Namespace, folder: Path) -> "StreamSettings":
     from genstream.cache.layout import PositionPolicy
     from genstream.streaming.request import StreamSettings
@@ -163,8 +132,8 @@ def _title(arguments: argparse.Namespace, plan: "StreamPlan") -> str:
     settings = plan.settings
     kept = "all frames" if settings.window_frames is None else f"window {settings.window_frames}"
     return (
-        f"{arguments.model}, {plan.width}x{plan.height}, {arguments.dtype}, chunks of {settings.chunk_frames} "
-        f"latent frames, sinks {settings.sink_frames}, {kept}"
+        f"{arguments.model}, {plan.width}x{plan.height}, {arguments.dtype}; latent frames: "
+        f"chunk {settings.chunk_frames}, sinks {settings.sink_frames}, {kept}"
     )
 
 
@@ -185,39 +154,49 @@ def _lines(estimate: "MemoryEstimate", reserve_bytes: int) -> Iterator[str]:
         ("", "prompts that change", estimate.peak_bytes + reserve_bytes),
     )
     for group, name, size_bytes in rows:
-        yield f"  {group:<13}{name:<27}{gib(size_bytes):>11}"
+        yield f"  {group:<13}{name:<27}{gpu_memory(size_bytes):>11}"
 
 
-def _verdict(total_bytes: int, vram: float | None, found: list[Proposal]) -> Iterator[str]:
-    """Whether it fits into `vram` GiB, and what would take less."""
-    if vram is not None:
-        free_bytes = vram * _GIB - total_bytes
-        fits = "fits into" if free_bytes >= 0 else "does not fit into"
-        rest = f"{gib(abs(free_bytes))} {'to spare' if free_bytes >= 0 else 'too much'}"
-        yield f"It {fits} {vram:g} GiB: {rest}."
-        if free_bytes >= 0:
-            return
+def _verdict(estimate: "MemoryEstimate", reserve_bytes: int, vram: float | None) -> Iterator[str]:
+    """Whether it fits into `vram` GiB."""
+    if vram is None:
+        return
+    free_bytes = vram * _GIB - estimate.peak_bytes - reserve_bytes
+    if free_bytes >= 0:
+        yield f"It fits into {vram:g} GiB: {gpu_memory(free_bytes)} to spare."
+    else:
+        yield f"It does not fit into {vram:g} GiB: {gpu_memory(-free_bytes)} too much."
+
+
+def _table(found: list["Proposal"], reserve_bytes: int, vram: float | None) -> Iterator[str]:
+    """What would take less, alone and together with what stands above."""
+    enough_bytes = -1.0 if vram is None else vram * _GIB
+
+    def cell(size_bytes: int) -> str:
+        return f"{gpu_memory(size_bytes)} {'*' if size_bytes <= enough_bytes else ' '}"
+
     if found:
-        yield f"Less would take{'alone':>26}{'and all above':>16}"
+        fitting = "" if vram is None else "  (* fits)"
+        yield f"Less would take{'alone':>26}{'and all above':>16}{fitting}"
     for proposal in found:
-        alone, together = (
-            f"{gib(size_bytes)}{_mark(size_bytes, vram)}"
-            for size_bytes in (proposal.peak_bytes, proposal.together_bytes)
-        )
-        yield f"  {proposal.option:<25}{alone:>14}{together:>16}"
-    if vram is not None and all(proposal.together_bytes > vram * _GIB for proposal in found):
+        alone, together = proposal.peak_bytes + reserve_bytes, proposal.together_bytes + reserve_bytes
+        yield f"  {proposal.option:<25}{cell(alone):>14}{cell(together):>16}".rstrip()
+    if vram is not None and all(proposal.together_bytes + reserve_bytes > enough_bytes for proposal in found):
         yield "None of it is enough."
 
 
-def _mark(size_bytes: int, vram: float | None) -> str:
-    return " *" if vram is not None and size_bytes <= vram * _GIB else "  "
-
-
-def _figures(estimate: "MemoryEstimate", reserve_bytes: int, found: list[Proposal]) -> dict[str, object]:
+def _figures(estimate: "MemoryEstimate", reserve_bytes: int, found: list["Proposal"]) -> dict[str, object]:
     return {
         **dataclasses.asdict(estimate),
         "reserve_bytes": reserve_bytes,
         "streaming_bytes": estimate.streaming_bytes + reserve_bytes,
         "peak_bytes": estimate.peak_bytes + reserve_bytes,
-        "proposals": [dataclasses.asdict(proposal) for proposal in found],
+        "proposals": [
+            {
+                "option": proposal.option,
+                "peak_bytes": proposal.peak_bytes + reserve_bytes,
+                "together_bytes": proposal.together_bytes + reserve_bytes,
+            }
+            for proposal in found
+        ],
     }

@@ -14,6 +14,6 @@ def change(before: float, after: float) -> str:
     return f"{100 * (after / before - 1):+.1f} %"
 
 
-def gib(size_bytes: float) -> str:
-    """Bytes as GiB, in which the memory of graphics cards is counted."""
-    return f"{size_bytes / _GIB:.2f} GiB"
+def gpu_memory(size_bytes: float) -> str:
+    """Bytes in the units in which the memory of graphics cards is counted."""
+    return f"{size_bytes / _GIB:.2f} GiB" if size_bytes >= _GIB / 10 else mib(size_bytes)

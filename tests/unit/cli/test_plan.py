@@ -1,0 +1,117 @@
+"""`genstream plan`: what it prints, and that its proposals hold."""
+
+import json
+
+import pytest
+from sparse_models import write_wan
+
+from genstream.cli.__main__ import main
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def folder(build_pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    build_pipeline(window_frames=9).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def plan(folder, capsys):
+    """`plan("--vram", "24")`: exit code and what was printed."""
+
+    def plan(*options, model=folder):
+        code = main(["plan", "--model", str(model), *options])
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return plan
+
+
+def test_every_figure_is_told(plan):
+    code, text = plan()
+    assert code == 0
+    for name in (
+        "transformer",
+        "VAE",
+        "text encoder",
+        "KV cache",
+        "text cache",
+        "decode a chunk",
+        "one prompt",
+    ):
+        assert name in text
+    assert "32x32, bfloat16; latent frames: chunk 3, sinks 3, window 9" in text
+    assert "--offload group" in text
+    assert "fit" not in text
+
+
+def test_json_adds_up(plan):
+    figures = json.loads(plan("--json", "--reserve", "0.5")[1])
+    parts = ("transformer", "vae", "text_encoder", "kv_cache", "text_cache", "vae_state")
+    resting = sum(figures[f"{part}_bytes"] for part in parts) + GIB // 2
+    assert figures["streaming_bytes"] == resting + max(figures["denoise_bytes"], figures["decode_bytes"])
+    assert figures["peak_bytes"] >= figures["streaming_bytes"]
+    assert figures["proposals"][0]["peak_bytes"] == figures["proposals"][0]["together_bytes"]
+
+
+def test_what_fits_and_what_does_not(plan):
+    figures = json.loads(plan("--json", "--reserve", "0")[1])
+    needed = figures["peak_bytes"] / GIB
+    assert "It fits into" in plan("--reserve", "0", "--vram", str(1.01 * needed))[1]
+    code, text = plan("--reserve", "0", "--vram", str(0.99 * needed))
+    assert code == 0
+    assert "does not fit into" in text and "MiB too much" in text
+    lines = text.splitlines()[-len(figures["proposals"]) :]
+    for line, proposal in zip(lines, figures["proposals"], strict=True):
+        assert line.split()[0] == proposal["option"].split()[0]
+        assert line.endswith("*") == (proposal["together_bytes"] <= 0.99 * figures["peak_bytes"])
+
+
+def test_nothing_is_enough(plan):
+    assert plan("--vram", "0.5")[1].splitlines()[-1] == "None of it is enough."
+
+
+def test_a_proposal_gives_what_it_says(plan):
+    proposed = json.loads(plan("--json")[1])["proposals"]
+    for proposal in proposed:
+        taken = json.loads(plan("--json", *proposal["option"].split())[1])
+        assert taken["peak_bytes"] == proposal["peak_bytes"]
+    options = [word for proposal in proposed for word in proposal["option"].split()]
+    assert json.loads(plan("--json", *options)[1])["peak_bytes"] == proposed[-1]["together_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--vram", "0"], r"vram (--vram) must be a number above 0, got 0.0"),
+        (["--vram", "nan"], r"vram (--vram) must be a number above 0, got nan"),
+        (["--batch", "0"], "batch (--batch) must be a number above 0, got 0"),
+        (["--size", "50x32"], "width must be a positive multiple of 16, got 50; the nearest are 48 and 64"),
+        (["--chunk", "0"], "chunk_frames must be at least 1, got 0"),
+    ],
+)
+def test_bad_options(plan, options, error):
+    code, text = plan(*options)
+    assert code == 2
+    assert error in text
+
+
+def test_what_the_model_does_not_say(plan, tmp_path):
+    folder = write_wan(tmp_path / "wan", num_layers=1)
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["default_height"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert "size must be given (--size): model 'wan' does not say its own" in plan(model=folder)[1]
+    assert "--seconds needs a frame rate" in plan("--size", "64x64", "--seconds", "4", model=folder)[1]
+
+
+def test_a_damaged_model_is_named(plan, tmp_path):
+    folder = write_wan(tmp_path / "wan", num_layers=1)
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 1)
+    code, text = plan(model=folder)
+    assert code == 2
+    assert f"model file {str(path)!r} is cut off" in text
