@@ -198,6 +198,13 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         loaded = super().from_pretrained(folder, **kwargs)
         return loaded
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:  # noqa: ANN401
+        """The parts of another pipeline in a new one; options are those of `DiffusionPipeline.from_pipe`."""
+        # diffusers takes over what has exactly the annotated type; any VAE will do here.
+        made: Self = super().from_pipe(pipeline, **{"vae": pipeline.vae, **kwargs})
+        return made
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # noqa: ANN401
         """Save the pipeline, with card, licence and adapter of the folder that it was loaded from.
 

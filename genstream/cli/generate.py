@@ -54,6 +54,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="(float32 on cpu, else bfloat16)"
     )
+    parser.add_argument("--quantize", choices=("int8", "fp8"), help="eight-bit weights in the transformer")
+    parser.add_argument(
+        "--offload",
+        choices=("none", "model", "group"),
+        default="none",
+        help="keep the text encoder off the GPU and bring it whole, or layer by layer, to encode (none)",
+    )
     parser.add_argument(
         "--overwrite",
         action=argparse.BooleanOptionalAction,
@@ -86,7 +93,13 @@ def run(arguments: argparse.Namespace) -> int:
     from genstream.cli.generation import Generation
     from genstream.cli.pipeline import load_pipeline
 
-    pipe = load_pipeline(folder, device=arguments.device, dtype=arguments.dtype)
+    pipe = load_pipeline(
+        folder,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        quantize=arguments.quantize,
+        offload=arguments.offload,
+    )
     if arguments.preset is not None:
         pipe.apply_preset(arguments.preset)
     generation = Generation(pipe=pipe, plan=plan, image=image, vocabulary=card.vocabulary)

@@ -4,23 +4,56 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import PipelineQuantizationConfig
 from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.pipelines.memory import TextEncoderOffload
+from genstream.pipelines.quantization import WeightFormat, quantization
 from genstream.streaming.chunk import Chunk
 
 
-def load_pipeline(folder: Path, *, device: str | None, dtype: str | None) -> CausalVideoPipeline:
-    """The pipeline in `folder`; where `device` or `dtype` is None, the machine decides."""
+def load_pipeline(
+    folder: Path,
+    *,
+    device: str | None,
+    dtype: str | None,
+    quantize: str | None = None,
+    offload: str = "none",
+) -> CausalVideoPipeline:
+    """The pipeline in `folder`; where `device` or `dtype` is None, the machine decides.
+
+    `quantize` names a `WeightFormat`, `offload` a `TextEncoderOffload`.
+    """
     target = pick_device(device)
+    if target.type == "cpu" and offload != TextEncoderOffload.NONE:
+        raise ValueError(f"offload (--offload) must be none on cpu, got {offload}")
     # Their bars for reading a few files would stand in front of ours.
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    pipe: CausalVideoPipeline = CausalVideoPipeline.from_pretrained(folder, dtype=pick_dtype(dtype, target))
-    pipe.to(target)
+    pipe: CausalVideoPipeline = CausalVideoPipeline.from_pretrained(
+        folder,
+        dtype=pick_dtype(dtype, target),
+        quantization_config=_quantization(quantize),
+    )
+    match TextEncoderOffload(offload):
+        case TextEncoderOffload.NONE:
+            pipe.to(target)
+        case TextEncoderOffload.MODEL:
+            pipe.enable_model_cpu_offload(device=target)
+        case TextEncoderOffload.GROUP:
+            kept = ["transformer", "vae"]
+            pipe.enable_group_offload(target, offload_type="leaf_level", exclude_modules=kept)
     return pipe
+
+
+def _quantization(name: str | None) -> PipelineQuantizationConfig | None:
+    try:
+        return None if name is None else quantization(WeightFormat(name))
+    except ImportError as error:
+        raise ValueError(f"--quantize cannot be {name}: {error}") from error
 
 
 def frames_of_chunk(chunk: Chunk) -> NDArray[np.uint8]:

@@ -416,7 +416,7 @@ class CacheEngine:
         state.blend = None if blend.done == blend.chunks else blend
 
     def _commit_waiting(self, state: StreamState) -> None:
-        """Commit a chunk that waits for the next pass now, with the prompt and weights that it was made with."""
+        """Commit a chunk that waits for the next pass, while prompt and weights are those that made it."""
         if state.uncommitted:
             waiting = state.history[:, :, -state.uncommitted :]
             self._clean_pass(waiting, state.frame - state.uncommitted, state)

@@ -161,6 +161,10 @@ class CausalDiT(
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
 
+    def enable_cache(self, config: object) -> None:
+        """Refused: diffusers' step caches skip layers, and the KV cache would lack their keys and values."""
+        raise ValueError(f"a step cache would leave gaps in the KV cache, got {type(config).__name__}")
+
     def kv_cache(self, layout: CacheLayout, batch_size: int, height: int, width: int) -> KVCache:
         """An empty cache for latent frames of `height` x `width` latent pixels."""
         rows, columns = self.token_grid(height, width)

@@ -68,6 +68,21 @@ def test_a_preset_that_the_model_cannot_run(model: str, tmp_path: Path, capsys: 
     assert not list(tmp_path.iterdir())
 
 
+def test_eight_bit_weights(model: str, tmp_path: Path):
+    assert generate(model, "-o", str(tmp_path / "out.mp4"), "--frames", "9", "--quantize", "int8") == 0
+    assert sum(1 for _ in read_video(tmp_path / "out.mp4")) == 9
+
+
+def test_options_of_memory_that_cannot_be(model: str, tmp_path: Path, capsys, monkeypatch):
+    output = ("-o", str(tmp_path / "out.mp4"), "--frames", "9")
+    assert generate(model, *output, "--offload", "group") == 2
+    assert "offload (--offload) must be none on cpu, got group" in error_of(capsys)
+    monkeypatch.setattr("genstream.pipelines.quantization.is_torchao_available", lambda: False)
+    assert generate(model, *output, "--quantize", "fp8") == 2
+    assert "fp8 weights need torchao: pip install 'genstream[quantization]'" in error_of(capsys)
+    assert not list(tmp_path.iterdir())
+
+
 def test_frames_are_those_of_the_pipeline(model: str, tmp_path: Path):
     assert generate(model, "-o", str(tmp_path / "frames"), "--frames", "21", "--seed", "5") == 0
     pipe = CausalVideoPipeline.from_pretrained(model)

@@ -220,6 +220,12 @@ def test_bad_names(styled, build_lora, name, error):
         styled.load_lora_weights(build_lora(styled.transformer), name)
 
 
+def test_a_missing_package_is_named(pipe, build_lora, monkeypatch):
+    monkeypatch.setattr("genstream.pipelines.lora.is_peft_available", lambda: False)
+    with pytest.raises(ImportError, match=r"needs peft: pip install 'genstream\[lora\]'"):
+        pipe.load_lora_weights(build_lora(pipe.transformer))
+
+
 def test_pickles_are_not_read(pipe, tmp_path):
     (tmp_path / "lora.pt").write_bytes(b"anything")
     with pytest.raises(ValueError, match=r"must be a \.safetensors file .*lora\.pt"):
