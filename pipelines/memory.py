@@ -6,7 +6,7 @@ shape, so it follows the code of every component; workspaces of libraries come o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -21,17 +21,25 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 import genstream
+from genstream.cache.joint_context import JointContext
 from genstream.io.checkpoint import open_checkpoint
 from genstream.io.model_folder import INDEX_NAME, read_object
 from genstream.pipelines.allocation import peak_bytes
+from genstream.pipelines.causal_video import ENGINES
 from genstream.pipelines.quantization import KEPT, WeightFormat
-from genstream.shapes import check_divides, latent_frames_covering
-from genstream.streaming.request import StreamSettings
+from genstream.schedulers.few_step import FewStepScheduler
+from genstream.shapes import check_divides, frames_of
+from genstream.streaming.noise import SeededNoise
+from genstream.streaming.presets import EngineKind
+from genstream.streaming.queue_engine import QueueEngine
+from genstream.streaming.request import StreamRequest
+from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSettings
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.transformer.conversion import places, read_config
 from genstream.vae.adapters.registry import adapter_of
-from genstream.vae.protocol import StreamingVAE, VAESpec
+from genstream.vae.protocol import StreamingVAE
 from genstream.vae.tiny import TinyVideoVAE
+from genstream.vae.tiny_blocks import RGB
 from genstream.vae.wrapping import module_of, streams
 
 _IMAGE_TOKENS = 257  # of a CLIP ViT-H, which Wan's image-to-video models look through
@@ -60,6 +68,8 @@ class StreamPlan:
         width: pixels.
         settings: how the model is run.
         num_frames: length of the stream; None for an endless one.
+        engine: what generates the chunks.
+        levels: noise levels of the schedule; the queue engine holds as many chunks.
         dtype: of weights, cache and activations.
         weights: eight-bit weights in the transformer's blocks; None for `dtype`.
         offload: where the text encoder waits.
@@ -72,6 +82,8 @@ class StreamPlan:
     width: int
     settings: StreamSettings
     num_frames: int | None = None
+    engine: EngineKind = EngineKind.CACHE
+    levels: int = 4
     dtype: torch.dtype = torch.bfloat16
     weights: WeightFormat | None = None
     offload: TextEncoderOffload = TextEncoderOffload.NONE
@@ -87,10 +99,10 @@ class MemoryEstimate:
         transformer_bytes: weights.
         vae_bytes: weights.
         text_encoder_bytes: weights that stay; 0 where it is offloaded or there is none.
-        kv_cache_bytes: keys and values of the past, and the latents they are rebuilt from.
+        kv_cache_bytes: keys and values of the past, and what they are rebuilt from.
         text_cache_bytes: keys and values of the prompt, and of the negative one.
         vae_state_bytes: what the decoder remembers.
-        denoise_bytes: besides, for a pass over a chunk.
+        denoise_bytes: besides, for the passes of a chunk.
         decode_bytes: besides, for decoding a chunk, its frames included.
         encode_bytes: besides, for encoding a prompt, weights that come for it included.
         recache_bytes: besides, for rebuilding the cache after a new prompt, the new cache included.
@@ -157,9 +169,7 @@ class MemoryPlanner:
         """
         vae = _vae(plan)
         config = read_config(read_object(plan.folder / "transformer" / "config.json"))
-        stream = _Stream(config, vae.spec, plan)
-        layers, capacity = config["num_layers"], stream.layout.capacity_frames
-        cache_bytes = layers * stream.kv.nbytes
+        stream = _Stream(config, vae, plan)
         decoded = replace(_plain(plan), tiny_vae=plan.tiny_vae)
         if decoded not in self._decoding:
             self._decoding[decoded] = _decoding(vae, stream)
@@ -170,15 +180,15 @@ class MemoryPlanner:
         state_bytes, decode_bytes = self._decoding[decoded]
         return MemoryEstimate(
             transformer_bytes=sum(_transformer_bytes(config, plan).values()),
-            vae_bytes=sum(tensor.nbytes for tensor in _tensors(module_of(vae))),
+            vae_bytes=_nbytes(_tensors(module_of(vae))),
             text_encoder_bytes=encoder_bytes,
-            kv_cache_bytes=cache_bytes + stream.latents(stream.transformer.out_channels, capacity).nbytes,
-            text_cache_bytes=layers * stream.text_bytes,
+            kv_cache_bytes=stream.kv_bytes + stream.source_bytes,
+            text_cache_bytes=stream.text_bytes,
             vae_state_bytes=state_bytes,
-            denoise_bytes=stream.pass_bytes(capacity, plan.settings.chunk_frames),
+            denoise_bytes=stream.denoise_bytes(),
             decode_bytes=decode_bytes,
             encode_bytes=encode_bytes,
-            recache_bytes=cache_bytes + stream.pass_bytes(0, capacity),
+            recache_bytes=stream.recache_bytes(),
         )
 
     def proposals(self, plan: StreamPlan) -> list[Proposal]:
@@ -200,7 +210,11 @@ class MemoryPlanner:
 
 def _plain(plan: StreamPlan) -> StreamPlan:
     """What every part of the memory depends on; the window, for one, is nothing to the VAE."""
-    settings = replace(plan.settings, sink_frames=0, window_frames=0, guidance_scale=1.0)
+    settings = StreamSettings(
+        chunk_frames=plan.settings.chunk_frames,
+        window_frames=0,
+        independent_first_frame=plan.settings.independent_first_frame,
+    )
     return StreamPlan(
         folder=plan.folder,
         height=plan.height,
@@ -222,61 +236,75 @@ def _smaller(plan: StreamPlan) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "--quantize int8", {"weights": WeightFormat.INT8}
     if not plan.tiny_vae and _tiny_fits(plan):
         yield "--tiny-vae", {"tiny_vae": True}
-    if settings.window_frames is None or settings.window_frames > settings.chunk_frames:
-        window = max((settings.window_frames or 0) // 2, settings.chunk_frames)
+    least = settings.chunk_frames
+    if plan.engine is EngineKind.QUEUE:
+        least = settings.sink_frames + (plan.levels - 1) * settings.chunk_frames
+    if settings.window_frames is None or settings.window_frames > least:
+        window = max((settings.window_frames or 0) // 2, least)
         yield f"--window {window}", {"settings": replace(settings, window_frames=window)}
     if size := _smaller_size(plan):
         yield f"--size {size[0]}x{size[1]}", {"width": size[0], "height": size[1]}
 
 
 class _Stream:
-    """A stream through the first of the transformer's blocks. The others take the same, one after another."""
+    """A stream that has run for a while, through the first of the transformer's blocks.
 
-    def __init__(self, config: Mapping[str, Any], vae: VAESpec, plan: StreamPlan) -> None:
+    The other blocks take the same, one after another; only what stays behind counts for each.
+    """
+
+    def __init__(self, config: Mapping[str, Any], vae: StreamingVAE, plan: StreamPlan) -> None:
         with torch.device("meta"):
-            self.transformer = CausalDiT(**{**config, "num_layers": 1}).eval()
-        _cast(self.transformer, plan.dtype)
-        _, patch_height, patch_width = self.transformer.patch_size
-        check_divides("height", plan.height, vae.spatial_ratio * patch_height)
-        check_divides("width", plan.width, vae.spatial_ratio * patch_width)
-        self.plan = plan
-        self.size = (plan.height // vae.spatial_ratio, plan.width // vae.spatial_ratio)
-        self.layout = plan.settings.layout(_latent_frames(plan, vae.temporal_ratio))
-        self.kv = self.transformer.kv_cache(self.layout, plan.batch_size, *self.size)
-        image_dim = self.transformer.config.image_dim
-        with torch.no_grad():
-            self.text = self.transformer.text_cache(
-                self.empty(_text_tokens(plan), self.transformer.config.text_dim),
-                None if image_dim is None else self.empty(_IMAGE_TOKENS, image_dim),
-            )
+            transformer = CausalDiT(**{**config, "num_layers": 1}).eval()
+        _cast(transformer, plan.dtype)
+        ratio, (_, patch_height, patch_width) = vae.spec.spatial_ratio, transformer.patch_size
+        check_divides("height", plan.height, ratio * patch_height)
+        check_divides("width", plan.width, ratio * patch_width)
+        self.plan, self.transformer, self.layers = plan, transformer, config["num_layers"]
+        self.size = (plan.height // ratio, plan.width // ratio)
+        # Whoever asks about a text cache asks with embeddings, so nobody encodes a prompt.
+        self.engine = ENGINES[plan.engine](transformer, vae, lambda prompts: self.empty(0))
+        state = self.state = self.engine.start(self._request())
+        self.chunk = plan.settings.chunk_frames
+        state.frame = 2 * self.chunk * state.kv.layout.capacity_frames
+        kept = state.kv.layout.window_frames if self._recomputes else state.kv.layout.capacity_frames
+        state.history = self.latents(transformer.config.in_channels, kept)
+        if plan.settings.reencodes:
+            frames = frames_of(kept, vae.spec.temporal_ratio)
+            state.pixels = self.empty(RGB, frames, plan.height, plan.width)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Keys and values of the past, of all blocks."""
+        return self.layers * self.state.kv.nbytes
+
+    @property
+    def source_bytes(self) -> int:
+        """What the past is rebuilt from, and the queue."""
+        frames = self.state.history.shape[2]
+        if self.plan.engine is EngineKind.QUEUE:
+            frames += (self.plan.levels - 1) * self.chunk
+        pixels = 0 if self.state.pixels is None else self.state.pixels.nbytes
+        return pixels + self.latents(self.transformer.out_channels, frames).nbytes
 
     @property
     def text_bytes(self) -> int:
-        """Of the prompt and, with guidance, of the negative one."""
-        prompts = 1 if self.plan.settings.guidance_scale == 1 else 2
-        return prompts * sum(tensor.nbytes for tensor in self._text_tensors())
+        """Keys and values of the prompt and, with guidance, of the negative one."""
+        return self.layers * _nbytes(self._texts())
 
-    def pass_bytes(self, start: int, frames: int) -> int:
-        """Besides weights and caches, for a pass over `frames` latent frames from frame `start`."""
-        latents = self.latents(self.transformer.config.in_channels, frames)
-        timesteps = torch.full((self.plan.batch_size,), _TIMESTEP, dtype=torch.float64, device="meta")
+    def denoise_bytes(self) -> int:
+        """Besides weights and caches, for what happens between two chunks."""
+        if isinstance(self.engine, QueueEngine):
+            return self._measure(self._joint_pass)
+        state = self.state.draft()
+        if self.plan.settings.context is ContextPolicy.FUSED:
+            state.uncommitted = self.chunk
+        x = self.latents(self.transformer.config.in_channels, self.chunk)
+        passing = self._measure(partial(self.engine.predict, x, _TIMESTEP, state), x)
+        return max(passing, self._rebuild_bytes()) if self._recomputes else passing
 
-        def run() -> object:
-            return self.transformer(
-                latents,
-                timesteps,
-                frame_positions=range(start, start + frames),
-                kv_cache=self.kv,
-                text_cache=self.text,
-                return_dict=False,
-            )
-
-        given = [*_tensors(self.transformer), *self.kv.tensors().values(), *self._text_tensors()]
-        unpacked = 0
-        if self.plan.weights is not None:
-            # A layer's weights are cast to the dtype of the computation while it runs.
-            unpacked = max(tensor.nbytes for tensor in _tensors(self.transformer.blocks))
-        return latents.nbytes + unpacked + peak_bytes(run, given)
+    def recache_bytes(self) -> int:
+        """Besides weights and caches, for rebuilding the past with a new prompt."""
+        return 0 if self.plan.settings.recache is RecachePolicy.NOTHING else self._rebuild_bytes()
 
     def empty(self, *shape: int) -> Tensor:
         """A tensor with the batch in front."""
@@ -286,9 +314,60 @@ class _Stream:
         """Latent frames of the stream's size."""
         return self.empty(channels, frames, *self.size)
 
-    def _text_tensors(self) -> list[Tensor]:
-        pairs = [*self.text.text, *(self.text.image or [])]
+    @property
+    def _recomputes(self) -> bool:
+        return self.plan.settings.context is ContextPolicy.RECOMPUTE
+
+    def _rebuild_bytes(self) -> int:
+        state = self.state.draft()
+        found = self._measure(partial(self.engine.recache, state, RecachePolicy.ALL))
+        # A rebuilt cache stands beside the old one until the step is done: all blocks of it.
+        return found + (0 if state.kv is self.state.kv else self.kv_bytes - self.state.kv.nbytes)
+
+    def _joint_pass(self) -> Tensor:
+        assert isinstance(self.engine, QueueEngine)
+        state, frames = self.state, self.plan.levels * self.chunk
+        context = JointContext.allocate(state.kv, self.engine.joint_layout(state.request))
+        queue = self.latents(self.transformer.config.in_channels, frames)
+        timesteps = torch.zeros(len(queue), frames, dtype=torch.float64, device="meta")
+        return self.engine.predict_queue(queue, timesteps, state, context)
+
+    def _measure(self, run: Callable[[], object], *given: Tensor) -> int:
+        state = self.state
+        here = [
+            *_tensors(self.transformer),
+            *_tensors(module_of(self.engine.vae)),
+            *state.kv.tensors().values(),
+        ]
+        here += [*self._texts(), state.history, *([] if state.pixels is None else [state.pixels]), *given]
+        unpacked = 0
+        if self.plan.weights is not None:
+            # A layer's weights are cast to the dtype of the computation while it runs.
+            unpacked = max(tensor.nbytes for tensor in _tensors(self.transformer.blocks))
+        return _nbytes(given) + unpacked + peak_bytes(run, here)
+
+    def _texts(self) -> list[Tensor]:
+        texts = [text for text in (self.state.text, self.state.negative_text) if text is not None]
+        pairs = [pair for text in texts for pair in (*text.text, *(text.image or ()))]
         return [tensor for pair in pairs for tensor in pair]
+
+    def _request(self) -> StreamRequest:
+        plan, config = self.plan, self.transformer.config
+        steps = tuple(_TIMESTEP / (1 + step) for step in range(plan.levels))
+        embeds = self.empty(_text_tokens(plan), config.text_dim)
+        guided = plan.settings.guidance_scale > 1
+        return StreamRequest(
+            prompt=(),
+            prompt_embeds=embeds,
+            height=plan.height,
+            width=plan.width,
+            num_frames=plan.num_frames,
+            noise=SeededNoise((0,) * plan.batch_size),
+            schedule=FewStepScheduler(steps=steps).schedule(None),
+            settings=plan.settings,
+            negative_embeds=embeds if guided else None,
+            image_embeds=None if config.image_dim is None else self.empty(_IMAGE_TOKENS, config.image_dim),
+        )
 
 
 def _decoding(vae: StreamingVAE, stream: _Stream) -> tuple[int, int]:
@@ -390,6 +469,10 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 def _component(plan: StreamPlan, name: str) -> tuple[str, str]:
     library, kind = read_object(plan.folder / INDEX_NAME)[name]
     return library, kind
@@ -402,15 +485,6 @@ def _has_text_encoder(plan: StreamPlan) -> bool:
 def _text_tokens(plan: StreamPlan) -> int:
     tokens: int = read_object(plan.folder / INDEX_NAME).get("text_tokens", _TEXT_TOKENS)
     return tokens
-
-
-def _latent_frames(plan: StreamPlan, temporal_ratio: int) -> int | None:
-    """Latent frames of the stream in whole chunks; None for an endless one."""
-    if plan.num_frames is None:
-        return None
-    first, chunk = plan.settings.chunk_at(0), plan.settings.chunk_frames
-    behind_first = max(0, latent_frames_covering(plan.num_frames, temporal_ratio) - first)
-    return first + -(-behind_first // chunk) * chunk
 
 
 def _smaller_size(plan: StreamPlan) -> tuple[int, int] | None:

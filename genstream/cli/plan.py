@@ -11,17 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from genstream.cache.layout import PositionPolicy
 from genstream.cli.clip import parse_size
 from genstream.cli.units import gpu_memory
 from genstream.io.model_folder import INDEX_NAME, find_model, read_card, read_object
 from genstream.shapes import frames_for_seconds
+from genstream.streaming.presets import PRESETS, EngineKind, find_preset
+from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSettings
 
 if TYPE_CHECKING:
     from genstream.pipelines.memory import MemoryEstimate, Proposal, StreamPlan
-    from genstream.streaming.request import StreamSettings
 
 _GIB = 2**30
 _RESERVE_GIB = 1.0
+_POLICIES = {"positions": PositionPolicy, "context": ContextPolicy, "recache": RecachePolicy}
 _SETTINGS = ("sink_frames", "window_frames", "chunk_frames", "guidance_scale")
 
 
@@ -34,7 +37,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--size", type=parse_size, metavar="WxH", help="size in pixels (the model's own)")
     parser.add_argument("--vram", type=float, metavar="GIB", help="memory of the card")
     parser.add_argument("--seconds", type=float, help="length, where all frames are kept (endless)")
-    parser.add_argument("--preset", help="how the model is run (as its folder says)")
+    parser.add_argument("--preset", choices=PRESETS, help="how it is run (as the model's folder says)")
     parser.add_argument("--sink", dest="sink_frames", type=int, help="latent frames that are kept for ever")
     parser.add_argument("--window", dest="window_frames", type=int, help="latest latent frames that are kept")
     parser.add_argument("--chunk", dest="chunk_frames", type=int, help="latent frames generated together")
@@ -100,12 +103,15 @@ def make_plan(arguments: argparse.Namespace, folder: Path) -> "StreamPlan":
         if card.fps is None:
             raise ValueError(f"--seconds needs a frame rate, which model {card.name!r} does not say")
         num_frames = frames_for_seconds(arguments.seconds, card.fps)
+    engine, levels = _engine(arguments, folder)
     return StreamPlan(
         folder=folder,
         height=height,
         width=width,
         settings=_settings(arguments, folder),
         num_frames=num_frames,
+        engine=engine,
+        levels=levels,
         dtype=getattr(torch, arguments.dtype),
         weights=None if arguments.quantize is None else WeightFormat(arguments.quantize),
         offload=TextEncoderOffload(arguments.offload),
@@ -114,18 +120,28 @@ def make_plan(arguments: argparse.Namespace, folder: Path) -> "StreamPlan":
     )
 
 
-def _settings(arguments: argparse.Namespace, folder: Path) -> "StreamSettings":
-    from genstream.cache.layout import PositionPolicy
-    from genstream.streaming.request import StreamSettings
-
-    index = read_object(folder / INDEX_NAME)
-    names = [field.name for field in dataclasses.fields(StreamSettings)]
-    values = {name: index[name] for name in names if name in index}
-    if "positions" in values:
-        values["positions"] = PositionPolicy(values["positions"])
-    settings = StreamSettings(**values)
+def _settings(arguments: argparse.Namespace, folder: Path) -> StreamSettings:
+    if arguments.preset is not None:
+        settings = find_preset(arguments.preset).settings
+    else:
+        index = read_object(folder / INDEX_NAME)
+        names = [field.name for field in dataclasses.fields(StreamSettings) if field.name in index]
+        settings = StreamSettings(**{name: _POLICIES.get(name, _same)(index[name]) for name in names})
     given = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
     return dataclasses.replace(settings, **given)
+
+
+def _same(value: object) -> object:
+    return value
+
+
+def _engine(arguments: argparse.Namespace, folder: Path) -> tuple[EngineKind, int]:
+    """What generates the chunks, and the noise levels of the schedule."""
+    if arguments.preset is not None:
+        preset = find_preset(arguments.preset)
+        return preset.engine, len(preset.steps)
+    steps = read_object(folder / "scheduler" / "scheduler_config.json").get("steps", ())
+    return EngineKind(read_object(folder / INDEX_NAME).get("engine", "cache")), max(len(steps), 1)
 
 
 def _title(arguments: argparse.Namespace, plan: "StreamPlan") -> str:

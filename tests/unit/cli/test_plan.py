@@ -69,6 +69,15 @@ def test_what_fits_and_what_does_not(plan):
         assert line.endswith("*") == (proposal["together_bytes"] <= 0.99 * figures["peak_bytes"])
 
 
+def test_presets(plan):
+    assert "chunk 3, sinks 3, window 6" in plan("--preset", "longlive")[1]
+    assert "chunk 3, sinks 3, window 12" in plan("--preset", "longlive", "--window", "12")[1]
+    queue, alone = (
+        json.loads(plan("--json", "--preset", name)[1]) for name in ("rolling-forcing", "causvid")
+    )
+    assert queue["denoise_bytes"] > 3 * alone["denoise_bytes"]
+
+
 def test_nothing_is_enough(plan):
     assert plan("--vram", "0.5")[1].splitlines()[-1] == "None of it is enough."
 

@@ -1,12 +1,14 @@
 """LoRAs of a pipeline: files, and streams that share the weights but not the LoRA."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from genstream.streaming.controls import LoraControl, PromptControl, from_json, to_json
+from genstream.streaming.settings import RecachePolicy
 from genstream.transformer.adapters import LoraUse, active_loras
 
 RED, BLUE = "a red circle moving right", "a blue square moving left"
@@ -29,7 +31,7 @@ def latents(pipe, state, chunks=3):
 def stream(pipe, *controls, loras=None, chunks=3):
     """Latents of an endless stream; `controls` are pairs of a frame and a control."""
     request = pipe.request(RED, seed=3)
-    state = pipe.start(request if loras is None else type(request)(**{**vars(request), "loras": loras}))
+    state = pipe.start(request if loras is None else replace(request, loras=loras))
     for frame, control in controls:
         state.submit(control, not_before=frame)
     return latents(pipe, state, chunks)
@@ -78,7 +80,7 @@ def test_streams_on_the_same_weights_keep_their_loras(styled):
     choices = [(), (LoraUse(name="one"),), (LoraUse(name="two", scale=0.7),)]
     expected = [stream(styled, loras=loras) for loras in choices]
     request = styled.request(RED, seed=3)
-    states = [styled.start(type(request)(**{**vars(request), "loras": loras})) for loras in choices]
+    states = [styled.start(replace(request, loras=loras)) for loras in choices]
     chunks = [[styled.step(state).latents for state in states] for _ in range(3)]
     for found, alone in zip(zip(*chunks, strict=True), expected, strict=True):
         assert torch.equal(torch.cat(found, dim=2), alone)
@@ -99,14 +101,48 @@ def test_a_control_at_the_start_is_a_request_with_that_lora(styled):
     assert torch.equal(switched, stream(styled, loras=(LoraUse(name="two", scale=0.6),)))
 
 
+@pytest.mark.parametrize("engine", ["cache", "queue"])
+@pytest.mark.parametrize("context", ["clean", "fused", "last_step", "recompute"])
+def test_every_way_to_run_a_model(build_pipeline, build_lora, context, engine):
+    """Two streams take turns; one changes its LoRA on the way, and both are as they are alone."""
+    if engine == "queue" and context != "clean":
+        pytest.skip("the queue engine has one context")
+    pipe = build_pipeline(window_frames=6, context=context, engine=engine)
+    pipe.load_lora_weights(build_lora(pipe.transformer), "one")
+    pipe.disable_lora()
+
+    def begin(loras=()):
+        state = pipe.start(replace(pipe.request(RED, seed=3), loras=loras))
+        state.submit(LoraControl(name="one" if loras == () else None), not_before=21)
+        return state
+
+    loras = (LoraUse(name="one", scale=0.5),)
+    alone = [latents(pipe, begin(), 5), latents(pipe, begin(loras), 5)]
+    states = [begin(), begin(loras)]
+    chunks = [[pipe.step(state).latents for state in states] for _ in range(5)]
+    for found, expected in zip(zip(*chunks, strict=True), alone, strict=True):
+        assert torch.equal(torch.cat(found, dim=2), expected)
+
+
+def test_a_waiting_chunk_is_committed_by_the_weights_that_made_it(build_pipeline, build_lora):
+    """So that a fused commit stays what a pass of its own would be."""
+    found = []
+    for context in ("clean", "fused"):
+        pipe = build_pipeline(window_frames=6, context=context, recache="nothing")
+        pipe.load_lora_weights(build_lora(pipe.transformer), "one")
+        pipe.disable_lora()
+        found.append(stream(pipe, (9, LoraControl(name="one")), (21, LoraControl(name=None))))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
+
+
 def test_a_change_reaches_the_past_only_when_recached(styled):
     """Without re-caching, keys and values of the past stay as the old weights made them."""
 
-    def kept(recache):
+    def kept(policy):
         state = styled.start(styled.request(RED, seed=3))
         styled.step(state)
         before = [keys.clone() for keys in state.kv.keys]
-        state.submit(LoraControl(name="one", recache=recache))
+        state.submit(LoraControl(name="one", recache=policy))
         styled.step(state)
         tokens = 3 * state.kv.shape.tokens_per_frame
         return [
@@ -114,15 +150,15 @@ def test_a_change_reaches_the_past_only_when_recached(styled):
             for old, new in zip(before, state.kv.keys, strict=True)
         ]
 
-    assert kept(recache=False) == [True, True]
-    assert kept(recache=True) == [True, False]  # what leads to the first layer's keys has no LoRA
+    assert kept(RecachePolicy.NOTHING) == [True, True]
+    assert kept(RecachePolicy.ALL) == [True, False]  # what leads to the first layer's keys has no LoRA
 
 
 def test_a_change_reaches_the_prompt(styled):
     """A LoRA on cross-attention changes what a prompt means, without re-caching as well."""
     state = styled.start(styled.request(RED, seed=3))
     before = (state.text.text[0][0].clone(), state.negative_text.text[0][0].clone())
-    state.submit(LoraControl(name="one", recache=False))
+    state.submit(LoraControl(name="one", recache=RecachePolicy.NOTHING))
     styled.step(state)
     for old, new in zip(before, (state.text, state.negative_text), strict=True):
         assert not torch.allclose(old, new.text[0][0], atol=1e-3)
@@ -132,7 +168,7 @@ def test_a_stream_with_changes_is_replayed_and_restored(styled, tmp_path):
     controls = (
         (9, LoraControl(name="one", scale=0.8)),
         (21, PromptControl(prompt=BLUE)),
-        (33, LoraControl(name="two", recache=False)),
+        (33, LoraControl(name="two", recache=RecachePolicy.NOTHING)),
         (45, LoraControl(name=None)),
     )
     state = styled.start(styled.request(RED, seed=3))
@@ -236,6 +272,7 @@ def test_pickles_are_not_read(pipe, tmp_path):
     ("arguments", "error"),
     [
         ({"name": "one", "scale": float("nan")}, "scale must be finite, got nan"),
+        ({"name": "one", "recache": True}, "recache must be one of .*, got True"),
         ({"name": None, "scale": 0.5}, r"scale needs the name of a LoRA, got 0\.5"),
     ],
 )
@@ -245,7 +282,7 @@ def test_bad_control(arguments, error):
 
 
 @pytest.mark.parametrize(
-    "control", [LoraControl(name="one", scale=0.5, recache=False), LoraControl(name=None)]
+    "control", [LoraControl(name="one", scale=0.5, recache=RecachePolicy.NOTHING), LoraControl(name=None)]
 )
 def test_controls_as_json(control):
     assert from_json(json.loads(json.dumps(to_json(control)))) == control

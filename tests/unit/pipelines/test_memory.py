@@ -14,7 +14,8 @@ from genstream.pipelines.allocation import peak_bytes
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.pipelines.memory import MemoryPlanner, StreamPlan, TextEncoderOffload
 from genstream.pipelines.quantization import WeightFormat, quantization
-from genstream.streaming.request import StreamSettings
+from genstream.streaming.presets import PRESETS, EngineKind
+from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSettings
 
 RED = "a red circle moving right"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,6 +92,38 @@ def test_a_clip_that_keeps_everything(pipe, plan):
         assert found.kv_cache_bytes == state.kv.nbytes + history
     with pytest.raises(ValueError, match="window_frames must be a number for an endless stream"):
         MemoryPlanner().estimate(replace(plan, settings=settings))
+
+
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if not preset.takes_image])
+def test_every_preset(build_pipeline, plan, name):
+    preset = PRESETS[name]
+    pipe = build_pipeline()
+    pipe.apply_preset(name)
+    state = pipe.start(pipe.request(RED, height=32, width=48))
+    for _ in range(state.kv.layout.capacity_frames // preset.settings.chunk_frames + 1):
+        pipe.step(state)
+    changed = replace(plan, settings=preset.settings, engine=preset.engine, levels=len(preset.steps))
+    found = MemoryPlanner().estimate(changed)
+    sources = [x.nbytes for x in (state.history, state.pixels, state.queue) if x is not None]
+    assert found.kv_cache_bytes == state.kv.nbytes + sum(sources)
+    assert found.vae_state_bytes == state.vae.nbytes
+    assert found.denoise_bytes > 0
+    assert (found.recache_bytes == 0) == (preset.settings.recache is RecachePolicy.NOTHING)
+
+
+def test_passes_grow_with_what_they_hold(plan):
+    def estimate(**settings):
+        return MemoryPlanner().estimate(replace(plan, settings=replace(plan.settings, **settings)))
+
+    clean, fused = estimate(), estimate(context=ContextPolicy.FUSED)
+    assert fused.denoise_bytes > 1.8 * clean.denoise_bytes
+    rebuilt = estimate(context=ContextPolicy.RECOMPUTE, sink_frames=0)
+    assert rebuilt.denoise_bytes > clean.denoise_bytes  # a frame is encoded again
+    assert estimate(recache=RecachePolicy.NOTHING).recache_bytes == 0
+    queue = MemoryPlanner().estimate(
+        replace(plan, engine=EngineKind.QUEUE, levels=4, settings=replace(plan.settings, window_frames=12))
+    )
+    assert queue.denoise_bytes > 3 * clean.denoise_bytes
 
 
 def test_one_block_stands_for_all(build_pipeline, pipe, plan):
