@@ -138,7 +138,7 @@ def _check(meta: dict[str, Any], path: str | Path, fingerprint: str) -> None:
         raise ValueError(f"snapshot {str(path)!r} must have format {FORMAT}, got {meta.get('format')}")
     if meta.get("model") != fingerprint:
         raise ValueError(
-            f"snapshot {str(path)!r} belongs to another model, LoRA or dtype: "
+            f"snapshot {str(path)!r} belongs to another model or dtype, or to another LoRA: "
             f"{str(meta.get('model'))[:12]} in the file, {fingerprint[:12]} loaded"
         )
 

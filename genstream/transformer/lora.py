@@ -52,8 +52,10 @@ def lora_layers(shapes: Shapes, config: Mapping[str, object], weights: Shapes) -
     found = _parts(shapes)
     ours = {**{name: name for name in weights}, **wan_names(config)}
     if foreign := sorted(layer for layer in found if f"{layer}.weight" not in ours):
-        held = [f"{layer} {[list(shapes[name]) for name in found[layer].values()]}" for layer in foreign]
-        raise ValueError(f"LoRA is for {some(held)}, which the transformer does not have")
+        first = [list(shapes[name]) for name in found[foreign[0]].values()]
+        raise ValueError(
+            f"LoRA is for {some(foreign)}, which the transformer does not have; the first has shapes {first}"
+        )
     return {
         ours[f"{layer}.weight"]: _layer(layer, parts, shapes, weights[ours[f"{layer}.weight"]])
         for layer, parts in found.items()

@@ -200,7 +200,7 @@ def test_a_stream_is_restored_with_its_lora_only(styled, build_pipeline, build_l
     with pytest.raises(ValueError, match="LoRA must be one of those loaded, none, got 'one'"):
         other.load_state(tmp_path / "one.safetensors")
     other.load_lora_weights(build_lora(other.transformer, seed=7), "one")
-    with pytest.raises(ValueError, match="belongs to another model, LoRA or dtype"):
+    with pytest.raises(ValueError, match="belongs to another model or dtype, or to another LoRA"):
         other.load_state(tmp_path / "one.safetensors")
     other.delete_adapters("one")
     other.load_lora_weights(build_lora(other.transformer), "one")
@@ -218,14 +218,8 @@ def test_a_lora_that_is_not_loaded_is_refused_and_dropped(styled):
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (
-            ("blocks.1.", "blocks.7."),
-            r"LoRA is for 'blocks\.7\.\S+ \[\[2, \d+\], \[\d+, 2\]\]'.* does not have",
-        ),
-        (
-            ("self_attn.q", "self_attn.gate"),
-            r"LoRA is for 'blocks\.0\.self_attn\.gate \[\[2, 24\], \[24, 2\]\]'",
-        ),
+        (("blocks.1.", "blocks.7."), r"is for 'blocks\.7\..* does not have; .* \[\[2, 24\], \[24, 2\]\]"),
+        (("self_attn.q", "self_attn.gate"), r"is for 'blocks\.0\.self_attn\.gate', 'blocks\.1\.self"),
         (("lora_B", "lora_C"), "LoRA must hold lora_A and lora_B tensors only"),
     ],
 )
