@@ -37,8 +37,9 @@ class _Meter(TorchDispatchMode):
     """Adds up the storages of meta tensors that are alive at once, without those that were there before."""
 
     def __init__(self, given: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.live_bytes = self.peak_bytes = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live_bytes: int = 0
+        self.peak_bytes: int = 0
         self._known = WeakIdKeyDictionary()
         for tensor in given:
             self._known[tensor.untyped_storage()] = True
@@ -77,7 +78,7 @@ def peak_bytes(run: Callable[[], object], given: Iterable[Tensor]) -> int:
         run: works on meta tensors.
         given: tensors that are there before, such as weights and caches; they do not count.
     """
-    with torch.no_grad(), _FusedAttention(), _Meter(given) as meter:
-        kept = run()
-        del kept
+    meter = _Meter(given)
+    with torch.no_grad(), _FusedAttention(), meter:
+        run()
     return meter.peak_bytes

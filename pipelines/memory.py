@@ -259,7 +259,8 @@ class _Stream:
         ratio, (_, patch_height, patch_width) = vae.spec.spatial_ratio, transformer.patch_size
         check_divides("height", plan.height, ratio * patch_height)
         check_divides("width", plan.width, ratio * patch_width)
-        self.plan, self.transformer, self.layers = plan, transformer, config["num_layers"]
+        self.plan, self.transformer = plan, transformer
+        self.layers: int = config["num_layers"]
         self.size = (plan.height // ratio, plan.width // ratio)
         # Whoever asks about a text cache asks with embeddings, so nobody encodes a prompt.
         self.engine = ENGINES[plan.engine](transformer, vae, lambda prompts: self.empty(0))

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from genstream.cache.layout import PositionPolicy
 from genstream.cli.clip import parse_size
@@ -125,14 +125,12 @@ def _settings(arguments: argparse.Namespace, folder: Path) -> StreamSettings:
         settings = find_preset(arguments.preset).settings
     else:
         index = read_object(folder / INDEX_NAME)
-        names = [field.name for field in dataclasses.fields(StreamSettings) if field.name in index]
-        settings = StreamSettings(**{name: _POLICIES.get(name, _same)(index[name]) for name in names})
+        fields = dataclasses.fields(StreamSettings)
+        values: dict[str, Any] = {field.name: index[field.name] for field in fields if field.name in index}
+        values |= {name: kind(values[name]) for name, kind in _POLICIES.items() if name in values}
+        settings = StreamSettings(**values)
     given = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
     return dataclasses.replace(settings, **given)
-
-
-def _same(value: object) -> object:
-    return value
 
 
 def _engine(arguments: argparse.Namespace, folder: Path) -> tuple[EngineKind, int]:
