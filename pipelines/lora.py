@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
 from diffusers.utils import is_peft_available
+from safetensors import SafetensorError
 from torch import Tensor
 
 from genstream.io.model_folder import read_json
@@ -57,25 +58,30 @@ class LoraLoaderMixin(LoraBaseMixin):
 
         Raises:
             ImportError: peft is not installed.
-            ValueError: the LoRA is for other layers, or the name is taken; nothing is changed.
+            ValueError: the LoRA is for other layers, or the name is taken, or the file is cut off; nothing is
+                changed.
         """
         if not is_peft_available():
             raise ImportError("load_lora_weights needs peft: pip install 'genstream[lora]'")
         self._check_name(adapter_name)
-        tensors, metadata = _fetch_state_dict(
-            _source(pretrained_model_name_or_path_or_dict),
-            weight_name=weight_name,
-            use_safetensors=True,
-            local_files_only=local_files_only,
-            cache_dir=None,
-            force_download=False,
-            proxies=None,
-            token=token,
-            revision=revision,
-            subfolder=subfolder,
-            user_agent=_USER_AGENT,
-            allow_pickle=False,
-        )
+        try:
+            tensors, metadata = _fetch_state_dict(
+                _source(pretrained_model_name_or_path_or_dict),
+                weight_name=weight_name,
+                use_safetensors=True,
+                local_files_only=local_files_only,
+                cache_dir=None,
+                force_download=False,
+                proxies=None,
+                token=token,
+                revision=revision,
+                subfolder=subfolder,
+                user_agent=_USER_AGENT,
+                allow_pickle=False,
+            )
+        except SafetensorError as error:
+            source = str(pretrained_model_name_or_path_or_dict)
+            raise ValueError(f"LoRA {source!r} must be a whole .safetensors file: {error}") from error
         trained = metadata or _peft_config(pretrained_model_name_or_path_or_dict)
         trained = {name.removeprefix(f"{self.transformer_name}."): value for name, value in trained.items()}
         adapter, config = peft_adapter(tensors, self.transformer, trained)
@@ -96,6 +102,8 @@ def _source(source: str | Path | Mapping[str, Tensor]) -> str | dict[str, Tensor
     if isinstance(source, Mapping):
         return dict(source)
     path = Path(source)
+    if path.suffix == ".safetensors" and not path.is_file():
+        raise FileNotFoundError(f"LoRA {str(path)!r} does not exist")
     if path.is_file() and path.suffix != ".safetensors":
         raise ValueError(f"LoRA must be a .safetensors file (genstream convert makes one), got {str(path)!r}")
     return str(source)
