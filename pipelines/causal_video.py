@@ -337,18 +337,18 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
 
     def _encode(self, prompts: list[str]) -> Tensor:
         embeds = encode_prompts(prompts, self.tokenizer, self.text_encoder, self.config.text_tokens)
-        self._offload_text_encoder()
+        self._offload_encoders()
         return embeds
 
-    def _offload_text_encoder(self) -> None:
-        """With `enable_model_cpu_offload`, take it off the GPU: prompts change seldom."""
+    def _offload_encoders(self) -> None:
+        """With `enable_model_cpu_offload`, take them off the GPU: prompts change seldom."""
         for hook in getattr(self, "_all_hooks", ()):  # set by diffusers when offloading is enabled
             hook.offload()
 
     def maybe_free_model_hooks(self) -> None:
         """Nothing has to move at the end of a clip: transformer and VAE stay for other streams."""
         self.transformer._reset_stateful_cache()
-        self._offload_text_encoder()
+        self._offload_encoders()
 
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None
@@ -750,6 +750,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                     " without image_encoder and image_processor"
                 )
             given = image_tokens(pixels, self.image_processor, self.image_encoder)
+            self._offload_encoders()
         if given.ndim != 3 or len(given) not in (1, batch_size) or given.shape[2] != width:
             raise ValueError(f"image_embeds must be [{batch_size}, tokens, {width}], got {list(given.shape)}")
         positions = self.transformer.config.pos_embed_seq_len

@@ -22,6 +22,7 @@ from transformers import AutoConfig
 
 import genstream
 from genstream.cache.joint_context import JointContext
+from genstream.cache.kv_cache import TextCache
 from genstream.io.checkpoint import open_checkpoint
 from genstream.io.model_folder import INDEX_NAME, read_object
 from genstream.pipelines.allocation import peak_bytes
@@ -43,6 +44,7 @@ from genstream.vae.tiny_blocks import RGB
 from genstream.vae.wrapping import module_of, streams
 
 _IMAGE_TOKENS = 257  # of a CLIP ViT-H, which Wan's image-to-video models look through
+_IMAGE_FRAMES = 2  # the image, and nothing for all frames behind it
 _TIMESTEP = 500.0
 _TEXT_TOKENS = 512
 
@@ -99,6 +101,7 @@ class MemoryEstimate:
         transformer_bytes: weights.
         vae_bytes: weights.
         text_encoder_bytes: weights that stay; 0 where it is offloaded or there is none.
+        image_encoder_bytes: likewise.
         kv_cache_bytes: keys and values of the past, and what they are rebuilt from.
         text_cache_bytes: keys and values of the prompt, and of the negative one.
         vae_state_bytes: what the decoder remembers.
@@ -111,6 +114,7 @@ class MemoryEstimate:
     transformer_bytes: int
     vae_bytes: int
     text_encoder_bytes: int
+    image_encoder_bytes: int
     kv_cache_bytes: int
     text_cache_bytes: int
     vae_state_bytes: int
@@ -122,7 +126,8 @@ class MemoryEstimate:
     @property
     def resting_bytes(self) -> int:
         """Between two steps of a stream."""
-        weights = self.transformer_bytes + self.vae_bytes + self.text_encoder_bytes
+        weights = self.transformer_bytes + self.vae_bytes
+        weights += self.text_encoder_bytes + self.image_encoder_bytes
         return weights + self.kv_cache_bytes + self.text_cache_bytes + self.vae_state_bytes
 
     @property
@@ -182,6 +187,7 @@ class MemoryPlanner:
             transformer_bytes=sum(_transformer_bytes(config, plan).values()),
             vae_bytes=_nbytes(_tensors(module_of(vae))),
             text_encoder_bytes=encoder_bytes,
+            image_encoder_bytes=_image_encoder_bytes(plan),
             kv_cache_bytes=stream.kv_bytes + stream.source_bytes,
             text_cache_bytes=stream.text_bytes,
             vae_state_bytes=state_bytes,
@@ -230,7 +236,7 @@ def _smaller(plan: StreamPlan) -> Iterator[tuple[str, dict[str, Any]]]:
     settings = plan.settings
     if plan.dtype == torch.float32:
         yield "--dtype bfloat16", {"dtype": torch.bfloat16}
-    if plan.offload is not TextEncoderOffload.GROUP and _has_text_encoder(plan):
+    if plan.offload is not TextEncoderOffload.GROUP and _has("text_encoder", plan):
         yield "--offload group", {"offload": TextEncoderOffload.GROUP}
     if plan.weights is None:
         yield "--quantize int8", {"weights": WeightFormat.INT8}
@@ -262,13 +268,13 @@ class _Stream:
         self.plan, self.transformer = plan, transformer
         self.layers: int = config["num_layers"]
         self.size = (plan.height // ratio, plan.width // ratio)
-        # Whoever asks about a text cache asks with embeddings, so nobody encodes a prompt.
+        # Prompts are given as embeddings, so none is encoded.
         self.engine = ENGINES[plan.engine](transformer, vae, lambda prompts: self.empty(0))
         state = self.state = self.engine.start(self._request())
         self.chunk = plan.settings.chunk_frames
         state.frame = 2 * self.chunk * state.kv.layout.capacity_frames
         kept = state.kv.layout.window_frames if self._recomputes else state.kv.layout.capacity_frames
-        state.history = self.latents(transformer.config.in_channels, kept)
+        state.history = self.latents(kept)
         if plan.settings.reencodes:
             frames = frames_of(kept, vae.spec.temporal_ratio)
             state.pixels = self.empty(RGB, frames, plan.height, plan.width)
@@ -284,13 +290,14 @@ class _Stream:
         frames = self.state.history.shape[2]
         if self.plan.engine is EngineKind.QUEUE:
             frames += (self.plan.levels - 1) * self.chunk
-        pixels = 0 if self.state.pixels is None else self.state.pixels.nbytes
-        return pixels + self.latents(self.transformer.out_channels, frames).nbytes
+        others = (self.state.pixels, self.state.text.channels)
+        return self.latents(frames).nbytes + _nbytes(tensor for tensor in others if tensor is not None)
 
     @property
     def text_bytes(self) -> int:
         """Keys and values of the prompt and, with guidance, of the negative one."""
-        return self.layers * _nbytes(self._texts())
+        texts = [text for text in (self.state.text, self.state.negative_text) if text is not None]
+        return self.layers * sum(_nbytes(_keys_and_values(text)) for text in texts)
 
     def denoise_bytes(self) -> int:
         """Besides weights and caches, for what happens between two chunks."""
@@ -299,7 +306,7 @@ class _Stream:
         state = self.state.draft()
         if self.plan.settings.context is ContextPolicy.FUSED:
             state.uncommitted = self.chunk
-        x = self.latents(self.transformer.config.in_channels, self.chunk)
+        x = self.latents(self.chunk)
         passing = self._measure(partial(self.engine.predict, x, _TIMESTEP, state), x)
         return max(passing, self._rebuild_bytes()) if self._recomputes else passing
 
@@ -311,9 +318,9 @@ class _Stream:
         """A tensor with the batch in front."""
         return torch.empty(self.plan.batch_size, *shape, dtype=self.plan.dtype, device="meta")
 
-    def latents(self, channels: int, frames: int) -> Tensor:
+    def latents(self, frames: int) -> Tensor:
         """Latent frames of the stream's size."""
-        return self.empty(channels, frames, *self.size)
+        return self.empty(self.transformer.out_channels, frames, *self.size)
 
     @property
     def _recomputes(self) -> bool:
@@ -329,34 +336,30 @@ class _Stream:
         assert isinstance(self.engine, QueueEngine)
         state, frames = self.state, self.plan.levels * self.chunk
         context = JointContext.allocate(state.kv, self.engine.joint_layout(state.request))
-        queue = self.latents(self.transformer.config.in_channels, frames)
+        queue = self.latents(frames)
         timesteps = torch.zeros(len(queue), frames, dtype=torch.float64, device="meta")
         return self.engine.predict_queue(queue, timesteps, state, context)
 
     def _measure(self, run: Callable[[], object], *given: Tensor) -> int:
         state = self.state
-        here = [
-            *_tensors(self.transformer),
-            *_tensors(module_of(self.engine.vae)),
-            *state.kv.tensors().values(),
-        ]
-        here += [*self._texts(), state.history, *([] if state.pixels is None else [state.pixels]), *given]
+        here = [*_tensors(self.transformer), *_tensors(module_of(self.engine.vae)), *given, state.history]
+        here += state.kv.tensors().values()
+        here += [tensor for tensor in (state.pixels, state.text.channels) if tensor is not None]
+        for text in (state.text, state.negative_text):
+            here += [] if text is None else _keys_and_values(text)
         unpacked = 0
         if self.plan.weights is not None:
             # A layer's weights are cast to the dtype of the computation while it runs.
             unpacked = max(tensor.nbytes for tensor in _tensors(self.transformer.blocks))
         return _nbytes(given) + unpacked + peak_bytes(run, here)
 
-    def _texts(self) -> list[Tensor]:
-        texts = [text for text in (self.state.text, self.state.negative_text) if text is not None]
-        pairs = [pair for text in texts for pair in (*text.text, *(text.image or ()))]
-        return [tensor for pair in pairs for tensor in pair]
-
     def _request(self) -> StreamRequest:
         plan, config = self.plan, self.transformer.config
         steps = tuple(_TIMESTEP / (1 + step) for step in range(plan.levels))
         embeds = self.empty(_text_tokens(plan), config.text_dim)
         guided = plan.settings.guidance_scale > 1
+        extra = config.in_channels - self.transformer.out_channels
+        tokens = config.pos_embed_seq_len or _IMAGE_TOKENS
         return StreamRequest(
             prompt=(),
             prompt_embeds=embeds,
@@ -367,7 +370,8 @@ class _Stream:
             schedule=FewStepScheduler(steps=steps).schedule(None),
             settings=plan.settings,
             negative_embeds=embeds if guided else None,
-            image_embeds=None if config.image_dim is None else self.empty(_IMAGE_TOKENS, config.image_dim),
+            image_embeds=None if config.image_dim is None else self.empty(tokens, config.image_dim),
+            image_channels=self.empty(extra, _IMAGE_FRAMES, *self.size) if extra else None,
         )
 
 
@@ -377,7 +381,7 @@ def _decoding(vae: StreamingVAE, stream: _Stream) -> tuple[int, int]:
     state = vae.init_state("decode", plan.batch_size, plan.height, plan.width)
     most = frame = 0
     for _ in range(3):  # the first chunk has no past, and some decoders hold frames back
-        latents = stream.latents(vae.spec.latent_channels, plan.settings.chunk_at(frame))
+        latents = stream.latents(plan.settings.chunk_at(frame))
         given = [*weights, *state.slots.values(), latents]
         most = max(most, peak_bytes(partial(vae.decode_chunk, latents, state), given))
         frame += latents.shape[2]
@@ -386,7 +390,7 @@ def _decoding(vae: StreamingVAE, stream: _Stream) -> tuple[int, int]:
 
 def _text_encoding(plan: StreamPlan) -> tuple[int, int]:
     """Bytes of the text encoder that stay, and what encoding a prompt takes besides."""
-    if not _has_text_encoder(plan):
+    if not _has("text_encoder", plan):
         return 0, 0
     folder = plan.folder / "text_encoder"
     config = AutoConfig.from_pretrained(folder)
@@ -405,6 +409,14 @@ def _text_encoding(plan: StreamPlan) -> tuple[int, int]:
             return 0, sum(sizes) + passing
         case TextEncoderOffload.GROUP:
             return 0, max(sizes) + passing
+
+
+def _image_encoder_bytes(plan: StreamPlan) -> int:
+    """Of CLIP, which is used before a stream starts, when there is room for it."""
+    if plan.offload is not TextEncoderOffload.NONE or not _has("image_encoder", plan):
+        return 0
+    shapes = open_checkpoint(plan.folder / "image_encoder", None).shapes
+    return sum(_loaded_bytes(shapes, plan.dtype, ()).values())
 
 
 def _vae(plan: StreamPlan) -> StreamingVAE:
@@ -470,6 +482,10 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
+def _keys_and_values(text: TextCache) -> list[Tensor]:
+    return [tensor for pair in (*text.text, *(text.image or ())) for tensor in pair]
+
+
 def _nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
@@ -479,8 +495,8 @@ def _component(plan: StreamPlan, name: str) -> tuple[str, str]:
     return library, kind
 
 
-def _has_text_encoder(plan: StreamPlan) -> bool:
-    return read_object(plan.folder / INDEX_NAME).get("text_encoder", [None])[0] is not None
+def _has(component: str, plan: StreamPlan) -> bool:
+    return read_object(plan.folder / INDEX_NAME).get(component, [None])[0] is not None
 
 
 def _text_tokens(plan: StreamPlan) -> int:

@@ -54,7 +54,8 @@ def check_tensor(name: str, tensor: Tensor, expected: tuple[int | None, ...], li
     if not fits:
         wanted = ", ".join("any" if want is None else str(want) for want in expected)
         raise ValueError(f"{name} must have the shape of its state [{wanted}], got {list(shape)}")
-    if torch.is_autocast_enabled(like.device.type):
+    kind = like.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         tensor = tensor.new_empty(0, dtype=like.dtype)
     check_like(name, tensor, like)
 

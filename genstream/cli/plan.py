@@ -156,6 +156,7 @@ def _lines(estimate: "MemoryEstimate", reserve_bytes: int) -> Iterator[str]:
         ("weights", "transformer", estimate.transformer_bytes),
         ("", "VAE", estimate.vae_bytes),
         ("", "text encoder", estimate.text_encoder_bytes),
+        ("", "image encoder", estimate.image_encoder_bytes),
         ("stream", "KV cache", estimate.kv_cache_bytes),
         ("", "text cache", estimate.text_cache_bytes),
         ("", "VAE state", estimate.vae_state_bytes),

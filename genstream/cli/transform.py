@@ -63,7 +63,13 @@ def run(arguments: argparse.Namespace) -> int:
         strength=arguments.strength,
         motion=MotionNoise() if arguments.motion_aware else None,
     )
-    pipe = load_pipeline(folder, device=arguments.device, dtype=arguments.dtype)
+    pipe = load_pipeline(
+        folder,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        quantize=arguments.quantize,
+        offload=arguments.offload,
+    )
     if arguments.preset is not None:
         pipe.apply_preset(arguments.preset)
     generation = Generation(pipe=pipe, plan=plan, image=None, vocabulary=card.vocabulary, clip=clip)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from diffusers.models.modeling_utils import get_parameter_device
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -56,7 +57,9 @@ def image_tokens(pixels: Tensor, processor: BaseImageProcessor, encoder: CLIPVis
     """
     levels = ((pixels.float() + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     inputs = processor(images=list(levels), return_tensors="pt").pixel_values
-    hidden = encoder(inputs.to(encoder.device, encoder.dtype), output_hidden_states=True).hidden_states
+    hidden = encoder(
+        inputs.to(get_parameter_device(encoder), encoder.dtype), output_hidden_states=True
+    ).hidden_states
     tokens: Tensor = hidden[-2]
     return tokens
 

@@ -49,7 +49,7 @@ def test_every_figure_is_told(plan):
 
 def test_json_adds_up(plan):
     figures = json.loads(plan("--json", "--reserve", "0.5")[1])
-    parts = ("transformer", "vae", "text_encoder", "kv_cache", "text_cache", "vae_state")
+    parts = ("transformer", "vae", "text_encoder", "image_encoder", "kv_cache", "text_cache", "vae_state")
     resting = sum(figures[f"{part}_bytes"] for part in parts) + GIB // 2
     assert figures["streaming_bytes"] == resting + max(figures["denoise_bytes"], figures["decode_bytes"])
     assert figures["peak_bytes"] >= figures["streaming_bytes"]

@@ -56,7 +56,8 @@ def test_a_batch_is_its_videos(pipe, size):
 
 
 def test_parts_make_the_same_pipeline(pipe):
-    assert set(pipe.components) == {"tokenizer", "text_encoder", "transformer", "vae", "scheduler"}
+    own = {"tokenizer", "text_encoder", "transformer", "vae", "scheduler"}
+    assert set(pipe.components) == own | {"image_encoder", "image_processor"}
     expected = latents(pipe)
     settings = {
         name: pipe.config[name] for name in ("sink_frames", "window_frames", "positions", "text_tokens")

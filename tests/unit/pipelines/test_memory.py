@@ -16,6 +16,7 @@ from genstream.pipelines.memory import MemoryPlanner, StreamPlan, TextEncoderOff
 from genstream.pipelines.quantization import WeightFormat, quantization
 from genstream.streaming.presets import PRESETS, EngineKind
 from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSettings
+from genstream.transformer.causal_dit import CausalDiT
 
 RED = "a red circle moving right"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -235,3 +236,24 @@ def test_a_gpu_holds_what_was_planned():
     torch.cuda.reset_peak_memory_stats()
     pipe.step(state)
     assert torch.cuda.max_memory_allocated() == pytest.approx(found.streaming_bytes, rel=0.15)
+
+
+def test_a_model_that_starts_from_an_image(pipe, plan, tmp_path):
+    """Its image's tokens are in the text cache, its image's channels stay beside the latents."""
+    config = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 12, "out_channels": 4}
+    image = {"image_dim": 8, "added_kv_proj_dim": 24}
+    transformer = CausalDiT(**config, **image, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=2)
+    parts = {**pipe.components, "transformer": transformer.eval()}
+    settings = {"sink_frames": 3, "window_frames": 3, "text_tokens": 12}
+    wide = CausalVideoPipeline(**parts, **settings, positions="window")
+    wide.save_pretrained(tmp_path)
+    found = MemoryPlanner().estimate(replace(plan, folder=tmp_path))
+    channels, tokens = torch.zeros(1, 8, 2, 4, 6), torch.zeros(1, 257, 8)
+    request = wide.request(RED, height=32, width=48, image_channels=channels, image_embeds=tokens)
+    state = wide.start(request)
+    for _ in range(3):
+        wide.step(state)
+    assert found.kv_cache_bytes == state.kv.nbytes + state.history.nbytes + channels.nbytes
+    pairs = (*state.text.text, *state.text.image)
+    assert found.text_cache_bytes == sum(tensor.nbytes for pair in pairs for tensor in pair)
+    assert found.image_encoder_bytes == 0
