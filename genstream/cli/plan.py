@@ -169,6 +169,8 @@ def _lines(estimate: "MemoryEstimate", reserve_bytes: int) -> Iterator[str]:
         ("", "prompts that change", estimate.peak_bytes + reserve_bytes),
     )
     for group, name, size_bytes in rows:
+        if not size_bytes:
+            continue
         yield f"  {group:<13}{name:<27}{gpu_memory(size_bytes):>11}"
 
 

@@ -1,8 +1,11 @@
 """LoRAs on the transformer's weights: their names, their scales, and whose they are at a time."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
+import rollouts
 import torch
 
 from genstream.transformer.adapters import (
@@ -14,7 +17,8 @@ from genstream.transformer.adapters import (
     peft_adapter,
     use_loras,
 )
-from genstream.transformer.conversion import read_config
+from genstream.transformer.causal_dit import CausalDiT
+from genstream.transformer.conversion import from_wan, infer_config, read_config
 from genstream.transformer.lora import lora_layers, merged
 
 NAMINGS = ("peft", "diffusers", "original")
@@ -143,3 +147,24 @@ def test_fused_weights_are_not_taken_apart(model, build_lora, run):
 def test_bad_scale(scale):
     with pytest.raises(ValueError, match="scale of LoRA 'style' must be finite"):
         LoraUse(name="style", scale=scale)
+
+
+@pytest.mark.parametrize("name", sorted(rollouts.sets("longlive")))
+def test_the_published_file(name):
+    """Base and LoRA of LongLive, kept apart, are the model that its rollouts were made with."""
+    checkpoint = json.loads((rollouts.FOLDER / f"{name}.checkpoint.json").read_text())
+    files = {key: rollouts.tensors(Path(file["file"]).stem) for key, file in checkpoint["files"].items()}
+    base = files["generator"]
+    shapes = {key: tuple(tensor.shape) for key, tensor in base.items()}
+    config = infer_config(shapes, read_config(checkpoint["model_config"]))
+    model = CausalDiT(**config).eval()
+    model.load_state_dict(from_wan(base, config))
+    load(model, files["generator_lora"], lora_alpha=checkpoint["lora_alpha"])
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, config["in_channels"], 3, 4, 6, generator=generator)
+    context = torch.randn(1, 16, config["text_dim"], generator=generator)
+    found, expected = (
+        student(latents, torch.tensor([500.0]), context).sample.detach()
+        for student in (model, rollouts.student(name))
+    )
+    close(found, expected)
