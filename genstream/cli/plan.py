@@ -62,6 +62,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help=f"left to the driver, to workspaces of libraries and to gaps ({_RESERVE_GIB:g})",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as json, in bytes")
+    parser.epilog = (
+        "generate takes --size, --preset, --dtype, --quantize and --offload. The others are, in Python, settings"
+        " of a request, and pipe.vae = load_taehv(FILE)."
+    )
     parser.set_defaults(run=run)
 
 
