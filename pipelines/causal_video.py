@@ -21,8 +21,15 @@ from transformers import BaseImageProcessor, CLIPVisionModel, PreTrainedTokenize
 from genstream.cache.layout import PositionPolicy
 from genstream.conditioning.image import Picture, as_pixels, check_pixels, image_tokens
 from genstream.conditioning.text import check_prompts, encode_prompts, unknown_words
+from genstream.io.checkpoint import naming, open_checkpoint
 from genstream.io.hub_card import CARD_NAME, copy_companions
-from genstream.io.model_folder import check_model_folder, installed_folder, installed_models, read_json
+from genstream.io.model_folder import (
+    check_model_folder,
+    installed_folder,
+    installed_models,
+    read_json,
+    read_object,
+)
 from genstream.pipelines.lora import LoraLoaderMixin
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.shapes import (
@@ -46,8 +53,9 @@ from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSet
 from genstream.streaming.snapshot import load_state, model_fingerprint, save_state
 from genstream.streaming.source import FrameSource, as_source
 from genstream.streaming.state import StreamState
-from genstream.transformer.adapters import active_loras
+from genstream.transformer.adapters import active_loras, loaded_loras
 from genstream.transformer.causal_dit import CausalDiT
+from genstream.transformer.matching import check_tensors
 from genstream.vae.protocol import StreamingVAE
 from genstream.vae.wrapping import as_streaming, module_of, streams
 
@@ -178,7 +186,8 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             **kwargs: such as `dtype`, or a component to use instead of the folder's.
 
         Raises:
-            ValueError: a file of the folder is missing or cut off; the message names it.
+            ValueError: a file of the folder is missing or cut off, or a tensor of the transformer is missing,
+                superfluous or of another shape than its configuration says; the message names it.
         """
         folder = installed_folder(str(pretrained_model_name_or_path)) or Path(pretrained_model_name_or_path)
         if not folder.is_dir():
@@ -195,6 +204,8 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 f"model folder {str(folder)!r} has no vae: give vae=..., or make a folder that has one with "
                 f"genstream convert {folder} --vae PATH -o NEW_FOLDER"
             )
+        if "transformer" not in kwargs and kwargs.get("variant") is None:
+            _check_transformer(folder / "transformer")
         loaded = super().from_pretrained(folder, **kwargs)
         return loaded
 
@@ -211,7 +222,15 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         Args:
             save_directory: folder to write to.
             **kwargs: those of `DiffusionPipeline.save_pretrained`.
+
+        Raises:
+            ValueError: LoRAs are loaded: the transformer would be saved with their layers in it.
         """
+        if loras := loaded_loras(self.transformer):
+            raise ValueError(
+                f"LoRAs {loras} are loaded, and a model folder holds none: call unload_lora_weights() first, "
+                "and fuse_lora() before that to keep what they do"
+            )
         super().save_pretrained(save_directory, **kwargs)
         if (source := self._loaded_from) is not None:
             copy_companions(source, Path(save_directory))
@@ -238,9 +257,9 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         if self._loaded_from is None or not (self._loaded_from / CARD_NAME).is_file():
             url: str = super().push_to_hub(repo_id, commit_message, private, token, create_pr, **kwargs)
             return url
-        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, **kwargs)
+            repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
             return str(
                 upload_folder(
                     repo_id=repo_id,
@@ -833,16 +852,12 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         return self._encode([""] * batch_size)
 
     def _check_preset(self, name: str, preset: Preset) -> None:
-        config, wanted = self.transformer.config, preset.settings.chunk_frames
+        config = self.transformer.config
         if not isinstance(self.scheduler, FewStepScheduler):
             raise ValueError(
                 f"preset {name!r} needs a few-step student, this model has a {type(self.scheduler).__name__}"
             )
-        if wanted != self.config.chunk_frames:
-            raise ValueError(
-                f"preset {name!r} generates {wanted} latent frames at a time, "
-                f"this model was trained for {self.config.chunk_frames} (chunk_frames)"
-            )
+        preset.check_chunk(name, self.config.chunk_frames)
         preset.check_channels(name, config.in_channels, self.transformer.out_channels)
 
     def _check_size(self, height: int, width: int) -> None:
@@ -894,6 +909,18 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             )
         repeated = [text for text in prompts for _ in range(repeats)]
         return repeated, prompt_embeds.repeat_interleave(repeats, dim=0)
+
+
+def _check_transformer(folder: Path) -> None:
+    """Raise ValueError that names tensors which the transformer of a configuration lacks or does not have."""
+    config = read_object(folder / "config.json")
+    if "quantization_config" in config:
+        return  # torchao keeps its tensors under names and in shapes of its own
+    with torch.device("meta"):
+        expected = CausalDiT.from_config(config).state_dict()
+    with naming(folder):
+        shapes = open_checkpoint(folder, None).shapes
+        check_tensors(shapes, {name: tuple(tensor.shape) for name, tensor in expected.items()})
 
 
 def _check_repository(name: str) -> None:

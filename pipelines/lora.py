@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -88,6 +88,36 @@ class LoraLoaderMixin(LoraBaseMixin):
         self.transformer.load_lora_adapter(
             adapter, prefix=None, adapter_name=adapter_name, metadata=config, _pipeline=self
         )
+
+    def fuse_lora(
+        self,
+        components: Sequence[str] | None = None,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: list[str] | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        """Add the LoRAs in use to the weights, until `unfuse_lora`, as in diffusers' pipelines.
+
+        Args:
+            components: that have LoRAs; the transformer when None.
+            lora_scale: factor on what they add.
+            safe_fusing: refuse what would make weights that are not finite.
+            adapter_names: those to fuse; all in use when None.
+            **kwargs: those of diffusers.
+        """
+        super().fuse_lora(
+            list(components or self._lora_loadable_modules), lora_scale, safe_fusing, adapter_names, **kwargs
+        )
+
+    def unfuse_lora(self, components: Sequence[str] | None = None, **kwargs: Any) -> None:  # noqa: ANN401
+        """Take the LoRAs out of the weights again.
+
+        Args:
+            components: that have LoRAs; the transformer when None.
+            **kwargs: those of diffusers.
+        """
+        super().unfuse_lora(list(components or self._lora_loadable_modules), **kwargs)
 
     def _check_name(self, name: str | None) -> None:
         if name is None:

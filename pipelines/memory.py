@@ -421,12 +421,22 @@ def _image_encoder_bytes(plan: StreamPlan) -> int:
 
 def _vae(plan: StreamPlan) -> StreamingVAE:
     """The VAE without weights, in the dtypes that it is loaded with."""
-    library, kind = _component(plan, "vae")
-    cls: Any = getattr({"genstream": genstream, "diffusers": diffusers}[library], kind)
     with torch.device("meta"):
-        vae: Any = TinyVideoVAE() if plan.tiny_vae else cls.from_config(cls.load_config(plan.folder / "vae"))
+        vae: Any = TinyVideoVAE() if plan.tiny_vae else _own_vae(plan)
     _cast(vae, plan.dtype)
     return vae if streams(vae) else adapter_of(vae)
+
+
+def _own_vae(plan: StreamPlan) -> ModelMixin:
+    if not _has("vae", plan):
+        raise ValueError(
+            f"model folder {str(plan.folder)!r} has no vae: plan with another one (--tiny-vae), or make a "
+            f"folder that has one with genstream convert {plan.folder} --vae PATH -o NEW_FOLDER"
+        )
+    library, kind = _component(plan, "vae")
+    cls: Any = getattr({"genstream": genstream, "diffusers": diffusers}[library], kind)
+    vae: ModelMixin = cls.from_config(cls.load_config(plan.folder / "vae"))
+    return vae
 
 
 def _tiny_fits(plan: StreamPlan) -> bool:

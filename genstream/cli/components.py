@@ -103,6 +103,10 @@ def find_parts(sources: PartSources) -> Parts:
         parts.add(vae, place)
     _find_others(parts, sources)
     found = {component.name for component in parts.components}
+    if sources.tokenizer is not None and "text_encoder" not in found:
+        raise ValueError(
+            f"tokenizer (--tokenizer) needs a text encoder (--text-encoder), got {str(sources.tokenizer)!r}"
+        )
     for name, option in (("text_encoder", "--text-encoder"), ("vae", "--vae")):
         if name not in found:
             parts.notes.append(f"there is no {name}: convert the folder again with {option} to add one")

@@ -1,6 +1,7 @@
 """Turns published weights into a model folder."""
 
 import inspect
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from genstream.cli.conversion_index import ACCEPTED_PARTS, streaming_of
 from genstream.cli.conversion_lora import ADAPTER, LoRA, open_lora
 from genstream.io.checkpoint import Checkpoint, naming, open_checkpoint, sha256
 from genstream.io.hub_card import ConversionCard, Origin, find_license
-from genstream.io.model_folder import INDEX_NAME, check_model_folder, read_object
+from genstream.io.model_folder import INDEX_NAME, check_model_folder, check_weights, read_object
 from genstream.io.shards import PlannedTensor, check_new_folder, new_folder, write_json, write_shards
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.transformer.conversion import WAN_HEAD_WIDTH, infer_config, places, read_config
@@ -79,6 +80,14 @@ class ConversionSettings:
                     raise ValueError(f"{name} has no place in a folder of kind (--to) 'diffusers'")
         if self.lora is None and self.lora_alpha is not None:
             raise ValueError(f"lora_alpha (--lora-alpha) needs a lora (--lora), got {self.lora_alpha}")
+        if self.lora is None and self.lora_mode != "merge":
+            raise ValueError(f"lora_mode (--lora-mode) {self.lora_mode!r} needs a lora (--lora), got none")
+
+    @property
+    def kept_adapter(self) -> Path | None:
+        """The adapter in the source, if it has one: it goes along unless a LoRA is given."""
+        path = self.source / ADAPTER
+        return path if self.lora is None and path.is_file() else None
 
     @property
     def max_shard_bytes(self) -> int:
@@ -126,6 +135,8 @@ def convert(settings: ConversionSettings) -> Conversion:
     check_new_folder(settings.output)
     plan = _plan_transformer(settings)
     lora = None if settings.lora is None else _plan_lora(plan, settings, settings.lora)
+    if settings.kept_adapter is not None:
+        _plan_adapter(plan, settings.kept_adapter)
     with new_folder(settings.output) as folder:
         if settings.kind == "diffusers":
             _write_transformer(folder, "WanTransformer3DModel", plan, settings)
@@ -134,6 +145,9 @@ def convert(settings: ConversionSettings) -> Conversion:
             parts = _write_model(folder, plan, settings)
         if lora is not None and settings.lora_mode == "adapter":
             lora.write_adapter(folder)
+        if settings.kept_adapter is not None:
+            (folder / ADAPTER).parent.mkdir()
+            shutil.copyfile(settings.kept_adapter, folder / ADAPTER)
         _card(settings, plan, parts).write(folder)
     return Conversion(
         folder=settings.output,
@@ -225,6 +239,13 @@ def _plan_lora(plan: _Plan, settings: ConversionSettings, path: Path) -> LoRA:
     return lora
 
 
+def _plan_adapter(plan: _Plan, path: Path) -> None:
+    """The adapter that goes along as it is."""
+    check_weights(path)
+    plan.notes.append(f"LoRA kept as {ADAPTER.as_posix()}")
+    plan.files.append(("LoRA", path))
+
+
 def _write_transformer(folder: Path, kind: str, plan: _Plan, settings: ConversionSettings) -> None:
     write_shards(folder, _STEM, plan.tensors, settings.max_shard_bytes)
     arguments = inspect.signature(CausalDiT.__init__).parameters
@@ -272,17 +293,17 @@ def _card(settings: ConversionSettings, plan: _Plan, parts: Parts) -> Conversion
 def _usage(settings: ConversionSettings) -> str:
     """Python code that loads the model."""
     name = settings.output.name
-    code, transformer = (
+    folder = f"{name}/{ADAPTER.parent.as_posix()}"
+    code, adapter = (
         f'import genstream\n\npipe = genstream.CausalVideoPipeline.from_pretrained("{name}")',
-        "pipe.transformer",
+        f'pipe.load_lora_weights("{folder}")',
     )
     if settings.kind == "diffusers":
-        code, transformer = (
+        code, adapter = (
             "from diffusers import WanTransformer3DModel\n\n"
             f'transformer = WanTransformer3DModel.from_pretrained("{name}")',
-            "transformer",
+            f'transformer.load_lora_adapter("{folder}", use_safetensors=True)',
         )
-    if settings.lora is not None and settings.lora_mode == "adapter":
-        folder = f"{name}/{ADAPTER.parent.as_posix()}"
-        code += f'\n{transformer}.load_lora_adapter("{folder}", use_safetensors=True)  # needs peft'
+    if settings.kept_adapter is not None or settings.lora_mode == "adapter":
+        code += f"\n{adapter}  # needs peft"
     return code

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from genstream.streaming.presets import PRESETS
+
 if TYPE_CHECKING:
     from genstream.cli.conversion import Conversion
 
@@ -63,7 +65,9 @@ def _add_transformer_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lora", type=Path, metavar="FILE", help="LoRA weights to merge or to keep")
     group.add_argument("--lora-alpha", type=float, help="of a LoRA that does not tell, 256 for LongLive")
     group.add_argument("--lora-mode", choices=("merge", "adapter"), default="merge", help="(merge)")
-    group.add_argument("--preset", metavar="NAME", help="how it streams (self-forcing)")
+    group.add_argument(
+        "--preset", metavar="NAME", help=f"how it streams: {', '.join(PRESETS)} (self-forcing)"
+    )
 
 
 def _add_part_options(parser: argparse.ArgumentParser) -> None:

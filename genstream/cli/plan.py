@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from genstream.cli.clip import parse_size
 from genstream.cli.units import gpu_memory
 from genstream.io.model_folder import INDEX_NAME, find_model, read_card, read_object
 from genstream.shapes import frames_for_seconds
-from genstream.streaming.presets import PRESETS, EngineKind, find_preset
+from genstream.streaming.presets import PRESETS, EngineKind, Preset, find_preset
 from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSettings
 
 if TYPE_CHECKING:
@@ -125,16 +125,27 @@ def make_plan(arguments: argparse.Namespace, folder: Path) -> "StreamPlan":
 
 
 def _settings(arguments: argparse.Namespace, folder: Path) -> StreamSettings:
+    index = read_object(folder / INDEX_NAME)
     if arguments.preset is not None:
-        settings = find_preset(arguments.preset).settings
+        settings = _preset(arguments.preset, folder, index).settings
     else:
-        index = read_object(folder / INDEX_NAME)
         fields = dataclasses.fields(StreamSettings)
         values: dict[str, Any] = {field.name: index[field.name] for field in fields if field.name in index}
         values |= {name: kind(values[name]) for name, kind in _POLICIES.items() if name in values}
         settings = StreamSettings(**values)
     given = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
     return dataclasses.replace(settings, **given)
+
+
+def _preset(name: str, folder: Path, index: Mapping[str, Any]) -> Preset:
+    """The preset of that name, if the model can be run that way."""
+    from genstream.transformer.conversion import read_config
+
+    preset = find_preset(name)
+    preset.check_chunk(name, index.get("chunk_frames", StreamSettings.chunk_frames))
+    config = read_config(read_object(folder / "transformer" / "config.json"))
+    preset.check_channels(name, config["in_channels"], config.get("out_channels", config["in_channels"]))
+    return preset
 
 
 def _engine(arguments: argparse.Namespace, folder: Path) -> tuple[EngineKind, int]:

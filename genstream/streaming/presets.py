@@ -42,6 +42,14 @@ class Preset:
     engine: EngineKind = EngineKind.CACHE
     takes_image: bool = False
 
+    def check_chunk(self, name: str, chunk_frames: int) -> None:
+        """Raise ValueError if a model that was trained for such chunks cannot be run that way."""
+        if self.settings.chunk_frames != chunk_frames:
+            raise ValueError(
+                f"preset {name!r} generates {self.settings.chunk_frames} latent frames at a time, "
+                f"this model was trained for {chunk_frames} (chunk_frames)"
+            )
+
     def check_channels(self, name: str, in_channels: int, out_channels: int) -> None:
         """Raise ValueError if a transformer with so many channels cannot be run that way."""
         if self.takes_image and in_channels == out_channels:

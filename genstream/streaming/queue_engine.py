@@ -60,8 +60,8 @@ class QueueEngine(CacheEngine):
         """
         if request.transform is not None:
             raise ValueError(
-                "strength must be None for a queue of chunks, which all start as noise, got"
-                f" {request.transform.strength:g}"
+                "strength must be None for a queue of chunks (Rolling Forcing), which all start as noise and"
+                f" cannot follow a source; got {request.transform.strength:g}"
             )
         settings, levels = request.settings, len(request.schedule.timesteps)
         chunk, sinks = settings.chunk_frames, settings.sink_frames

@@ -134,9 +134,14 @@ def use_loras(transformer: CausalDiT, loras: Sequence[LoraUse]) -> None:
     transformer.set_adapters([lora.name for lora in loras], [lora.scale for lora in loras])
 
 
+def loaded_loras(transformer: CausalDiT) -> list[str]:
+    """Names of the adapters on the weights, in use or not."""
+    return list(transformer.peft_config) if transformer._hf_peft_config_loaded else []
+
+
 def check_loaded(transformer: CausalDiT, loras: Sequence[LoraUse]) -> None:
     """Raise ValueError for an adapter that is not loaded."""
-    loaded = list(transformer.peft_config) if transformer._hf_peft_config_loaded else []
+    loaded = loaded_loras(transformer)
     for lora in loras:
         if lora.name not in loaded:
             raise ValueError(f"LoRA must be one of those loaded, {loaded or 'none'}, got {lora.name!r}")

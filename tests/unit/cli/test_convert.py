@@ -249,11 +249,27 @@ def test_kept_lora_acts_as_the_merged_one(source, tmp_path):
     convert(*options, "-o", tmp_path / "merged")
     convert(*options, "-o", tmp_path / "kept", "--lora-mode", "adapter")
     merged, kept = (CausalDiT.from_pretrained(tmp_path / name / "transformer") for name in ("merged", "kept"))
-    assert "load_lora_adapter(" in (tmp_path / "kept" / "README.md").read_text()
+    assert 'load_lora_weights("kept/lora")' in (tmp_path / "kept" / "README.md").read_text()
     base = velocity(kept)
     kept.load_lora_adapter(tmp_path / "kept" / "lora", use_safetensors=True)
     torch.testing.assert_close(velocity(kept), velocity(merged), rtol=1e-4, atol=1e-5)
     assert (velocity(kept) - base).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["genstream", "diffusers"])
+def test_a_kept_lora_goes_along(source, vae, tmp_path, capsys, kind):
+    save_file(lora(), tmp_path / "lora.safetensors")
+    given = ("--lora", tmp_path / "lora.safetensors", "--lora-alpha", 3)
+    convert(source, "-o", tmp_path / "first", *given, "--lora-mode", "adapter")
+    capsys.readouterr()
+    convert(tmp_path / "first", "-o", tmp_path / "second", "--to", kind)
+    assert "LoRA kept as lora/" in capsys.readouterr().out
+    path = Path("lora") / "pytorch_lora_weights.safetensors"
+    assert (tmp_path / "second" / path).read_bytes() == (tmp_path / "first" / path).read_bytes()
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert '("second/lora"' in card.partition("## Licence")[0]
+    convert(tmp_path / "first", "-o", tmp_path / "merged", *given)
+    assert not (tmp_path / "merged" / "lora").exists()
 
 
 @pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if not preset.takes_image])
@@ -428,6 +444,8 @@ def test_bad_usage(source, tmp_path, capsys):
     check_refused(capsys, [source, "--heads", "3", *output], "heads (--heads) must be 2", "got 3")
     check_refused(capsys, [source, "--weights", "ema", *output], "--weights", "'ema'")
     check_refused(capsys, [source, "--lora-alpha", "3", *output], "--lora-alpha", "--lora")
+    check_refused(capsys, [source, "--lora-mode", "adapter", *output], "--lora-mode", "needs a lora")
+    check_refused(capsys, [source, "--tokenizer", source.parent, *output], "--tokenizer", "needs a text enc")
     check_refused(capsys, [source, "-o", source.parent], "new or an empty folder")
     assert main(["convert", str(source), "-o", str(tmp_path / "no" / "where")]) == 2
     assert "does not exist" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """`genstream plan`: what it prints, and that its proposals hold."""
 
 import json
+import shutil
 
 import pytest
 from sparse_models import write_wan
@@ -114,6 +115,36 @@ def test_what_the_model_does_not_say(plan, tmp_path):
     (folder / "model_index.json").write_text(json.dumps(index))
     assert "size must be given (--size): model 'wan' does not say its own" in plan(model=folder)[1]
     assert "--seconds needs a frame rate" in plan("--size", "64x64", "--seconds", "4", model=folder)[1]
+
+
+def test_a_model_without_vae(plan, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "bare")
+    index = json.loads((folder / "model_index.json").read_text())
+    (tmp_path / "bare" / "model_index.json").write_text(json.dumps(index | {"vae": [None, None]}))
+    code, text = plan(model=tmp_path / "bare")
+    assert code == 2
+    assert "has no vae" in text
+    assert "--tiny-vae" in text
+
+
+@pytest.mark.parametrize(
+    ("preset", "trained", "error"),
+    [
+        ("motionstream", {}, "image-to-video models: in_channels must be above the 4 of the latents, got 4"),
+        (
+            "longlive",
+            {"chunk_frames": 2},
+            "generates 3 latent frames at a time, this model was trained for 2",
+        ),
+    ],
+)
+def test_a_preset_that_the_model_cannot_run(plan, folder, tmp_path, preset, trained, error):
+    shutil.copytree(folder, tmp_path / "other")
+    index = json.loads((folder / "model_index.json").read_text())
+    (tmp_path / "other" / "model_index.json").write_text(json.dumps(index | trained))
+    code, text = plan("--preset", preset, model=tmp_path / "other")
+    assert code == 2
+    assert error in text
 
 
 def test_a_damaged_model_is_named(plan, tmp_path):

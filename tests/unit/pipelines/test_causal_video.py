@@ -9,6 +9,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.utils import send_to_device
 from diffusers.pipelines.pipeline_loading_utils import _fetch_class_library_tuple
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import genstream
 from genstream.pipelines.causal_video import CausalVideoPipeline
@@ -109,6 +110,27 @@ def test_pipeline_without_text_encoder(pipe, folder):
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="give prompt_embeds"):
         loaded(RED, num_frames=9)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda weights: weights.pop("proj_out.bias"), "lacks 'proj_out.bias'"),
+        (lambda weights: weights.update(extra=torch.ones(1)), "holds 'extra'"),
+        (
+            lambda weights: weights.update({"proj_out.bias": torch.ones(7)}),
+            r"'proj_out.bias' must have the shape \[16\], got \[7\]",
+        ),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(pipe, tmp_path, change, error):
+    pipe.save_pretrained(tmp_path)
+    (path,) = (tmp_path / "transformer").glob("*.safetensors")
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=rf"transformer'.*{error}"):
+        CausalVideoPipeline.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])

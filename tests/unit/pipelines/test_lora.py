@@ -207,6 +207,20 @@ def test_a_stream_is_restored_with_its_lora_only(styled, build_pipeline, build_l
     assert other.load_state(tmp_path / "one.safetensors").loras == (LoraUse(name="one"),)
 
 
+def test_a_model_is_not_saved_with_a_lora_in_its_layers(build_pipeline, build_lora, tmp_path):
+    pipe = build_pipeline()
+    pipe.load_lora_weights(build_lora(pipe.transformer), "style")
+    expected = pipe(RED, num_frames=9, output_type="latent").frames
+    with pytest.raises(ValueError, match=r"LoRAs \['style'\] are loaded, .* call unload_lora_weights\(\)"):
+        pipe.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "model")
+    saved = type(pipe).from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(saved(RED, num_frames=9, output_type="latent").frames, expected)
+
+
 def test_a_lora_that_is_not_loaded_is_refused_and_dropped(styled):
     state = styled.start(styled.request(RED, seed=3))
     state.submit(LoraControl(name="three"))

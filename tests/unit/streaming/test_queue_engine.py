@@ -214,7 +214,9 @@ def test_a_queue_that_does_not_fit_its_window(build_pipeline, pipe):
 
 
 def test_a_queue_follows_no_source(pipe, ask):
-    with pytest.raises(ValueError, match=r"strength must be None for a queue of chunks, .* got 0\.6"):
+    with pytest.raises(
+        ValueError, match=r"strength must be None for a queue .* cannot follow a source; got 0\.6"
+    ):
         pipe.start(ask(strength=0.6), source=[torch.zeros(3, 32, 32)])
 
 
