@@ -76,8 +76,8 @@ def main() -> None:
     header = "| source | GB | largest file written, GB | time, s | peak memory, MB |\n|---|" + 4 * "---:|"
     table = "\n".join([header, *rows])
     note = (
-        f"`python benchmarks/convert.py --size {arguments.size}` on {hardware_name(torch.device('cpu'))}, {datetime.now(UTC).date()}. "
-        "Random weights in bfloat16. Time from the start of the command to its end, the sha256 of the source "
+        f"`python benchmarks/convert.py --size {arguments.size}` on {hardware_name(torch.device('cpu'))}, "
+        f"{datetime.now(UTC).date()}. Random weights in bfloat16. Time from the start of the command to its end, the sha256 of the source "
         "included. Peak memory is the resident size of the largest process; the first line, of a model with "
         "next to no weights, is what the program itself takes."
     )
