@@ -77,9 +77,9 @@ def main() -> None:
     table = "\n".join([header, *rows])
     note = (
         f"`python benchmarks/convert.py --size {arguments.size}` on {hardware_name(torch.device('cpu'))}, "
-        f"{datetime.now(UTC).date()}. Random weights in bfloat16. Time from the start of the command to its "
-        "end, the sha256 of the source included. Peak memory is the resident size of the largest process; the first line, of a model with "
-        "next to no weights, is what the program itself takes."
+        f"{datetime.now(UTC).date()}. Random weights in bfloat16. Time from the start of the command to "
+        "its end, the sha256 of the source included. Peak memory is the resident size of the largest "
+        "process; the first line, of a model with next to no weights, is what the program itself takes."
     )
     write_section(arguments.output, f"{arguments.size} student", f"{note}\n\n{table}")
     sys.stdout.write(f"{table}\n")
