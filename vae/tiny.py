@@ -11,6 +11,7 @@ Key names follow the published weights (https://github.com/madebyollin/taehv), w
 
 import math
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,8 @@ from genstream.vae.tiny_blocks import (
 
 __all__ = ["MemBlock", "TemporalGrow", "TemporalPool", "TinyVideoVAE"]
 
+EncoderStart = Literal["zeros", "still"]
+
 _PENDING = "pending"
 
 
@@ -59,12 +62,20 @@ def _to_video(images: Tensor, batch_size: int) -> Tensor:
     return video.transpose(1, 2).contiguous()
 
 
-def _run(layers: nn.Sequential, x: Tensor, state: VAEState) -> tuple[Tensor, dict[str, Tensor]]:
-    """Apply `layers` to images [B*F, ...]; returns the images and what the state remembers next."""
+def _run(
+    layers: nn.Sequential, x: Tensor, state: VAEState, *, still: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Apply `layers` to images [B*F, ...]; returns the images and what the state remembers next.
+
+    With `still` every block remembers the first image it sees, and not what the state holds.
+    """
     slots: dict[str, Tensor] = {}
     for name, layer in layers.named_children():
         if isinstance(layer, MemBlock):
-            x, slots[name] = layer(x, state.slots[name])
+            past = state.slots[name]
+            if still:
+                past = x.unflatten(0, (state.batch_size, -1))[:, 0].to(past.dtype)
+            x, slots[name] = layer(x, past)
         else:
             x = layer(x)
     return x, slots
@@ -87,6 +98,9 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
         decoder_temporal_strides: frames grown at each decoder stage; same product r as the encoder's.
         first_frame_copies: copies of a stream's first frame put in front of it. r - 1 lets 1 + r (T - 1)
             frames become T latent frames, so that encoding and decoding align; published weights use 0.
+        encoder_start: what the encoder remembers before a stream's first frame: "zeros" as in published
+            weights, or "still", as if the first frame had stood there for ever. A first latent after zeros
+            can look unlike all others, which a diffusion model finds hard to learn.
         latents_mean: per channel, of the encoder's raw output; None for weights that are normalised already.
         latents_std: per channel; encode returns (raw - mean) / std, decode undoes it.
         encoder_block: "base" or "wide".
@@ -105,6 +119,7 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
         encoder_temporal_strides: Sequence[int] = (2, 2, 1),
         decoder_temporal_strides: Sequence[int] = (1, 2, 2),
         first_frame_copies: int = 0,
+        encoder_start: EncoderStart = "zeros",
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
         encoder_block: BlockKind = "base",
@@ -126,6 +141,8 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
             raise ValueError(f"decoder_widths must be {STAGES + 1} numbers, got {list(decoder_widths)}")
         if first_frame_copies not in (0, ratio - 1):
             raise ValueError(f"first_frame_copies must be 0 or {ratio - 1}, got {first_frame_copies}")
+        if encoder_start not in (starts := get_args(EncoderStart)):
+            raise ValueError(f"encoder_start must be one of {', '.join(starts)}, got {encoder_start!r}")
         self.encoder = encoder_layers(
             patch_size, encoder_width, latent_channels, encoder_temporal_strides, encoder_block
         )
@@ -279,7 +296,9 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
             shape = (state.batch_size, self.spec.latent_channels, 0, *size)
             return frames.new_zeros(shape), dict(state.slots)
         images = F.pixel_unshuffle(_to_images((frames + 1) / 2), self.config.patch_size)
-        raw, slots = _run(self.encoder, images.contiguous(memory_format=torch.channels_last), state)
+        images = images.contiguous(memory_format=torch.channels_last)
+        still = self.config.encoder_start == "still" and state.steps == 0
+        raw, slots = _run(self.encoder, images, state, still=still)
         latents = _to_video(raw, state.batch_size)
         mean, std = self._per_channel(self._latents_mean), self._per_channel(self._latents_std)
         return ((latents - mean) / std).to(frames.dtype), slots
@@ -327,6 +346,8 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
         config = self.config
         blocks = (config.encoder_block, config.decoder_block)
         variant = "" if blocks == ("base", "base") else f", blocks={'/'.join(blocks)}"
+        if config.encoder_start != "zeros":
+            variant += f", encoder_start={config.encoder_start}"
         strides = list(config.decoder_spatial_strides)
         return variant if min(strides) == HALVING else f"{variant}, decoder_spatial_strides={strides}"
 

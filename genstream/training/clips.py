@@ -121,6 +121,7 @@ def _encode(vae: TinyVideoVAE, clip: NDArray[np.uint8], precision: Precision) ->
 
 def _fingerprint(clips: ClipSet, vae: TinyVideoVAE) -> str:
     values = {name: value for name, value in asdict(clips).items() if name != "count"}
+    values |= {name: vae.config[name] for name in ("encoder_start", "latents_mean", "latents_std")}
     digest = hashlib.sha256(json.dumps(values).encode())
     for name, weight in vae.encoder.state_dict().items():
         digest.update(name.encode() + weight.cpu().float().numpy().tobytes())

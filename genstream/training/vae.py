@@ -255,6 +255,7 @@ def _new_vae(settings: VAETrainingSettings) -> TinyVideoVAE:
         encoder_width=settings.encoder_width,
         decoder_widths=list(settings.decoder_widths),
         first_frame_copies=3,
+        encoder_start="still",
     )
     initialise(vae)
     return vae
