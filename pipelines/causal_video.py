@@ -402,6 +402,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         image: Image.Image | Tensor | None = None,
         noise: NoiseSource | None = None,
         prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
         initial_latents: Tensor | None = None,
         image_embeds: Tensor | None = None,
         image_channels: Tensor | None = None,
@@ -428,6 +429,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 first latent frame; a transformer with channels or tokens for an image gets it there instead.
             noise: instead of `seed`.
             prompt_embeds: `[B, text_tokens, text_dim]`, instead of `prompt`.
+            negative_prompt_embeds: `[1 or B, text_tokens, text_dim]`, instead of `negative_prompt`.
             initial_latents: clean latent frames to go on from, whole chunks; instead of `image`.
             image_embeds: CLIP tokens of the image, `[B, tokens, image_dim]`, for transformers that take them;
                 those of `image` when None.
@@ -447,7 +449,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         Raises:
             ValueError: an argument is out of range, or two exclude each other.
         """
-        _check_one_source(seed, noise=noise)
+        _check_one_of(seed=seed, noise=noise)
         height = self.config.default_height if height is None else height
         width = self.config.default_width if width is None else width
         self._check_size(height, width)
@@ -485,7 +487,9 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             schedule=self.scheduler.schedule(num_inference_steps),
             settings=settings,
             initial_latents=initial_latents,
-            negative_embeds=self._negative_embeds(negative_prompt, settings, len(embeds)),
+            negative_embeds=self._negative_embeds(
+                negative_prompt, negative_prompt_embeds, settings, len(embeds)
+            ),
             image_embeds=image_embeds,
             image_channels=image_channels,
             transform=_transform(strength, motion),
@@ -567,6 +571,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         width: int | None = None,
         num_frames: int | None = None,
         seed: int | list[int] | None = None,
+        image: Image.Image | Tensor | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
     ) -> Iterator[Chunk]:
@@ -585,6 +590,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             width: pixels.
             num_frames: where to end at the latest, any number.
             seed: of the noise.
+            image: for transformers with channels or tokens for one.
             guidance_scale: of classifier-free guidance.
             negative_prompt: what guidance leads away from.
         """
@@ -594,6 +600,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             width=width,
             num_frames=num_frames,
             seed=seed,
+            image=image,
             strength=strength,
             motion=motion,
             guidance_scale=guidance_scale,
@@ -645,6 +652,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         image: Image.Image | Tensor | None = None,
         noise: NoiseSource | None = None,
         prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
         initial_latents: Tensor | None = None,
         image_embeds: Tensor | None = None,
         image_channels: Tensor | None = None,
@@ -671,6 +679,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             image: first frame.
             noise: source of all noise, instead of `seed`.
             prompt_embeds: instead of `prompt`.
+            negative_prompt_embeds: instead of `negative_prompt`.
             initial_latents: clean latent frames to go on from; part of the result.
             image_embeds: CLIP tokens of the image, for transformers that take them.
             image_channels: the image's channels behind the latents', for transformers that take them.
@@ -688,7 +697,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             raise ValueError(f"callback_on_step_end_tensor_inputs must be ['latents'], got {wanted}")
         if num_frames is None and seconds is None:
             seconds = DEFAULT_SECONDS
-        _check_one_source(seed, noise=noise, generator=generator)
+        _check_one_of(seed=seed, noise=noise, generator=generator)
         prompts, embeds = self._prompts(prompt, prompt_embeds, num_videos_per_prompt)
         request = self.request(
             prompts,
@@ -701,6 +710,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             image=image,
             noise=noise,
             prompt_embeds=embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
             initial_latents=initial_latents,
             image_embeds=image_embeds,
             image_channels=image_channels,
@@ -835,17 +845,27 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         return torch.cat([mask, latents], dim=1)
 
     def _negative_embeds(
-        self, prompt: str | None, settings: StreamSettings, batch_size: int
+        self, prompt: str | None, given: Tensor | None, settings: StreamSettings, batch_size: int
     ) -> Tensor | None:
         """What guidance leads away from, `[B, text_tokens, text_dim]`; None without guidance."""
         scale = settings.guidance_scale
+        _check_one_of(negative_prompt=prompt, negative_prompt_embeds=given)
         if scale == 1:
-            if prompt is not None:
+            if prompt is not None or given is not None:
                 raise ValueError(f"negative_prompt needs a guidance_scale above 1, got {scale}")
             return None
+        if given is not None:
+            self._check_embeds("negative_prompt_embeds", given)
+            if len(given) not in (1, batch_size):
+                raise ValueError(
+                    f"negative_prompt_embeds must be one or one for each of {batch_size} videos, "
+                    f"got {len(given)}"
+                )
+            return given.expand(batch_size, -1, -1)
         if self.tokenizer is None or self.text_encoder is None:
             raise ValueError(
-                f"guidance_scale above 1 needs a text encoder, which this pipeline lacks; got {scale}"
+                "guidance_scale above 1 needs a text encoder or negative_prompt_embeds, "
+                f"and this pipeline lacks the one; got {scale} without the other"
             )
         if prompt is not None:
             return self.encode_prompt([prompt] * batch_size)
@@ -853,10 +873,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
 
     def _check_preset(self, name: str, preset: Preset) -> None:
         config = self.transformer.config
-        if not isinstance(self.scheduler, FewStepScheduler):
-            raise ValueError(
-                f"preset {name!r} needs a few-step student, this model has a {type(self.scheduler).__name__}"
-            )
+        preset.check_scheduler(name, type(self.scheduler).__name__)
         preset.check_chunk(name, self.config.chunk_frames)
         preset.check_channels(name, config.in_channels, self.transformer.out_channels)
 
@@ -902,13 +919,15 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             raise ValueError(
                 f"prompt_embeds must have one row for each prompt: {len(prompts)}, got {len(prompt_embeds)}"
             )
-        expected = (self.config.text_tokens, self.transformer.config.text_dim)
-        if prompt_embeds.ndim != 3 or tuple(prompt_embeds.shape[1:]) != expected:
-            raise ValueError(
-                f"prompt_embeds must be [B, {expected[0]}, {expected[1]}], got {list(prompt_embeds.shape)}"
-            )
+        self._check_embeds("prompt_embeds", prompt_embeds)
         repeated = [text for text in prompts for _ in range(repeats)]
         return repeated, prompt_embeds.repeat_interleave(repeats, dim=0)
+
+    def _check_embeds(self, name: str, embeds: Tensor) -> None:
+        tokens, width = self.config.text_tokens, self.transformer.config.text_dim
+        if embeds.ndim != 3 or tuple(embeds.shape[1:]) != (tokens, width):
+            raise ValueError(f"{name} must be [B, {tokens}, {width}], got {list(embeds.shape)}")
+        _check_finite(name, embeds)
 
 
 def _check_transformer(folder: Path) -> None:
@@ -937,9 +956,9 @@ def _check_finite(name: str, values: Tensor) -> None:
         raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
-def _check_one_source(seed: object, **others: object) -> None:
-    """Noise comes from one place; a second one would be ignored."""
-    given = [name for name, value in {"seed": seed, **others}.items() if value is not None]
+def _check_one_of(**values: object) -> None:
+    """Raise ValueError if two are given, of which one would be ignored."""
+    given = [name for name, value in values.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} exclude each other, got both")
 

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 from genstream.vae.causal_network import Decoder, Encoder, NetworkSettings, Norm, inflate
 from genstream.vae.checks import (
-    check_clip,
     check_frames,
     check_start,
     check_state,
     check_tensor,
     latent_statistics,
 )
-from genstream.vae.chunks import cut_clip
+from genstream.vae.chunks import cut_clip, decoding_state
 from genstream.vae.layers import CausalConv3d, CausalInterpolation, FrameConv, Memory, remembering_layers
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 
@@ -269,26 +268,18 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
 
         `chunk_latents` latent frames go together, as in `encode`.
         """
-        state = self._state_of_clip(latents)
+        state = decoding_state(self, latents)
         parts = cut_clip(latents, chunk_latents, 1)
         return torch.cat([self.decode_chunk(part, state) for part in parts], dim=2)
 
     def decode_unclamped(self, latents: Tensor) -> Tensor:
         """`decode` before the clamp, whose gradient is zero outside the range."""
-        frames: Tensor = self.decode_window(latents, self._state_of_clip(latents))
+        frames: Tensor = self.decode_window(latents, decoding_state(self, latents))
         return frames
 
     def forward(self, sample: Tensor) -> Tensor:
         """Reconstruction of a clip."""
         return self.decode(self.encode(sample))
-
-    def _state_of_clip(self, latents: Tensor) -> VAEState:
-        """A decoding state for latents of this batch and size."""
-        check_clip("latents", latents)
-        ratio = self.spec.spatial_ratio
-        batch_size, _, _, height, width = latents.shape
-        state: VAEState = self.init_state("decode", batch_size, height * ratio, width * ratio)
-        return state
 
     def _encode(self, frames: Tensor, state: VAEState) -> tuple[Posterior, dict[str, Tensor]]:
         """Posterior of the groups that `frames` complete, and the next slots."""

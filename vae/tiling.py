@@ -14,7 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from genstream.vae.checks import check_clip, check_frames, check_owner, check_start
+from genstream.vae.checks import check_frames, check_owner, check_start
+from genstream.vae.chunks import decoding_state
 from genstream.vae.protocol import Direction, StreamingVAE, VAESpec, VAEState
 
 _SEPARATOR = "/"
@@ -109,11 +110,7 @@ class TiledVAE:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Frames of a whole clip [B, C, T, h, w]."""
-        check_clip("latents", latents)
-        ratio = self.spec.spatial_ratio
-        state = self.init_state(
-            "decode", latents.shape[0], latents.shape[3] * ratio, latents.shape[4] * ratio
-        )
+        state = decoding_state(self, latents)
         return torch.cat([self.decode_chunk(latents, state), self.flush(state)], dim=2)
 
     def _run(self, state: VAEState, step: Callable[[VAEState, Callable[[Tensor], Tensor]], Tensor]) -> Tensor:

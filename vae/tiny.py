@@ -28,7 +28,7 @@ from genstream.vae.checks import (
     check_tensor,
     latent_statistics,
 )
-from genstream.vae.chunks import cut_clip
+from genstream.vae.chunks import cut_clip, decoding_state
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 from genstream.vae.tiny_blocks import (
     BLOCKS_PER_STAGE,
@@ -143,6 +143,11 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
             raise ValueError(f"first_frame_copies must be 0 or {ratio - 1}, got {first_frame_copies}")
         if encoder_start not in (starts := get_args(EncoderStart)):
             raise ValueError(f"encoder_start must be one of {', '.join(starts)}, got {encoder_start!r}")
+        if encoder_start == "still" and first_frame_copies != ratio - 1:
+            raise ValueError(
+                f"encoder_start must be 'zeros' unless first_frame_copies is {ratio - 1}, got 'still' and "
+                f"{first_frame_copies}"
+            )
         self.encoder = encoder_layers(
             patch_size, encoder_width, latent_channels, encoder_temporal_strides, encoder_block
         )
@@ -267,26 +272,18 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
 
         The result is the same for any `chunk_latents`: latent frames that go together, None for all.
         """
-        state = self._state_of_clip(latents)
+        state = decoding_state(self, latents)
         frames = [self.decode_chunk(part, state) for part in cut_clip(latents, chunk_latents, 1)]
         return torch.cat(frames, dim=2)
 
     def decode_unclamped(self, latents: Tensor) -> Tensor:
         """`decode` before the clamp."""
-        frames: Tensor = self.decode_chunk_unclamped(latents, self._state_of_clip(latents))
+        frames: Tensor = self.decode_chunk_unclamped(latents, decoding_state(self, latents))
         return frames
 
     def forward(self, sample: Tensor) -> Tensor:
         """Reconstruction of a clip; frames are shifted by r - 1 unless the VAE `is_aligned`."""
         return self.decode(self.encode(sample))
-
-    def _state_of_clip(self, latents: Tensor) -> VAEState:
-        """A decoding state for latents of this batch and size."""
-        check_clip("latents", latents)
-        ratio = self.spec.spatial_ratio
-        batch_size, _, _, height, width = latents.shape
-        state: VAEState = self.init_state("decode", batch_size, height * ratio, width * ratio)
-        return state
 
     def _encode_groups(self, frames: Tensor, state: VAEState) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents of whole groups of frames, and the next slots."""

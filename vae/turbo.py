@@ -15,6 +15,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from genstream.vae.checks import check_clip, check_start, check_state, check_tensor
+from genstream.vae.chunks import decoding_state
 from genstream.vae.layers import Memory, remembering_layers
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 from genstream.vae.turbo_network import TurboDecoder, reach_latents
@@ -192,9 +193,7 @@ class TurboVAED(ModelMixin, ConfigMixin):
 
         Zero but for rounding where `context_latents` and `lookahead_latents` cover `reach_latents`.
         """
-        batch_size, _, _, height, width = latents.shape
-        ratio = self.spec.spatial_ratio
-        state = self.init_state("decode", batch_size, height * ratio, width * ratio)
+        state = decoding_state(self, latents)
         frames = torch.cat([self.decode_chunk(latents, state), self.flush(state)], dim=2)
         return float((frames - self.decode(latents)).abs().max())
 

@@ -19,14 +19,13 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from genstream.vae.checks import (
-    check_clip,
     check_frames,
     check_start,
     check_state,
     check_tensor,
     latent_statistics,
 )
-from genstream.vae.chunks import cut_clip
+from genstream.vae.chunks import cut_clip, decoding_state
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 from genstream.vae.wan_blocks import (
     SCALE,
@@ -318,10 +317,7 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
 
         `chunk_latents` latent frames go together, None for all: more take as much more memory.
         """
-        check_clip("latents", latents)
-        ratio = self.spec.spatial_ratio
-        batch_size, _, _, height, width = latents.shape
-        state = self.init_state("decode", batch_size, height * ratio, width * ratio)
+        state = decoding_state(self, latents)
         frames = [self.decode_chunk(part, state) for part in cut_clip(latents, chunk_latents, 1)]
         return torch.cat(frames, dim=2)
 

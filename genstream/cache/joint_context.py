@@ -8,7 +8,7 @@ from torch import Tensor
 
 from genstream.cache.kv_cache import CachePart, KVCache
 from genstream.cache.layout import CacheLayout
-from genstream.kernels.rope import Phases, phases, rotate
+from genstream.kernels.rope import rotate
 
 
 @dataclass(eq=False)
@@ -65,7 +65,7 @@ class JointContext:
             sink_tokens=0,
             visible=slice(own.stop),
             sinks_place=place,
-            sinks_at=self._phases(range(place, place + sinks)) if sinks else None,
+            sinks_at=self.past.shape.phases(place, sinks, self.keys.device) if sinks else None,
             weights=None,
         )
         self.parts = [part]
@@ -85,8 +85,3 @@ class JointContext:
             self.keys[:, slots] = rotated_keys[:, tokens]
             self.values[:, slots] = values[:, tokens]
         return self.keys[:, part.visible], self.values[:, part.visible]
-
-    def _phases(self, positions: range) -> Phases:
-        """Rotary angles of frames at these positions."""
-        shape = self.past.shape
-        return phases(positions, shape.rows, shape.columns, shape.head_width, self.keys.device)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from genstream.cache.layout import CacheLayout
@@ -42,6 +43,10 @@ class CacheShape:
     def tokens(self, frame: int, frames: int) -> slice:
         """Tokens of `frames` frames from the one at `frame`."""
         return slice(frame * self.tokens_per_frame, (frame + frames) * self.tokens_per_frame)
+
+    def phases(self, first: int, frames: int, device: torch.device) -> Phases:
+        """Rotary angles of `frames` frames from position `first`."""
+        return phases(range(first, first + frames), self.rows, self.columns, self.head_width, device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,14 +137,13 @@ class KVCache:
             finished_frames: the first of them that are a chunk of their own, which does not see the others.
             past_weight: factor on the attention that the others pay to past frames but the first.
         """
-        per_frame = self.shape.tokens_per_frame
         placed, self.placed, self.parts = self.placed, None, []
         for offset, count, weight in (
             (0, finished_frames, 1.0),
             (finished_frames, frames - finished_frames, past_weight),
         ):
             if count:
-                tokens = slice(offset * per_frame, (offset + count) * per_frame)
+                tokens = self.shape.tokens(offset, count)
                 part = self._part(start + offset - self.origin, count, tokens, placed, weight)
                 self.parts.append(part)
                 placed = part.sinks_place
@@ -212,22 +216,19 @@ class KVCache:
     ) -> CachePart:
         """A part from frame `first` after the origin, when the sinks stand at `placed`."""
         self.layout.check_pass(first, frames)
-        layout, per_frame, end = self.layout, self.shape.tokens_per_frame, first + frames
+        layout, shape, end = self.layout, self.shape, first + frames
         runs = [
-            (
-                slice(run.slot * per_frame, (run.slot + run.length) * per_frame),
-                slice(run.offset * per_frame, (run.offset + run.length) * per_frame),
-            )
+            (shape.tokens(run.slot, run.length), shape.tokens(run.offset, run.length))
             for run in layout.segments(first, frames)
         ]
         writes_sinks = first < layout.sink_frames
         place = self.origin + (0 if writes_sinks else layout.sink_positions(end).start)
         hidden = layout.hidden_frames(first, end)
-        visible = self.shape.tokens(hidden, layout.visible_frames(end) - hidden)
+        visible = shape.tokens(hidden, layout.visible_frames(end) - hidden)
         return CachePart(
             tokens=tokens,
             runs=runs,
-            sink_tokens=max(0, min(layout.sink_frames, end) - first) * per_frame,
+            sink_tokens=max(0, min(layout.sink_frames, end) - first) * shape.tokens_per_frame,
             visible=visible,
             sinks_place=place,
             sinks_at=None if writes_sinks or place == placed else self._sink_phases(place),
@@ -236,10 +237,7 @@ class KVCache:
 
     def _sink_phases(self, place: int) -> Phases | None:
         count = self.layout.sink_frames
-        if not count:
-            return None
-        shape, device = self.shape, self.keys[0].device
-        return phases(range(place, place + count), shape.rows, shape.columns, shape.head_width, device)
+        return self.shape.phases(place, count, self.keys[0].device) if count else None
 
     def _weights(
         self, runs: list[tuple[slice, slice]], visible_tokens: int, end: int, past_weight: float

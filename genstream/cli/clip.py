@@ -4,12 +4,14 @@ import argparse
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from genstream.io.model_folder import ModelCard
 from genstream.shapes import frames_for_seconds
 
 DEFAULT_SECONDS = 4.0
 _SWITCH = re.compile(r"(?P<seconds>\d+(?:\.\d+)?)s:\s*(?P<prompt>\S.*)")
+_LORA = re.compile(r"(?P<path>.+):(?P<scale>[-+]?\d+(?:\.\d+)?)")
 _SIZE = re.compile(r"(?P<width>\d+)x(?P<height>\d+)")
 
 
@@ -19,6 +21,14 @@ class Switch:
 
     seconds: float
     prompt: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFile:
+    """A LoRA to run the model with, and the factor on what it adds."""
+
+    path: Path
+    scale: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +115,19 @@ def parse_switch(text: str) -> Switch:
     if match is None:
         raise argparse.ArgumentTypeError(f'must look like "4s: a blue square moving left", got {text!r}')
     return Switch(seconds=float(match["seconds"]), prompt=match["prompt"])
+
+
+def parse_lora(text: str) -> LoraFile:
+    """`watercolour.safetensors:0.8` as a LoraFile; the scale is 1 where none is given."""
+    match = _LORA.fullmatch(text)
+    lora = LoraFile(
+        path=Path(text if match is None else match["path"]), scale=float(match["scale"] if match else 1)
+    )
+    if not lora.path.exists():
+        raise argparse.ArgumentTypeError(
+            f"must be a file or folder, or PATH:SCALE, got {text!r}, which does not exist"
+        )
+    return lora
 
 
 def parse_size(text: str) -> tuple[int, int]:

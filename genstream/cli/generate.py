@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from genstream.cli.clip import check_single_image, make_plan, parse_size, parse_switch
+from genstream.cli.clip import check_single_image, make_plan, parse_lora, parse_size, parse_switch
 from genstream.cli.figures import RunFigures
 from genstream.io.model_folder import find_model, read_card
 from genstream.streaming.presets import PRESETS
 
 if TYPE_CHECKING:
     from genstream.cli.generation import Generation
+    from genstream.pipelines.causal_video import CausalVideoPipeline
 
 EXIT_INTERRUPTED = 130
 
@@ -27,7 +28,6 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, help="length of the video (4)")
     length.add_argument("--frames", type=int, help="length in frames: 1 + 4 k for the embedded model")
-    parser.add_argument("--image", type=Path, help="image to start from, in the size of the video")
     add_run_options(parser)
     parser.set_defaults(run=run)
 
@@ -40,6 +40,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         default="out.mp4",
         help=".mp4, .webm, .gif, .png (one frame), or a name without suffix: a folder of png (out.mp4)",
     )
+    parser.add_argument("--image", type=Path, help="image to start from, in the size of the video")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same video (0)")
     parser.add_argument("--model", default="toyworld", help="installed model or model folder (toyworld)")
     parser.add_argument(
@@ -47,6 +48,14 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         choices=PRESETS,
         help="run the model like a published student: "
         f"{', '.join(PRESETS)}; `genstream models` describes them (the model's own way)",
+    )
+    parser.add_argument(
+        "--lora",
+        type=parse_lora,
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="LoRA to run the model with, a .safetensors file or a folder; may be given several times",
     )
     parser.add_argument("--size", type=parse_size, metavar="WxH", help="size in pixels (the model's own)")
     parser.add_argument("--fps", type=float, help="frames per second (the input's or the model's own)")
@@ -91,6 +100,14 @@ def run(arguments: argparse.Namespace) -> int:
     check_path(arguments.output, overwrite=arguments.overwrite)
     image = None if arguments.image is None else read_image(arguments.image, plan.height, plan.width)
     from genstream.cli.generation import Generation
+
+    pipe = load(folder, arguments)
+    generation = Generation(pipe=pipe, plan=plan, image=image, vocabulary=card.vocabulary)
+    return write(generation, arguments, load_s=time.perf_counter() - began_s)
+
+
+def load(folder: Path, arguments: argparse.Namespace) -> "CausalVideoPipeline":
+    """The model in `folder`, run as the command line says."""
     from genstream.cli.pipeline import load_pipeline
 
     pipe = load_pipeline(
@@ -99,11 +116,11 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         quantize=arguments.quantize,
         offload=arguments.offload,
+        loras=arguments.lora,
     )
     if arguments.preset is not None:
         pipe.apply_preset(arguments.preset)
-    generation = Generation(pipe=pipe, plan=plan, image=image, vocabulary=card.vocabulary)
-    return write(generation, arguments, load_s=time.perf_counter() - began_s)
+    return pipe
 
 
 def write(generation: "Generation", arguments: argparse.Namespace, *, load_s: float) -> int:

@@ -1,5 +1,6 @@
 """Loading the pipeline, and its frames as bytes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
+from genstream.cli.clip import LoraFile
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.pipelines.memory import TextEncoderOffload
 from genstream.pipelines.quantization import WeightFormat, quantization
@@ -22,10 +24,11 @@ def load_pipeline(
     dtype: str | None,
     quantize: str | None = None,
     offload: str = "none",
+    loras: Sequence[LoraFile] = (),
 ) -> CausalVideoPipeline:
     """The pipeline in `folder`; where `device` or `dtype` is None, the machine decides.
 
-    `quantize` names a `WeightFormat`, `offload` a `TextEncoderOffload`.
+    `quantize` names a `WeightFormat`, `offload` a `TextEncoderOffload`; `loras` are in use together.
     """
     target = pick_device(device)
     if target.type == "cpu" and offload != TextEncoderOffload.NONE:
@@ -38,6 +41,7 @@ def load_pipeline(
         dtype=pick_dtype(dtype, target),
         quantization_config=_quantization(quantize),
     )
+    _use_loras(pipe, loras)
     match TextEncoderOffload(offload):
         case TextEncoderOffload.NONE:
             pipe.to(target)
@@ -47,6 +51,17 @@ def load_pipeline(
             kept = ["transformer", "vae"]
             pipe.enable_group_offload(target, offload_type="leaf_level", exclude_modules=kept)
     return pipe
+
+
+def _use_loras(pipe: CausalVideoPipeline, loras: Sequence[LoraFile]) -> None:
+    names = [f"lora_{number}" for number in range(len(loras))]
+    try:
+        for name, lora in zip(names, loras, strict=True):
+            pipe.load_lora_weights(lora.path, name)
+    except ImportError as error:
+        raise ValueError(f"--lora cannot be used: {error}") from error
+    if loras:
+        pipe.set_adapters(names, [lora.scale for lora in loras])
 
 
 def _quantization(name: str | None) -> PipelineQuantizationConfig | None:

@@ -142,6 +142,7 @@ def _preset(name: str, folder: Path, index: Mapping[str, Any]) -> Preset:
     from genstream.transformer.conversion import read_config
 
     preset = find_preset(name)
+    preset.check_scheduler(name, index["scheduler"][1])
     preset.check_chunk(name, index.get("chunk_frames", StreamSettings.chunk_frames))
     config = read_config(read_object(folder / "transformer" / "config.json"))
     preset.check_channels(name, config["in_channels"], config.get("out_channels", config["in_channels"]))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genstream.cli.clip import GeneratePlan, check_single_image, make_plan
-from genstream.cli.generate import add_run_options, write
+from genstream.cli.generate import add_run_options, load, write
 from genstream.io.model_folder import ModelCard, find_model, read_card
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     began_s = time.perf_counter()
     folder = find_model(arguments.model)
     card = read_card(folder)
-    from genstream.io.reader import inspect_video, read_video
+    from genstream.io.reader import inspect_video, read_image, read_video
     from genstream.io.writer import check_path
     from genstream.shapes import check_same_size
 
@@ -54,8 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
     first = next(frames)
     size = (first.shape[0], first.shape[1])
     check_same_size(f"input {str(arguments.input)!r}", size, (plan.height, plan.width))
+    image = None if arguments.image is None else read_image(arguments.image, plan.height, plan.width)
     from genstream.cli.generation import Generation, SourceClip
-    from genstream.cli.pipeline import load_pipeline
     from genstream.streaming.intake import MotionNoise
 
     clip = SourceClip(
@@ -63,16 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
         strength=arguments.strength,
         motion=MotionNoise() if arguments.motion_aware else None,
     )
-    pipe = load_pipeline(
-        folder,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        quantize=arguments.quantize,
-        offload=arguments.offload,
-    )
-    if arguments.preset is not None:
-        pipe.apply_preset(arguments.preset)
-    generation = Generation(pipe=pipe, plan=plan, image=None, vocabulary=card.vocabulary, clip=clip)
+    pipe = load(folder, arguments)
+    generation = Generation(pipe=pipe, plan=plan, image=image, vocabulary=card.vocabulary, clip=clip)
     return write(generation, arguments, load_s=time.perf_counter() - began_s)
 
 

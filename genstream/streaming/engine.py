@@ -300,7 +300,7 @@ class CacheEngine:
         """Velocity of the noisy current chunk."""
         velocity: Tensor = self.transformer(
             x,
-            _timesteps(x, timestep),
+            timesteps_of(x, timestep),
             frame_positions=range(state.frame, state.frame + x.shape[2]),
             kv_cache=state.kv,
             text_cache=text,
@@ -314,7 +314,7 @@ class CacheEngine:
         settings, finished = state.request.settings, state.uncommitted
         clean = state.history[:, :, -finished:]
         levels = [
-            _timesteps(part, level).expand(-1, part.shape[2])
+            timesteps_of(part, level).expand(-1, part.shape[2])
             for part, level in ((clean, settings.context_timestep), (x, timestep))
         ]
         velocity: Tensor = self.transformer(
@@ -334,7 +334,7 @@ class CacheEngine:
         """Write the keys and values of clean latents from latent frame `start` on."""
         self.transformer(
             latents,
-            _timesteps(latents, state.request.settings.context_timestep),
+            timesteps_of(latents, state.request.settings.context_timestep),
             frame_positions=range(start, start + latents.shape[2]),
             kv_cache=state.kv,
             text_cache=state.text,
@@ -551,8 +551,8 @@ class CacheEngine:
         return self.vae.init_state("decode", request.batch_size, request.height, request.width)
 
 
-def _timesteps(x: Tensor, timestep: float) -> Tensor:
-    """The same timestep for all of a batch, `[B, 1]`."""
+def timesteps_of(x: Tensor, timestep: float) -> Tensor:
+    """The same timestep for all of `x`, `[B, 1]`."""
     return torch.full((len(x), 1), timestep, dtype=timestep_dtype(x.device), device=x.device)
 
 

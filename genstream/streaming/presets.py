@@ -10,6 +10,8 @@ from types import MappingProxyType
 from genstream.cache.layout import PositionPolicy
 from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSettings
 
+_FEW_STEP = "FewStepScheduler"
+
 
 class EngineKind(StrEnum):
     """What generates the chunks."""
@@ -41,6 +43,11 @@ class Preset:
     warped: bool = True
     engine: EngineKind = EngineKind.CACHE
     takes_image: bool = False
+
+    def check_scheduler(self, name: str, scheduler: str) -> None:
+        """Raise ValueError if a model with a scheduler of that class cannot be run that way."""
+        if scheduler != _FEW_STEP:
+            raise ValueError(f"preset {name!r} needs a few-step student, this model has a {scheduler}")
 
     def check_chunk(self, name: str, chunk_frames: int) -> None:
         """Raise ValueError if a model that was trained for such chunks cannot be run that way."""

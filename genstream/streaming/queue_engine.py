@@ -13,11 +13,10 @@ from genstream.cache.kv_cache import TextCache
 from genstream.cache.layout import CacheLayout, PositionPolicy
 from genstream.shapes import latent_frames_covering
 from genstream.streaming.controls import ResetControl
-from genstream.streaming.engine import CacheEngine, check_finite
+from genstream.streaming.engine import CacheEngine, check_finite, timesteps_of
 from genstream.streaming.request import StreamRequest
 from genstream.streaming.settings import ContextPolicy
 from genstream.streaming.state import StreamState
-from genstream.transformer.embeddings import timestep_dtype
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,10 @@ class QueueEngine(CacheEngine):
         levels = range(level, level - len(chunks), -1)
         queue = torch.cat(chunks, dim=2)
         timesteps = torch.cat(
-            [_timesteps(chunk, schedule.timesteps[at]) for at, chunk in zip(levels, chunks, strict=True)],
+            [
+                timesteps_of(chunk, schedule.timesteps[at]).expand(-1, chunk.shape[2])
+                for at, chunk in zip(levels, chunks, strict=True)
+            ],
             dim=1,
         )
         velocity = self.predict_queue(queue, timesteps, state, context)
@@ -174,11 +176,6 @@ class QueueEngine(CacheEngine):
     def _reset(self, control: ResetControl, state: StreamState) -> None:
         super()._reset(control, state)
         state.queue = None
-
-
-def _timesteps(chunk: Tensor, timestep: float) -> Tensor:
-    size = (chunk.shape[0], chunk.shape[2])
-    return torch.full(size, timestep, dtype=timestep_dtype(chunk.device), device=chunk.device)
 
 
 def _fresh_noise(state: StreamState, start: int, level: int, like: Tensor) -> Tensor:

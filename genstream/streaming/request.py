@@ -9,7 +9,7 @@ from torch import Tensor
 from genstream.schedulers.schedule import Schedule
 from genstream.streaming.intake import TransformSettings
 from genstream.streaming.noise import NoiseSource
-from genstream.streaming.settings import StreamSettings as StreamSettings
+from genstream.streaming.settings import StreamSettings
 from genstream.transformer.adapters import LoraUse
 
 

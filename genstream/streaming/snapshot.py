@@ -121,21 +121,26 @@ def load_state(path: str | Path, engine: CacheEngine) -> StreamState:
             if text is None:
                 raise ValueError(f"path must be a stream snapshot, got {str(path)!r}")
             meta = json.loads(text)
-            loras = _restore_loras(meta)
+            _check_format(meta, path)
+            loras = _restore_loras(meta["loras"])
             check_loaded(engine.transformer, loras)
-            _check(meta, path, model_fingerprint(engine.transformer, module_of(engine.vae), loras=loras))
+            _check_model(
+                meta, path, model_fingerprint(engine.transformer, module_of(engine.vae), loras=loras)
+            )
             tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return _restore(meta, tensors, engine)
     except SafetensorError as error:
         raise ValueError(f"path must be a whole stream snapshot, got {str(path)!r}: {error}") from error
-    try:
-        return _restore(meta, tensors, engine)
     except KeyError as error:
         raise ValueError(f"path must be a whole snapshot, got {str(path)!r}, which lacks {error}") from error
 
 
-def _check(meta: dict[str, Any], path: str | Path, fingerprint: str) -> None:
+def _check_format(meta: dict[str, Any], path: str | Path) -> None:
     if meta.get("format") != FORMAT:
         raise ValueError(f"snapshot {str(path)!r} must have format {FORMAT}, got {meta.get('format')}")
+
+
+def _check_model(meta: dict[str, Any], path: str | Path, fingerprint: str) -> None:
     if meta.get("model") != fingerprint:
         raise ValueError(
             f"snapshot {str(path)!r} belongs to another model or dtype, or to another LoRA: "
@@ -185,12 +190,12 @@ def _blend_meta(blend: Blend) -> dict[str, Any]:
 
 def _restore(meta: dict[str, Any], tensors: dict[str, Tensor], engine: CacheEngine) -> StreamState:
     request = _restore_request(meta["request"], _under("request", tensors))
-    loras = _restore_loras(meta)
+    loras = _restore_loras(meta["loras"])
     # The LoRAs it started with need not be loaded any more.
     state = engine.start(replace(request, loras=loras))
     state.request = request
     layout = asdict(state.kv.layout)
-    if meta.get("layout", layout) != layout:
+    if meta["layout"] != layout:
         raise ValueError(f"snapshot must have the engine's cache layout {layout}, got {meta['layout']}")
     for name, value in meta["counters"].items():
         setattr(state, name, value)
@@ -238,8 +243,8 @@ def _restore_request(meta: dict[str, Any], tensors: dict[str, Tensor]) -> Stream
         negative_embeds=tensors.get("negative_embeds"),
         image_embeds=tensors.get("image_embeds"),
         image_channels=tensors.get("image_channels"),
-        transform=_restore_transform(meta.get("transform")),
-        loras=_restore_loras(meta),
+        transform=_restore_transform(meta["transform"]),
+        loras=_restore_loras(meta["loras"]),
         decode=meta["decode"],
     )
 
@@ -273,8 +278,8 @@ def _restore_transform(meta: dict[str, Any] | None) -> TransformSettings | None:
     )
 
 
-def _restore_loras(meta: dict[str, Any]) -> tuple[LoraUse, ...]:
-    return tuple(LoraUse(**lora) for lora in meta.get("loras", ()))  # files from before LoRAs have none
+def _restore_loras(meta: list[dict[str, Any]]) -> tuple[LoraUse, ...]:
+    return tuple(LoraUse(**lora) for lora in meta)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,13 +13,13 @@ from torch import Tensor
 from genstream.vae.adapters.memory import Memory
 from genstream.vae.adapters.scale import LatentScale
 from genstream.vae.checks import (
-    check_clip,
     check_frames,
     check_like,
     check_owner,
     check_start,
     check_tensor,
 )
+from genstream.vae.chunks import decoding_state
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 
 Exactness = Literal["exact", "partition", "approximate"]
@@ -182,10 +182,7 @@ class Adapter(ABC):
 
     def decode_unclamped(self, latents: Tensor) -> Tensor:
         """`decode` before the clamp."""
-        check_clip("latents", latents)
-        ratio = self.spec.spatial_ratio
-        size = (latents.shape[3] * ratio, latents.shape[4] * ratio)
-        state = self.init_state("decode", latents.shape[0], *size)
+        state = decoding_state(self, latents)
         return torch.cat([self.decode_chunk_unclamped(latents, state), self.flush_unclamped(state)], dim=2)
 
     def _encode_pieces(self, frames: Tensor, pieces: list[int], state: VAEState) -> Tensor:

@@ -136,6 +136,11 @@ def test_a_model_without_vae(plan, folder, tmp_path):
             {"chunk_frames": 2},
             "generates 3 latent frames at a time, this model was trained for 2",
         ),
+        (
+            "longlive",
+            {"scheduler": ["diffusers", "UniPCMultistepScheduler"]},
+            "needs a few-step student, this model has a UniPCMultistepScheduler",
+        ),
     ],
 )
 def test_a_preset_that_the_model_cannot_run(plan, folder, tmp_path, preset, trained, error):

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from genstream.cli.__main__ import main
 from genstream.cli.pipeline import to_uint8
@@ -83,6 +85,26 @@ def test_frames_are_those_of_the_pipeline(
     np.testing.assert_array_equal(np.stack(list(read_video(tmp_path / "out"))), expected)
 
 
+def test_loras(
+    transform: Callable[..., int],
+    model: str,
+    build_lora: Callable[..., dict[str, torch.Tensor]],
+    clip: Path,
+    tmp_path: Path,
+):
+    pipe = CausalVideoPipeline.from_pretrained(model)
+    paths = [clip / f"{name}.safetensors" for name in "ab"]
+    for seed, path in enumerate(paths):
+        save_file(build_lora(pipe.transformer, seed=seed), path)
+    assert transform("frames", "out", "--lora", f"{paths[0]}:0.5", "--lora", str(paths[1])) == 0
+    pipe.load_lora_weights(paths[0], "a")
+    pipe.load_lora_weights(paths[1], "b")
+    pipe.set_adapters(["a", "b"], [0.5, 1.0])
+    chunks = pipe.transform(read_video(clip / "frames"), PROMPT, seed=0)
+    expected = np.concatenate([to_uint8(chunk.frames) for chunk in chunks])
+    np.testing.assert_array_equal(np.stack(list(read_video(tmp_path / "out"))), expected)
+
+
 def test_a_switch_and_the_figures(
     transform: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -107,6 +129,8 @@ def test_a_switch_and_the_figures(
         (["missing.mp4"], ["missing.mp4' cannot be read"]),
         (["text.mp4"], ["text.mp4' cannot be read"]),
         (["empty"], ["empty' is a folder without any"]),
+        (["a.mp4", "--lora", "none:0.5"], ["--lora: must be a file or folder", "got 'none:0.5', which does"]),
+        (["a.mp4", "--lora", __file__], ["LoRA must be a .safetensors file"]),
     ],
 )
 def test_bad_input(

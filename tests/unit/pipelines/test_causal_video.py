@@ -15,7 +15,7 @@ import genstream
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FlowEulerScheduler
 from genstream.streaming.noise import GivenNoise, SeededNoise
-from genstream.streaming.request import StreamSettings
+from genstream.streaming.settings import StreamSettings
 
 RED, BLUE = "a red circle moving right", "a blue square moving left"
 
@@ -110,6 +110,38 @@ def test_pipeline_without_text_encoder(pipe, folder):
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="give prompt_embeds"):
         loaded(RED, num_frames=9)
+    guided = {"guidance_scale": 2.0, "num_frames": 9, "output_type": "latent"}
+    away = pipe.encode_prompt(BLUE)
+    expected = pipe(RED, negative_prompt=BLUE, **guided).frames
+    latents = loaded(prompt_embeds=embeds, negative_prompt_embeds=away, **guided).frames
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="needs a text encoder or negative_prompt_embeds"):
+        loaded(prompt_embeds=embeds, **guided)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"negative_prompt": BLUE}, "negative_prompt and negative_prompt_embeds exclude each other"),
+        ({"guidance_scale": 1.0}, "negative_prompt needs a guidance_scale above 1, got 1"),
+        (
+            {"negative_prompt_embeds": torch.zeros(2, 12, 16)},
+            "negative_prompt_embeds must be one or one for each of 1 videos, got 2",
+        ),
+        (
+            {"negative_prompt_embeds": torch.zeros(1, 12, 15)},
+            r"negative_prompt_embeds must be \[B, 12, 16\], got \[1, 12, 15\]",
+        ),
+        (
+            {"negative_prompt_embeds": torch.full((1, 12, 16), torch.nan)},
+            "negative_prompt_embeds must be finite",
+        ),
+    ],
+)
+def test_bad_negative_embeds(pipe, change, error):
+    given = {"negative_prompt_embeds": torch.zeros(1, 12, 16), "guidance_scale": 2.0, **change}
+    with pytest.raises(ValueError, match=error):
+        pipe.request(RED, **given)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,20 @@ def ask(pipe):
 
 
 @pytest.fixture
+def collect_in_turn(pipe):
+    """`collect_in_turn(states)`: all frames of each of several streams, which take turns."""
+
+    def collect(states):
+        frames = [[] for _ in states]
+        while not all(state.finished for state in states):
+            for state, own in zip(states, frames, strict=True):
+                own.append(pipe.step(state).frames)
+        return [torch.cat(own, dim=2) for own in frames]
+
+    return collect
+
+
+@pytest.fixture
 def collect(pipe):
     """`collect(state)`: all frames that are left, one tensor."""
 

@@ -230,16 +230,11 @@ def test_snapshot_and_fork_in_the_middle(pipe, ask, collect, tmp_path, chunks):
         assert_same(torch.cat([*before, collect(again)], dim=2), whole)
 
 
-def test_interleaved_streams(pipe, ask, collect):
+def test_interleaved_streams(pipe, ask, collect, collect_in_turn):
     requests = [ask(num_frames=FRAMES, seed=5), ask(BLUE, num_frames=FRAMES, seed=6)]
-    apart = [collect(pipe.start(request)) for request in requests]
-    states = [pipe.start(request) for request in requests]
-    together = [[], []]
-    while not all(state.finished for state in states):
-        for state, frames in zip(states, together, strict=True):
-            frames.append(pipe.step(state).frames)
-    for frames, expected in zip(together, apart, strict=True):
-        assert_same(torch.cat(frames, dim=2), expected)
+    together = collect_in_turn([pipe.start(request) for request in requests])
+    for request, frames in zip(requests, together, strict=True):
+        assert_same(frames, collect(pipe.start(request)))
 
 
 def test_batch_equals_single_streams(pipe, ask, collect):

@@ -38,9 +38,9 @@ def snapshot(state: VAEState) -> VAEState:
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("copies", [0, 3])
-def test_chunked_encode_equals_whole(seed, copies):
-    vae, frames = small_vae(first_frame_copies=copies), clip(21)
+@pytest.mark.parametrize(("copies", "start"), [(0, "zeros"), (3, "zeros"), (3, "still")])
+def test_chunked_encode_equals_whole(seed, copies, start):
+    vae, frames = small_vae(first_frame_copies=copies, encoder_start=start), clip(21)
     whole = vae.encode(frames)
     state = vae.init_state("encode", 2, 32, 48)
     latents = []
@@ -71,6 +71,14 @@ def test_encode_and_decode_align():
     latents = vae.encode(clip(13))
     assert latents.shape == (2, 4, 4, 2, 3)
     assert vae.decode(latents).shape == (2, 3, 13, 32, 48)
+
+
+def test_a_still_start_is_that_of_a_first_frame_that_always_stood_there():
+    frames = clip(13)
+    waited = torch.cat([frames[:, :, :1].expand(-1, -1, 80, -1, -1), frames], dim=2)
+    expected = small_vae().encode(waited)[:, :, 20:]
+    torch.testing.assert_close(small_vae(encoder_start="still").encode(frames), expected, rtol=0, atol=1e-12)
+    assert not torch.allclose(small_vae().encode(frames)[:, :, 0], expected[:, :, 0], atol=1e-3)
 
 
 def test_one_frame_is_an_image():
@@ -216,6 +224,10 @@ def test_sizes_and_counts_that_do_not_divide_are_refused():
         vae.decode(torch.zeros((1, 4, 1, 2, 2)))
     with pytest.raises(ValueError, match="first_frame_copies must be 0 or 3, got 2"):
         small_vae(first_frame_copies=2)
+    with pytest.raises(ValueError, match="encoder_start must be one of zeros, still, got 'frame'"):
+        small_vae(encoder_start="frame")
+    with pytest.raises(ValueError, match="encoder_start must be 'zeros' unless first_frame_copies is 3"):
+        small_vae(encoder_start="still", first_frame_copies=0)
 
 
 def test_state_file_of_something_else_is_refused(tmp_path):
