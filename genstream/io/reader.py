@@ -55,6 +55,7 @@ def inspect_video(path: str | PathLike[str]) -> VideoFile:
     source = Path(path)
     if source.is_dir():
         return VideoFile(path=source, frames=len(_frame_files(source)), fps=0.0)
+    _check_exists(source)
     # Not all parts of a gif are frames, and each frame lasts as long as it says.
     is_gif = source.suffix.lower() == ".gif"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-i", f"file:{source}"]
@@ -108,6 +109,11 @@ def read_image(path: str | PathLike[str], height: int, width: int) -> NDArray[np
     return frame
 
 
+def _check_exists(source: Path) -> None:
+    if not source.is_file():
+        raise ValueError(f"video {str(source)!r} does not exist")
+
+
 def _frame_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob(FRAME_PATTERN))
     if not files:
@@ -139,8 +145,7 @@ def _resized(frame: NDArray[np.uint8], shorter_side: int) -> NDArray[np.uint8]:
 def _decode(
     source: Path, input_params: Sequence[str] = (), output_params: Sequence[str] = ()
 ) -> Iterator[NDArray[np.uint8]]:
-    if not source.is_file():
-        raise ValueError(f"video {str(source)!r} is not a file")
+    _check_exists(source)
     stream = imageio_ffmpeg.read_frames(
         f"file:{source}",
         input_params=list(input_params),

@@ -327,7 +327,7 @@ def test_compare_takes_a_video(tiny_folder, tmp_path, capsys):
         (["compare", "toyworld", "--frames", "1"], "frames (--frames) must be at least 2, got 1"),
         (["compare", "toyworld", "--frames", "6"], "frames must be 1 + 4n for toyworld, got 6"),
         (["compare", "toyworld", "--picture", "no/such.png"], "picture: the folder 'no' does not exist"),
-        (["compare", "toyworld", "--video", "nothing.mp4"], "video 'nothing.mp4' is not a file"),
+        (["compare", "toyworld", "--video", "nothing.mp4"], "video 'nothing.mp4' does not exist"),
     ],
 )
 def test_bad_input(wrong, error, capsys):
