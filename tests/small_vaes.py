@@ -194,7 +194,10 @@ TURBO = {
 TINY = {"encoder_width": 8, "decoder_widths": (12, 10, 8, 8)}
 OWN = {
     "tiny_video": (TinyVideoVAE, TINY | {"patch_size": 2, "first_frame_copies": 3}),
-    "tiny_still": (TinyVideoVAE, TINY | {"first_frame_copies": 3, "encoder_start": "still"}),
+    "tiny_still": (
+        TinyVideoVAE,
+        TINY | {"first_frame_copies": 3, "encoder_start": "still", "decoder_blocks": (1, 3, 2)},
+    ),
     "taehv": (TinyVideoVAE, TINY),
     "taehv_super": (TinyVideoVAE, TINY | {"decoder_block": "super"}),
     "taehv_wide": (TinyVideoVAE, TINY | {"encoder_block": "wide", "decoder_block": "wide"}),

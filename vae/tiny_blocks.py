@@ -163,6 +163,7 @@ def decoder_layers(
     latent_channels: int,
     strides: Sequence[int],
     spatial_strides: Sequence[int],
+    blocks: Sequence[int],
     kind: BlockKind,
 ) -> nn.Sequential:
     """Latents [B*T, C, h, w] to images [B*F, 3 p^2, H/p, W/p]."""
@@ -173,7 +174,7 @@ def decoder_layers(
         layers += [SoftClamp(), _conv(latent_channels, widths[0]), nn.ReLU(inplace=True)]
     for stage, (stride, spatial_stride) in enumerate(zip(strides, spatial_strides, strict=True)):
         width, next_width = widths[stage], widths[stage + 1]
-        layers.extend(_BLOCKS[kind](width) for _ in range(BLOCKS_PER_STAGE))
+        layers.extend(_BLOCKS[kind](width) for _ in range(blocks[stage]))
         if kind == "super":
             layers += [_conv(width, spatial_stride**2 * next_width), nn.ReLU(inplace=True)]
             layers += [nn.PixelShuffle(spatial_stride), TemporalGrow(next_width, stride, 1)]

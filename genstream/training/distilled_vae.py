@@ -57,6 +57,7 @@ class VAEDistillationSettings(VAERunSettings):
             any other teacher. "turbo" is Turbo-VAED, only a decoder.
         widths: channels of the student's decoder from the latents to the frames: of "tiny" four, of "turbo"
             one for each size of frames on the way.
+        blocks: residual blocks of each stage of the decoder of "tiny".
         encoder_width: channels of the encoder that "tiny" learns.
         layers: residual blocks of each level of "turbo".
         causal: whether "turbo" looks back only and so streams exactly; published ones do not.
@@ -75,7 +76,8 @@ class VAEDistillationSettings(VAERunSettings):
     clip_latents: tuple[int, ...] = (2, 3, 5)
     teacher: str = "toyworld"
     student: Literal["tiny", "turbo"] = "tiny"
-    widths: tuple[int, ...] = (64, 32, 16, 16)
+    widths: tuple[int, ...] = (64, 48, 28, 16)
+    blocks: tuple[int, ...] = (2, 2, 1)
     encoder_width: int = 64
     layers: int = 2
     causal: bool = True
@@ -181,7 +183,11 @@ def _tiny_student(settings: VAEDistillationSettings, teacher: TinyVideoVAE) -> T
     """The teacher with another decoder; its encoder is not trained."""
     # Private entries record which values were defaults, and would discard the others.
     config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
-    decoder = {"decoder_widths": list(settings.widths), "decoder_block": "base"}
+    decoder = {
+        "decoder_widths": list(settings.widths),
+        "decoder_blocks": list(settings.blocks),
+        "decoder_block": "base",
+    }
     student: TinyVideoVAE = TinyVideoVAE(**{**config, **decoder})
     initialise_decoder(student)
     student.encoder.load_state_dict(teacher.encoder.state_dict())
@@ -203,6 +209,7 @@ def _tiny_student_of_another(settings: VAEDistillationSettings, spec: VAESpec) -
         patch_size=spec.spatial_ratio // HALVING**STAGES,
         encoder_width=settings.encoder_width,
         decoder_widths=list(settings.widths),
+        decoder_blocks=list(settings.blocks),
         encoder_temporal_strides=strides[::-1],
         decoder_temporal_strides=strides,
         first_frame_copies=spec.temporal_ratio - 1,

@@ -30,6 +30,7 @@ SETTINGS = VAEDistillationSettings(
     checkpoint_steps=2,
     evaluate_steps=2,
     widths=(4, 4, 4, 4),
+    blocks=(1, 2, 1),
     head_channels=4,
     layers=1,
     precision="fp32",
@@ -77,12 +78,13 @@ def test_a_tiny_student_keeps_all_but_the_decoder(tmp_path):
     distill_vae(settings, tmp_path / "run")
     teacher, student = (load_vae(tmp_path / name) for name in ("teacher", "run/vae"))
     assert list(student.config.decoder_widths) == [4, 4, 4, 4]
+    assert list(student.config.decoder_blocks) == [1, 2, 1]
     frames = torch.rand(1, 3, 5, 32, 32) * 2 - 1
     with torch.no_grad():
         latents = student.encode(frames)
         assert torch.equal(latents, teacher.encode(frames))
         assert student.decode(latents).shape == frames.shape
-    assert student.spec == teacher.spec
+    assert student.spec == replace(teacher.spec, memory_latents=student.spec.memory_latents)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -195,6 +197,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_was_not(tmp_path, monkeypatch):
         ),
         (causal_folder, {"student": "turbo", "widths": (4, 4)}, "widths must be 4 numbers .* ratio 8, got"),
         (tiny_folder, {"widths": (4, 4)}, "decoder_widths must be 4 numbers"),
+        (tiny_folder, {"blocks": (2, 0, 1)}, "decoder_blocks must be 3 numbers above 0, got .2, 0, 1."),
         (
             tiny_folder,
             {"feature_pairs": ("decoder.0=decoder.99",)},
