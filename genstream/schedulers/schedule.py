@@ -56,6 +56,12 @@ class Schedule:
         """Noise level to start from when noise of at most `level`, in (0, 1], is put on a clean sample."""
         return level
 
+    def until(self, step: int) -> Self:
+        """The same sampling as far as step `step`, whose clean sample is the result."""
+        if not 0 <= step < len(self.timesteps):
+            raise ValueError(f"step must be in [0, {len(self.timesteps)}), got {step}")
+        return type(self)(self.timesteps[: step + 1], self.sigmas[: step + 1])
+
     def starting_at(self, level: float) -> Self:
         """The same sampling from noise level `level` on: a step there, then the steps below it."""
         steps = list(zip(self.timesteps, self.sigmas, strict=True))

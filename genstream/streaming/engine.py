@@ -260,7 +260,6 @@ class CacheEngine:
             )
         self.vae.init_state("encode", request.batch_size, request.height, request.width)
 
-    @torch.no_grad()
     def text_cache(self, prompt_embeds: Tensor, request: StreamRequest) -> TextCache:
         """What the transformer is told: the prompt, and the request's image as tokens and channels."""
         image, channels = (

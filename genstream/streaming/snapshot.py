@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -188,6 +189,7 @@ def _blend_meta(blend: Blend) -> dict[str, Any]:
     return {name: getattr(blend, name) for name in ("chunks", "done", "recache")}
 
 
+@torch.no_grad()
 def _restore(meta: dict[str, Any], tensors: dict[str, Tensor], engine: CacheEngine) -> StreamState:
     request = _restore_request(meta["request"], _under("request", tensors))
     loras = _restore_loras(meta["loras"])
