@@ -21,6 +21,7 @@ _EXPORTS = {
     "ContextPolicy": "genstream.streaming.settings",
     "Control": "genstream.streaming.controls",
     "FewStepScheduler": "genstream.schedulers.few_step",
+    "FlowEulerScheduler": "genstream.schedulers.few_step",
     "GivenNoise": "genstream.streaming.noise",
     "LiveFrames": "genstream.streaming.source",
     "LoraControl": "genstream.streaming.controls",

@@ -1,5 +1,6 @@
 """What is installed is what stands in the tree, and what the README says to type works as it stands."""
 
+import importlib
 import importlib.metadata
 import shutil
 import subprocess
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import diffusers.pipelines
 import pytest
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import genstream
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE_FOLDERS = [name for name in ("app", "kernels", "pipelines", "vae") if (ROOT / name).is_dir()]
@@ -186,3 +190,14 @@ def _run(*module_and_arguments: str, cwd: Path) -> None:
     command = [sys.executable, "-m", *module_and_arguments]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_components_are_found_where_model_folders_look_for_them():
+    for name in ("schedulers.few_step", "pipelines.causal_video", "vae.loading", "vae.turbo"):
+        importlib.import_module(f"genstream.{name}")
+    kinds: list[type] = [ModelMixin, SchedulerMixin, DiffusionPipeline]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    ours = [kind for kind in kinds if kind.__module__.startswith("genstream.") and kind.__name__[0] != "_"]
+    assert len(ours) >= 8
+    assert all(getattr(genstream, kind.__name__, None) is kind for kind in ours)

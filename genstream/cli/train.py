@@ -1,6 +1,7 @@
-"""`genstream train vae|student|causal-vae`: trains from nothing; a run that was cut off goes on.
+"""`genstream train vae|teacher|student|causal-vae`: trains from nothing; a run that was cut off goes on.
 
-vae and student are the parts of the embedded model, causal-vae is a video VAE for any videos.
+vae and student are the parts of the embedded model, a teacher is what students can be distilled from, and
+causal-vae is a video VAE for any videos.
 """
 
 import argparse
@@ -22,6 +23,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parts = parser.add_subparsers(required=True, metavar="PART")
     for name, run, text in (
         ("vae", _train_vae, "train the tiny video VAE of the embedded model"),
+        ("teacher", _train_teacher, "train a many-step model of whole clips, to distil students from"),
         ("student", _train_student, "train the few-step student on a trained VAE"),
         ("causal-vae", _train_causal_vae, "train a causal video VAE on videos or the toy world"),
     ):
@@ -39,6 +41,12 @@ def _train_student(arguments: argparse.Namespace) -> int:
     from genstream.training.student import StudentTrainingSettings, train_student
 
     return run_training("genstream train student", StudentTrainingSettings, train_student, arguments)
+
+
+def _train_teacher(arguments: argparse.Namespace) -> int:
+    from genstream.training.teacher import TeacherTrainingSettings, train_teacher
+
+    return run_training("genstream train teacher", TeacherTrainingSettings, train_teacher, arguments)
 
 
 def _train_causal_vae(arguments: argparse.Namespace) -> int:

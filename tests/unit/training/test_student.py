@@ -9,11 +9,11 @@ from genstream.data.toyworld import ToyWorld
 from genstream.data.vocabulary import words
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.training.clips import encode_clips
+from genstream.training.denoiser import Denoiser, load_initial
 from genstream.training.student import (
     StudentTrainee,
     StudentTrainingSettings,
     export,
-    load_initial,
     train_student,
 )
 from genstream.vae.tiny import TinyVideoVAE
@@ -59,7 +59,7 @@ def vae_folder(build_pipeline, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(vae_folder, tmp_path_factory):
     """Settings and folder of a finished run."""
-    settings, folder = settings_for(vae=str(vae_folder)), tmp_path_factory.mktemp("run")
+    settings, folder = settings_for(vae=str(vae_folder)), tmp_path_factory.mktemp("runs") / "student"
     train_student(settings, folder)
     return settings, folder
 
@@ -92,7 +92,7 @@ def test_a_redrawn_context_is_near_the_true_one_and_carries_no_gradient():
     trainee = trainee_for(first=0.0, middle=1.0, switched=0.0, image_start=0.0)
     sequence, clips, _ = trainee._draw(np.random.default_rng(0), range(5))
     context = trainee.latents[clips][:, :, sequence.clean_frames]
-    redrawn = trainee._redraw(context, sequence, trainee._text(["a red circle"] * len(clips)))
+    redrawn = trainee._redraw(context, sequence, trainee.module.embed(["a red circle"] * len(clips)))
     assert redrawn.shape == context.shape
     assert not redrawn.requires_grad
     assert 0 < (redrawn - context).square().mean() < 4 * context.square().mean()
@@ -147,10 +147,10 @@ def test_training_noise_covers_the_sampling_steps():
 def test_captions_fit_the_prompt():
     world, trainee = ToyWorld(), trainee_for()
     captions = [world.caption(world.scene(seed), seed % 8) for seed in range(400)]
-    tokens = trainee.tokenizer(captions).input_ids
+    tokens = trainee.module.tokenizer(captions).input_ids
     assert max(map(len, tokens)) <= StudentTrainingSettings(vae="none").text_tokens
-    assert not any(trainee.tokenizer.unk_token_id in row for row in tokens)
-    assert len(trainee.tokenizer) == len(words()) + 3
+    assert not any(trainee.module.tokenizer.unk_token_id in row for row in tokens)
+    assert len(trainee.module.tokenizer) == len(words()) + 3
 
 
 def test_run_leaves_its_settings_and_figures(trained):
@@ -161,10 +161,10 @@ def test_run_leaves_its_settings_and_figures(trained):
 
 def test_clips_are_encoded_once(trained):
     settings, folder = trained
-    (shard,) = (folder / "latents").rglob("*.safetensors")
+    (shard,) = (folder.parent / "latents").rglob("*.safetensors")
     written = shard.stat().st_mtime_ns
     vae = TinyVideoVAE.from_pretrained(settings.vae)
-    latents = encode_clips(settings.clip_set(4), vae, folder / "latents")
+    latents = encode_clips(settings.clip_set(4), vae, folder.parent / "latents")
     assert latents.shape == (9, 4, 6, 16, 16)
     assert torch.equal(latents, load_file(shard)["latents"])
     assert shard.stat().st_mtime_ns == written
@@ -240,7 +240,7 @@ def test_a_run_goes_on_from_one_with_larger_patches(trained):
     _, folder = trained
     student = trainee_for(initial=str(folder), patch_size=1).module
     before = {name: weight.clone() for name, weight in student.state_dict().items()}
-    load_initial(student, folder)
+    load_initial(student, Denoiser(settings_for(), 4), folder)
     average = load_file(max((folder / "checkpoints").iterdir()) / "average.safetensors")
     for name, weight in student.state_dict().items():
         is_end = "patch_embedding.weight" in name or "proj_out" in name

@@ -1,0 +1,220 @@
+"""What training teachers and students of the toy world has in common: latents in, a pipeline folder out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from genstream.data import vocabulary
+from genstream.data.toyworld import ToyWorld
+from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
+from genstream.training.clips import SWITCHED_EVERY, ClipSet, encode_clips
+from genstream.training.denoiser import Denoiser, DenoiserSettings, load_initial
+from genstream.training.loop import LoopSettings, load_average, steps_taken
+from genstream.training.record import RECORD_FOLDER, SETTINGS_NAME, Training, write_record
+from genstream.vae.tiny import TinyVideoVAE
+
+RESULT_FOLDER = "model"
+CAPTIONS = 16
+"""Captions of one scene."""
+_LATENTS_FOLDER = "latents"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRunSettings(DenoiserSettings):
+    """How a model is trained on the toy world.
+
+    Attributes:
+        vae: folder of the VAE whose latents it learns.
+        initial: folder of a finished run of the same kind to start from, whose patches may be of another
+            size; random weights when None.
+        total_steps: optimiser steps.
+        learning_rate: peak.
+        optimizer: "muon" needs fewer steps, each of them a little longer.
+        batch_size: clips of a step.
+        clips: clips to train on, encoded once, before training.
+        evaluation_clips: further clips, for evaluation alone.
+        clip_chunks: chunks of a clip.
+        chunk_frames: latent frames of a chunk.
+        shift: timestep shift.
+        guidance_scale: of the finished model; 1 is off.
+        without_text: share of clips whose prompt is empty, so that sampling can guide away from it.
+        checkpoint_steps: steps between checkpoints.
+        evaluate_steps: steps between evaluations.
+        seed: of weights, scenes and noise.
+        precision: "bf16" is faster where the processor has it.
+    """
+
+    vae: str = "runs/vae/vae"
+    initial: str | None = None
+    total_steps: int = 8000
+    learning_rate: float = 1.8e-3
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    batch_size: int = 16
+    clips: int = 3072
+    evaluation_clips: int = 64
+    clip_chunks: int = 8
+    chunk_frames: int = 3
+    shift: float = 12.0
+    guidance_scale: float = 3.0
+    without_text: float = 0.1
+    checkpoint_steps: int = 200
+    evaluate_steps: int = 500
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.loop  # checks its part
+        if not self.guidance_scale >= 1:
+            raise ValueError(f"guidance_scale must be at least 1 (off), got {self.guidance_scale}")
+        if not 0 <= self.without_text <= 1:
+            raise ValueError(f"without_text must be in [0, 1], got {self.without_text}")
+        for name in ("clips", "evaluation_clips"):
+            if (count := getattr(self, name)) < SWITCHED_EVERY:
+                raise ValueError(f"{name} must be at least {SWITCHED_EVERY}, got {count}")
+
+    def clip_set(self, temporal_ratio: int) -> ClipSet:
+        """What it is trained and evaluated on."""
+        return ClipSet(
+            count=self.clips + self.evaluation_clips,
+            chunks=self.clip_chunks,
+            chunk_frames=self.chunk_frames,
+            temporal_ratio=temporal_ratio,
+        )
+
+    @property
+    def loop(self) -> LoopSettings:
+        """How long and how to optimise."""
+        return LoopSettings(
+            total_steps=self.total_steps,
+            learning_rate=self.learning_rate,
+            checkpoint_steps=self.checkpoint_steps,
+            evaluate_steps=self.evaluate_steps,
+            seed=self.seed,
+            precision=self.precision,
+            optimizer=self.optimizer,
+        )
+
+
+S = TypeVar("S", bound=ModelRunSettings)
+
+
+def load_latents(settings: ModelRunSettings, output: Path) -> tuple[ClipSet, Tensor]:
+    """The clips of a run and their latents `[clips, C, T, h, w]`, encoded once for all runs beside it."""
+    vae = TinyVideoVAE.from_pretrained(settings.vae, dtype=torch.float32).to(PartialState().device)
+    clips = settings.clip_set(vae.spec.temporal_ratio)
+    return clips, encode_clips(clips, vae, output.parent / _LATENTS_FOLDER, settings.precision)
+
+
+def check_vae(settings: ModelRunSettings) -> None:
+    """Raise ValueError unless there is a VAE."""
+    if not (Path(settings.vae) / "config.json").is_file():
+        raise ValueError(f"vae must be the folder of a trained VAE, got {settings.vae!r}")
+
+
+def start_from_initial(denoiser: Denoiser, settings: S) -> None:
+    """Load the weights of the run that `settings` names, if any."""
+    if settings.initial is not None:
+        folder = Path(settings.initial)
+        earlier = Denoiser(saved_settings(folder, type(settings)), denoiser.transformer.config.in_channels)
+        load_initial(denoiser, earlier, folder)
+
+
+def saved_settings(run_folder: Path, kind: type[S]) -> S:
+    """The settings of a run."""
+    values = json.loads((run_folder / SETTINGS_NAME).read_text())
+    for name, value in values.items():
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+def trained(run_folder: Path, settings: ModelRunSettings, vae_folder: Path) -> Denoiser:
+    """The averaged model of a run, in half precision."""
+    denoiser = Denoiser(settings, TinyVideoVAE.load_config(vae_folder)["latent_channels"])
+    load_average(denoiser, run_folder)
+    return denoiser.eval().half()
+
+
+def trainings(run_folder: Path, part: str, kind: type[ModelRunSettings]) -> list[Training]:
+    """The run and those whose weights it started from, the first one first."""
+    settings = saved_settings(run_folder, kind)
+    earlier = [] if settings.initial is None else trainings(Path(settings.initial), part, kind)
+    name = f"{part}_{len(earlier) + 1}"
+    training = Training(
+        name=name,
+        part=part,
+        run=run_folder,
+        settings=settings,
+        logs={name: run_folder / "log.csv"},
+        steps=steps_taken(run_folder),
+    )
+    return [*earlier, training]
+
+
+def save_model(
+    denoiser: Denoiser,
+    scheduler: FewStepScheduler | FlowEulerScheduler,
+    vae_folder: Path,
+    folder: Path,
+    records: Sequence[Training],
+    **stream: object,
+) -> None:
+    """Write a model as a pipeline folder, with its VAE and the record of its training.
+
+    Args:
+        denoiser: the model.
+        scheduler: its denoising steps.
+        vae_folder: of the VAE.
+        folder: to write to; replaced if it is there.
+        records: of the runs that made it.
+        **stream: how it streams, as in `CausalVideoPipeline`.
+    """
+    world = ToyWorld()
+    pipe = CausalVideoPipeline(
+        denoiser.tokenizer,
+        denoiser.text_encoder,
+        denoiser.transformer,
+        TinyVideoVAE.from_pretrained(vae_folder, dtype=torch.float16),
+        scheduler,
+        text_tokens=denoiser.text_tokens,
+        default_height=world.height,
+        default_width=world.width,
+        default_fps=world.fps,
+        **stream,  # type: ignore[arg-type]
+    )
+    partial = folder.with_name(f"{folder.name}.partial")
+    pipe.save_pretrained(partial)
+    (partial / "model_card.json").write_text(json.dumps(_card(), indent=1) + "\n")
+    if (vae_folder / RECORD_FOLDER).is_dir():
+        shutil.copytree(vae_folder / RECORD_FOLDER, partial / RECORD_FOLDER)
+    for training in records:
+        write_record(partial, training)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def _card() -> dict[str, object]:
+    """What `genstream models` says of the model."""
+    tables = {
+        "colours": vocabulary.COLOURS,
+        "shapes": vocabulary.SHAPES,
+        "sizes": vocabulary.SIZES,
+        "motions": {**vocabulary.HEADINGS, **vocabulary.OTHER_MOTIONS},
+        "backgrounds": vocabulary.BACKGROUNDS,
+    }
+    return {
+        "name": "toyworld",
+        "description": "Coloured shapes that move over a dark background: one or two objects.",
+        "vocabulary": {group: list(table) for group, table in tables.items()},
+    }

@@ -1,0 +1,160 @@
+"""Trains a teacher: a model of whole clips that sees all frames at once and takes many steps.
+
+Flow matching (arXiv 2210.02747) with logit-normal times and a timestep shift (arXiv 2403.03206). It is the
+same transformer as the student's, without a mask. Its clips are cut out anywhere of longer ones, so that it
+can judge any piece of a stream.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from genstream.schedulers.few_step import FlowEulerScheduler
+from genstream.training.clips import ClipSet
+from genstream.training.denoiser import Denoiser, for_training
+from genstream.training.loop import run
+from genstream.training.model_run import (
+    CAPTIONS,
+    RESULT_FOLDER,
+    ModelRunSettings,
+    check_vae,
+    load_latents,
+    save_model,
+    saved_settings,
+    start_from_initial,
+    trained,
+    trainings,
+)
+from genstream.training.objectives import add_noise, flow_loss, logit_normal_sigmas
+from genstream.training.record import claim_run
+
+logger = logging.getLogger(__name__)
+
+_EVALUATION_BATCHES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherTrainingSettings(ModelRunSettings):
+    """What is particular to the teacher.
+
+    Attributes:
+        horizon_chunks: chunks that it sees; its videos are as long.
+        time_mean: of the normal numbers whose sigmoid is the noise level before the shift.
+        time_std: likewise.
+        starts: share of clips that are the start of a longer one.
+        sampling_steps: of the finished model.
+    """
+
+    horizon_chunks: int = 6
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    starts: float = 0.3
+    sampling_steps: int = 24
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.horizon_chunks <= self.clip_chunks:
+            raise ValueError(
+                f"horizon_chunks must be in [1, {self.clip_chunks}], the chunks of a clip, "
+                f"got {self.horizon_chunks}"
+            )
+        if not self.time_std > 0:
+            raise ValueError(f"time_std must be above 0, got {self.time_std}")
+        if not 0 <= self.starts <= 1:
+            raise ValueError(f"starts must be in [0, 1], got {self.starts}")
+        if self.sampling_steps < 1:
+            raise ValueError(f"sampling_steps must be at least 1, got {self.sampling_steps}")
+
+    @property
+    def horizon_frames(self) -> int:
+        """Latent frames that it sees."""
+        return self.horizon_chunks * self.chunk_frames
+
+
+class TeacherTrainee:
+    """The teacher with its objective."""
+
+    def __init__(self, settings: TeacherTrainingSettings, clips: ClipSet, latents: Tensor) -> None:
+        self.settings = settings
+        self.clips = clips
+        self.latents = latents  # [clips, C, T, h, w]
+        self.module = for_training(Denoiser(settings, latents.shape[1]))
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Mean squared error of the velocity."""
+        return self._loss(np.random.default_rng((self.settings.seed, step)), range(self.settings.clips)), {}
+
+    @torch.no_grad()
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        """Loss of the averaged weights on fixed batches of clips that are never trained on."""
+        trained_module, self.module = self.module, module  # type: ignore[assignment]
+        try:
+            torch.manual_seed(self.settings.seed)
+            among = range(self.settings.clips, self.clips.count)
+            rngs = [
+                np.random.default_rng((self.settings.seed, batch)) for batch in range(_EVALUATION_BATCHES)
+            ]
+            losses = [self._loss(rng, among).item() for rng in rngs]
+        finally:
+            self.module = trained_module
+        return {"loss": float(np.mean(losses))}
+
+    def _loss(self, rng: np.random.Generator, among: range) -> Tensor:
+        settings, device = self.settings, self.module.transformer.device
+        clean, captions = self._draw(rng, among)
+        clean = clean.to(device, torch.float32)
+        told = [caption if rng.random() >= settings.without_text else "" for caption in captions]
+        levels = logit_normal_sigmas(len(clean), settings.shift, settings.time_mean, settings.time_std)
+        sigma = levels.to(device)[:, None].expand(-1, clean.shape[2])
+        noise = torch.randn_like(clean)
+        velocity = self.module.velocity(add_noise(clean, noise, sigma), sigma, self.module.embed(told))
+        return flow_loss(velocity, clean, noise)
+
+    def _draw(self, rng: np.random.Generator, among: range) -> tuple[Tensor, list[str]]:
+        """Latents of a batch `[B, C, T, h, w]` and their captions; in none does the scene change."""
+        settings, whole = self.settings, [clip for clip in among if not self.clips.switches(clip)]
+        latest = self.latents.shape[2] - settings.horizon_frames
+        latents, captions = [], []
+        for place in rng.integers(len(whole), size=settings.batch_size):
+            clip = whole[place]
+            start = 0 if rng.random() < settings.starts else int(rng.integers(latest + 1))
+            latents.append(self.latents[clip, :, start : start + settings.horizon_frames])
+            captions.append(self.clips.caption(clip, int(rng.integers(CAPTIONS))))
+        return torch.stack(latents), captions
+
+
+def train_teacher(settings: TeacherTrainingSettings, output: Path) -> None:
+    """Encode the clips, train, and continue what `output` already holds; the result is `output`/model."""
+    check_vae(settings)
+    claim_run(output, settings)
+    clips, latents = load_latents(settings, output)
+    torch.manual_seed(settings.seed)
+    trainee = TeacherTrainee(settings, clips, latents)
+    start_from_initial(trainee.module, settings)
+    run(settings.loop, trainee, output)
+    export(output, Path(settings.vae), output / RESULT_FOLDER)
+    logger.info("trained teacher in %s", output / RESULT_FOLDER)
+
+
+def export(run_folder: Path, vae_folder: Path, folder: Path) -> None:
+    """Write the averaged teacher of a run with its VAE as a pipeline folder, weights in float16.
+
+    Its videos are a single chunk; longer ones go on chunk by chunk without a past.
+    """
+    settings = saved_settings(run_folder, TeacherTrainingSettings)
+    save_model(
+        trained(run_folder, settings, vae_folder),
+        FlowEulerScheduler(num_steps=settings.sampling_steps, shift=settings.shift),
+        vae_folder,
+        folder,
+        trainings(run_folder, "teacher", TeacherTrainingSettings),
+        chunk_frames=settings.horizon_frames,
+        window_frames=0,
+        guidance_scale=settings.guidance_scale,
+    )
