@@ -1,4 +1,7 @@
-"""`genstream distill vae`: trains a small decoder to replace a large one; a run that was cut off goes on."""
+"""`genstream distill vae|student`: small and fast from large and slow; a run that was cut off goes on.
+
+vae is a small decoder that replaces a large one, student a stream of few steps that a teacher corrects.
+"""
 
 import argparse
 
@@ -15,9 +18,19 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "vae", help="distil the decoder of a video VAE", add_help=False, allow_abbrev=False
     )
     part.set_defaults(run=_distill_vae, takes_more=True)
+    part = parts.add_parser(
+        "student", help="distil a student from a teacher by self forcing", add_help=False, allow_abbrev=False
+    )
+    part.set_defaults(run=_distill_student, takes_more=True)
 
 
 def _distill_vae(arguments: argparse.Namespace) -> int:
     from genstream.training.distilled_vae import VAEDistillationSettings, distill_vae
 
     return run_training("genstream distill vae", VAEDistillationSettings, distill_vae, arguments)
+
+
+def _distill_student(arguments: argparse.Namespace) -> int:
+    from genstream.training.self_forcing import SelfForcingSettings, distill_student
+
+    return run_training("genstream distill student", SelfForcingSettings, distill_student, arguments)

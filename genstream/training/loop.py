@@ -11,10 +11,10 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +36,7 @@ class LoopSettings:
         learning_rate: peak, reached after `warmup_steps`; falls to zero along a half cosine.
         warmup_steps: linear warm-up.
         weight_decay: of both optimisers.
+        betas: of AdamW.
         optimizer: "adamw"; or "muon" (Jordan et al., 2024) for the matrices of repeated blocks, and AdamW for
             all else.
         gradient_clip: largest norm of the gradient.
@@ -51,6 +52,7 @@ class LoopSettings:
     learning_rate: float
     warmup_steps: int = 100
     weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
     optimizer: Literal["adamw", "muon"] = "adamw"
     gradient_clip: float = 1.0
     ema_decay: float = 0.999
@@ -75,7 +77,10 @@ class LoopSettings:
 
 
 class Trainee(Protocol):
-    """What is trained, and on what."""
+    """What is trained, and on what.
+
+    It may have `rate_factors`: for names that parameters start with, factors on their learning rate.
+    """
 
     @property
     def module(self) -> nn.Module:
@@ -146,7 +151,9 @@ class _Training:
         self.accelerator = Accelerator(mixed_precision="no")
         trainee.module.to(self.accelerator.device)
         self.average = copy.deepcopy(trainee.module).requires_grad_(requires_grad=False)
-        self.optimizers = [self.accelerator.prepare(each) for each in _optimizers(trainee.module, settings)]
+        factors: Mapping[str, float] = getattr(trainee, "rate_factors", {})
+        optimizers = _optimizers(trainee.module, settings, factors)
+        self.optimizers = [self.accelerator.prepare(each) for each in optimizers]
         self.step = 0
         self.seconds = 0.0
         self.window: list[dict[str, float]] = []
@@ -193,7 +200,7 @@ class _Training:
         learning_rate = learning_rate_at(self.step, settings)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group["rate_factor"]
         torch.manual_seed((settings.seed << 32) + self.step)
         device = self.accelerator.device.type
         with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16"):
@@ -222,7 +229,7 @@ class _Training:
         return self.step % interval == 0 or self.step == self.settings.total_steps
 
     def _log(self) -> None:
-        means = {name: sum(row[name] for row in self.window) / len(self.window) for name in self.window[0]}
+        means = _means(self.window)
         self.window = []
         _append_row(self.output / "log.csv", {"step": self.step, **means, "seconds": round(self.seconds, 1)})
         now = time.monotonic()
@@ -250,28 +257,47 @@ class _Training:
             shutil.rmtree(old)
 
 
-def _optimizers(module: nn.Module, settings: LoopSettings) -> list[torch.optim.Optimizer]:
-    trained = [weight for weight in module.parameters() if weight.requires_grad]
-    matrices = _block_matrices(module) if settings.optimizer == "muon" else []
-    chosen = {id(weight) for weight in matrices}
-    rest = [weight for weight in trained if id(weight) not in chosen]
+def _optimizers(
+    module: nn.Module, settings: LoopSettings, factors: Mapping[str, float]
+) -> list[torch.optim.Optimizer]:
+    trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+    matrices = _block_matrices(module) if settings.optimizer == "muon" else set()
+    chosen = {name: weight for name, weight in trained.items() if id(weight) in matrices}
+    rest = {name: weight for name, weight in trained.items() if name not in chosen}
     rate, decay = settings.learning_rate, settings.weight_decay
     optimizers: list[torch.optim.Optimizer] = []
-    if matrices:
+    if chosen:
         # Updates as large as AdamW's, so that both share one learning rate.
+        groups = _groups(chosen, factors)
         optimizers.append(
-            torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+            torch.optim.Muon(groups, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         )
     if rest:
-        optimizers.append(torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=decay))
+        groups = _groups(rest, factors)
+        optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=settings.betas, weight_decay=decay))
     return optimizers
 
 
-def _block_matrices(module: nn.Module) -> list[Tensor]:
-    """Weights of linear layers inside of repeated blocks: neither embeddings nor heads."""
+def _groups(weights: Mapping[str, Tensor], factors: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Parameter groups of an optimiser, one for each factor on the learning rate."""
+    groups: dict[float, list[Tensor]] = {}
+    for name, weight in weights.items():
+        factor = next((factor for start, factor in factors.items() if name.startswith(start)), 1.0)
+        groups.setdefault(factor, []).append(weight)
+    return [{"params": group, "rate_factor": factor} for factor, group in groups.items()]
+
+
+def _block_matrices(module: nn.Module) -> set[int]:
+    """Identities of the weights of linear layers inside of repeated blocks: neither embeddings nor heads."""
     blocks = [part for part in module.modules() if isinstance(part, nn.ModuleList)]
-    layers = {layer: None for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)}
-    return [layer.weight for layer in layers if layer.weight.requires_grad]
+    return {id(part.weight) for block in blocks for part in block.modules() if isinstance(part, nn.Linear)}
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of every figure over the steps that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    values = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: sum(each) / len(each) for name, each in values.items()}
 
 
 def _save_weights(module: nn.Module, path: Path) -> None:
@@ -280,10 +306,11 @@ def _save_weights(module: nn.Module, path: Path) -> None:
 
 
 def _append_row(path: Path, row: dict[str, float]) -> None:
-    is_new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if is_new:
+    with path.open("a+", newline="") as file:
+        file.seek(0)
+        header = next(csv.reader(file), None)
+        writer = csv.DictWriter(file, header or list(row))
+        if header is None:
             writer.writeheader()
         writer.writerow({name: f"{value:.6g}" for name, value in row.items()})
 

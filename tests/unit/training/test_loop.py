@@ -1,6 +1,7 @@
 import csv
 from collections import OrderedDict
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -175,3 +176,46 @@ def test_runs_of_one_process_may_differ_in_precision(tmp_path):
         settings = LoopSettings(**{**SETTINGS, "total_steps": 1}, precision=precision)
         run(settings, line, tmp_path / str(len(list(tmp_path.iterdir()))))
         assert seen == [dtype]
+
+
+class Pair(Line):
+    """Two lines that are trained in turn, with figures and learning rates of their own."""
+
+    rate_factors: ClassVar = {"two.": 0.25, "still.": 0.0}
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = ("one", "two", "still")
+        self.module = nn.ModuleDict({name: nn.Linear(2, 1, bias=False) for name in names})
+        for weight in self.module.parameters():
+            nn.init.zeros_(weight)
+
+    def loss(self, step: int):
+        name = ("one", "two")[step % 2]
+        loss = (self.module[name].weight - 1).sum() + 0 * self.module["still"].weight.sum()
+        return loss, {name: loss.item()}
+
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        return {}
+
+
+@pytest.mark.parametrize("log_steps", [2, 3])
+def test_parts_that_take_turns_have_their_own_rates_and_columns(tmp_path, log_steps):
+    settings = LoopSettings(
+        **{**SETTINGS, "log_steps": log_steps, "learning_rate": 1e-3, "gradient_clip": 1e9}, weight_decay=0.0
+    )
+    pair = Pair()
+    run(settings, pair, tmp_path)
+    one, two, still = (pair.module[name].weight.mean().item() for name in ("one", "two", "still"))
+    rates = [learning_rate_at(step, settings) for step in range(settings.total_steps)]
+    # AdamW's steps along a constant gradient are as long as the learning rate.
+    assert one == pytest.approx(-sum(rates[0::2]), rel=1e-3)
+    assert two == pytest.approx(-sum(rates[1::2]) / 4, rel=1e-3)
+    assert still == 0
+    with (tmp_path / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == settings.total_steps // log_steps
+    for row in rows:
+        assert float(row["one"]) <= -1.99
+        assert -2.01 <= float(row["two"]) <= -1.99
+    assert float(rows[-1]["one"]) < float(rows[0]["one"]) <= -2

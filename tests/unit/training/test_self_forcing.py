@@ -1,0 +1,229 @@
+"""Distillation by self forcing: who learns when, from which piece of a stream; and a whole run."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.training import self_forcing
+from genstream.training.denoiser import Denoiser, for_training
+from genstream.training.self_forcing import (
+    Distillation,
+    SelfForcingSettings,
+    SelfForcingTrainee,
+    distill_student,
+)
+from genstream.training.student import StudentTrainingSettings, train_student
+from genstream.training.teacher import TeacherTrainingSettings, train_teacher
+from genstream.vae.tiny import TinyVideoVAE
+
+MODEL = {"width": 48, "layers": 1, "ffn_width": 48, "text_width": 16, "text_layers": 1}
+TINY = {
+    "total_steps": 9,
+    "critic_steps": 2,
+    "batch_size": 2,
+    "stream_chunks": 5,
+    "checkpoint_steps": 3,
+    "evaluate_steps": 3,
+    "log_steps": 3,
+    "precision": "fp32",
+}
+STREAM = StudentTrainingSettings(**MODEL, chunk_frames=1, window_chunks=1, steps=(1000.0, 500.0))
+HORIZON = 3
+
+
+def vae():
+    return TinyVideoVAE(latent_channels=4, encoder_width=8, decoder_widths=(8, 8, 8, 8), first_frame_copies=3)
+
+
+def trainee_for(**changes) -> SelfForcingTrainee:
+    torch.manual_seed(0)
+    student, critic, teacher = (for_training(Denoiser(STREAM, 4)) for _ in range(3))
+    settings = SelfForcingSettings(**{**TINY, **changes})
+    return SelfForcingTrainee(settings, Distillation(student, critic), teacher, STREAM, HORIZON, vae())
+
+
+def learning(trainee) -> set[str]:
+    """What of student, critic and teacher has a gradient, and of what kind."""
+    parts = {"student": trainee.module.student, "critic": trainee.module.critic, "teacher": trainee.teacher}
+    return {
+        f"{part}.{name.split('.')[0]}"
+        for part, module in parts.items()
+        for name, weight in module.named_parameters()
+        if weight.grad is not None and weight.grad.any()
+    }
+
+
+@pytest.mark.parametrize("objective", ["dmd", "sid"])
+def test_student_and_critic_take_turns(objective):
+    trainee = trainee_for(objective=objective)
+    for step in range(6):
+        trainee.module.zero_grad()
+        loss, parts = trainee.loss(step)
+        loss.backward()
+        name = "student" if step % 3 == 0 else "critic"
+        assert list(parts) == [name]
+        expected = {f"{name}.transformer"}
+        if objective == "sid" and name == "student":
+            expected.add("critic.transformer")
+        assert learning(trainee) == expected
+
+
+def test_the_whole_transformer_of_the_student_learns():
+    trainee = trainee_for()
+    trainee.loss(0)[0].backward()
+    for name, weight in trainee.module.student.transformer.named_parameters():
+        assert weight.grad is not None, name
+
+
+def test_data_follow_from_the_step():
+    trainee, losses = trainee_for(), []
+    for step in (0, 3, 1, 0, 1):
+        torch.manual_seed(step)
+        losses.append(trainee.loss(step)[0].item())
+    assert losses[0] == losses[3] != losses[1]
+    assert losses[2] == losses[4]
+
+
+def test_pieces_are_the_ends_of_streams_of_all_lengths(monkeypatch):
+    trainee, seen = trainee_for(stream_chunks=6), Counter()
+
+    def rolled(engine, request, exit_step):
+        chunks = 1 + (request.num_frames - 1) // 4
+        seen[chunks, engine.gradient_from, exit_step] += 1
+        return torch.arange(float(chunks)).view(1, 1, -1, 1, 1).expand(2, 4, -1, 16, 16)
+
+    monkeypatch.setattr(self_forcing, "rollout", rolled)
+    for step in range(800):
+        piece = trainee._streams(trainee.module.student, ["a", "b"], np.random.default_rng(step))
+        assert piece.shape[2] == HORIZON
+        assert torch.equal(piece[0, 0, :, 0, 0].diff(), torch.ones(HORIZON - 1))
+    assert {key[:2] for key in seen} == {(3, 0), (4, 1), (5, 2), (6, 3)}
+    assert {key[2] for key in seen} == {0, 1}
+    assert max(seen.values()) < 1.5 * min(seen.values())  # 100 of each
+
+
+def test_noise_levels_stay_between_their_ends():
+    trainee = trainee_for(least_noise=0.5, most_noise=0.9)
+    sigma = trainee._sigma(torch.zeros(500, 4, 3, 2, 2), np.random.default_rng(0))
+    assert sigma.shape == (500, 3)
+    assert torch.equal(sigma, sigma[:, :1].expand(-1, 3))
+    assert (sigma.min(), sigma.max()) == (0.5, pytest.approx(0.9))
+
+
+@pytest.mark.parametrize(("scale", "passes"), [(1.0, 1), (3.0, 2)])
+def test_without_guidance_the_teacher_is_asked_once(monkeypatch, scale, passes):
+    trainee, calls = trainee_for(teacher_guidance=scale), []
+    velocity = trainee.teacher.velocity
+    monkeypatch.setattr(trainee.teacher, "velocity", lambda *given: calls.append(given) or velocity(*given))
+    with torch.no_grad():
+        trainee._judged(torch.randn(2, 4, 3, 16, 16), ["a", "b"], np.random.default_rng(0))
+    assert len(calls) == passes
+
+
+def test_a_student_that_is_its_teacher_stays_near_it():
+    """Where critic and teacher agree there is nothing to learn."""
+    trainee = trainee_for(teacher_guidance=1.0)
+    trainee.module.critic.load_state_dict(trainee.teacher.state_dict())
+    loss, _ = trainee.loss(0)
+    assert loss.item() == 0
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with finished runs of a teacher and a student, and their VAE."""
+    folder = tmp_path_factory.mktemp("runs")
+    vae().save_pretrained(folder / "vae")
+    small = {
+        **MODEL,
+        "vae": str(folder / "vae"),
+        "total_steps": 1,
+        "batch_size": 2,
+        "clips": 4,
+        "evaluation_clips": 4,
+        "clip_chunks": 6,
+        "chunk_frames": 1,
+        "precision": "fp32",
+    }
+    train_teacher(TeacherTrainingSettings(**small, horizon_chunks=HORIZON), folder / "teacher")
+    steps = {"window_chunks": 1, "steps": (1000.0, 500.0)}
+    train_student(StudentTrainingSettings(**small, **steps), folder / "student")
+    return folder
+
+
+def settings_for(runs, **changes) -> SelfForcingSettings:
+    places = {"teacher": runs / "teacher", "initial": runs / "student", "vae": runs / "vae"}
+    return SelfForcingSettings(**TINY, **{name: str(path) for name, path in places.items()}, **changes)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_run_that_was_killed_ends_like_one_that_was_not(runs, tmp_path, monkeypatch):
+    settings = settings_for(runs)
+    distill_student(settings, tmp_path / "whole")
+    loss = SelfForcingTrainee.loss
+
+    def killed(trainee, step):
+        if step == 5:
+            raise Killed
+        return loss(trainee, step)
+
+    monkeypatch.setattr(SelfForcingTrainee, "loss", killed)
+    with pytest.raises(Killed):
+        distill_student(settings, tmp_path / "cut")
+    monkeypatch.undo()
+    distill_student(settings, tmp_path / "cut")
+    whole, cut = (
+        [row.rsplit(",", 1)[0] for row in (tmp_path / name / "log.csv").read_text().splitlines()]
+        for name in ("whole", "cut")
+    )
+    assert whole == cut
+    record = json.loads((tmp_path / "whole" / "model" / "training" / "distilled_student.json").read_text())
+    assert record["command"].startswith("genstream distill student --teacher ")
+    assert {path.stem for path in (tmp_path / "whole" / "model" / "training").glob("*.json")} == {
+        "teacher_1",
+        "student_1",
+        "distilled_student",
+    }
+    pipe = CausalVideoPipeline.from_pretrained(tmp_path / "whole" / "model", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red circle moves right", num_frames=13, output_type="pt").frames.isfinite().all()
+    assert pipe.settings.guidance_scale == 1
+    before = CausalVideoPipeline.from_pretrained(runs / "student" / "model", dtype=torch.float32)
+    own, old = pipe.transformer.state_dict(), before.transformer.state_dict()
+    assert not all(torch.equal(own[name], old[name]) for name in own)
+    told, old_told = pipe.text_encoder.state_dict(), before.text_encoder.state_dict()
+    assert all(torch.equal(told[name], old_told[name]) for name in told)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"objective": "gan"}, "objective must be 'dmd' or 'sid', got 'gan'"),
+        ({"critic_steps": 0}, "critic_steps must be at least 1, got 0"),
+        ({"critic_rate": 0.0}, "critic_rate must be above 0, got 0.0"),
+        ({"teacher_guidance": 0.5}, r"teacher_guidance must be at least 1 \(off\), got 0.5"),
+        ({"least_noise": 0.99}, r"in \(0, 1\], the least first, got 0.99 and 0.98"),
+        ({"precision": "fp8"}, "precision must be"),
+    ],
+)
+def test_bad_settings(wrong, error):
+    with pytest.raises(ValueError, match=error):
+        SelfForcingSettings(**wrong)
+
+
+def test_what_does_not_fit_is_refused_before_the_run_starts(runs, tmp_path):
+    for wrong, error in (
+        ({"teacher": "nowhere"}, "teacher must be the folder of a finished run, got 'nowhere'"),
+        ({"initial": "nowhere"}, "initial must be the folder of a finished run, got 'nowhere'"),
+        ({"stream_chunks": 2}, "stream_chunks must be at least 3, what the teacher sees, got 2"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            distill_student(replace(settings_for(runs), **wrong), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
