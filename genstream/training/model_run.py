@@ -24,8 +24,6 @@ from genstream.training.record import RECORD_FOLDER, SETTINGS_NAME, Training, wr
 from genstream.vae.tiny import TinyVideoVAE
 
 RESULT_FOLDER = "model"
-CAPTIONS = 16
-"""Captions of one scene."""
 _LATENTS_FOLDER = "latents"
 
 

@@ -1,18 +1,17 @@
-"""Distils a student by self forcing: it streams, and a teacher corrects whole pieces of its streams.
+"""Distils a student by self forcing: it streams, and what corrects it sees whole pieces of its streams.
 
-Self Forcing (arXiv 2506.08009) with distribution matching (DMD, arXiv 2311.18828, or SiD, arXiv 2404.04057):
-what a frozen teacher and a critic, which learns what the student makes, see in the same noisy piece tells
-where to go. No videos are needed, only prompts. Self-Forcing++ (arXiv 2510.02283): the streams are longer
-than what the teacher sees, and the piece is the end of one, at any place with the same chance.
+Self Forcing (arXiv 2506.08009): the student learns from its own past. With distribution matching no videos
+are needed, only prompts. Self-Forcing++ (arXiv 2510.02283): the streams are longer than what the teacher
+sees, and the piece is the end of one, at any place with the same chance.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -22,33 +21,27 @@ from torch import Tensor, nn
 from genstream.cache.layout import PositionPolicy
 from genstream.data.toyworld import ToyWorld
 from genstream.schedulers.few_step import FewStepScheduler
-from genstream.schedulers.schedule import shifted
+from genstream.schedulers.schedule import Schedule
 from genstream.shapes import frames_of
 from genstream.streaming.noise import SeededNoise
 from genstream.streaming.request import StreamRequest
 from genstream.streaming.settings import StreamSettings
+from genstream.training.correctors import Adversarial, Corrector, Discriminator, Matching, NoiseLevels
 from genstream.training.denoiser import Denoiser, for_training
 from genstream.training.loop import LoopSettings, load_average, run, steps_taken
-from genstream.training.model_run import CAPTIONS, RESULT_FOLDER, save_model, saved_settings, trainings
-from genstream.training.objectives import (
-    add_noise,
-    clean_from,
-    flow_loss,
-    guided,
-    identity_loss,
-    matching_gradient,
-    matching_loss,
-)
+from genstream.training.model_run import RESULT_FOLDER, load_latents, save_model, saved_settings, trainings
+from genstream.training.prompts import Asked, ClipPieces, PromptSource, ScenePrompts, TextPrompts
 from genstream.training.record import Training, claim_run
 from genstream.training.rollout import RolloutEngine, rollout
 from genstream.training.student import StudentTrainingSettings
 from genstream.training.teacher import TeacherTrainingSettings
+from genstream.vae.protocol import StreamingVAE
 from genstream.vae.tiny import TinyVideoVAE
 
 logger = logging.getLogger(__name__)
 
-_SCENES = 2**31
-_EVALUATION_SCENES = 16
+_SEEDS = 2**62
+_EVALUATION_STREAMS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +53,10 @@ class SelfForcingSettings:
         initial: folder of a finished run of `genstream train student`, whose window, sinks, steps and shift
             the student keeps.
         vae: folder of the VAE whose latents both know.
-        objective: "dmd" or "sid".
+        objective: "dmd" and "sid" match the teacher's distribution, "gan" that of real clips, which a
+            discriminator tells apart that starts as the teacher.
+        prompts: text file with a prompt on each line; captions of random scenes when None. "gan" takes those
+            of the clips that the student was trained on.
         total_steps: of student and critic together.
         critic_steps: steps of the critic for each one of the student.
         learning_rate: peak of the student's.
@@ -68,9 +64,10 @@ class SelfForcingSettings:
         batch_size: streams of a step.
         stream_chunks: chunks of the longest streams; the teacher's horizon or more.
         teacher_guidance: guidance scale of the teacher; 1 is off.
-        least_noise: least noise level that teacher and critic are asked at.
+        least_noise: least noise level that pieces are judged at.
         most_noise: likewise.
         sid_alpha: weight of the squared difference in "sid".
+        smoothness: weight of the discriminator's squared slope in "gan".
         ema_decay: of the averaged weights, which are the result.
         checkpoint_steps: steps between checkpoints.
         evaluate_steps: steps between evaluations.
@@ -82,7 +79,8 @@ class SelfForcingSettings:
     teacher: str = "runs/teacher"
     initial: str = "runs/student"
     vae: str = "runs/vae/vae"
-    objective: Literal["dmd", "sid"] = "dmd"
+    objective: Literal["dmd", "sid", "gan"] = "dmd"
+    prompts: str | None = None
     total_steps: int = 1800
     critic_steps: int = 5
     learning_rate: float = 1e-4
@@ -93,6 +91,7 @@ class SelfForcingSettings:
     least_noise: float = 0.02
     most_noise: float = 0.98
     sid_alpha: float = 1.0
+    smoothness: float = 0.1
     ema_decay: float = 0.99
     checkpoint_steps: int = 120
     evaluate_steps: int = 300
@@ -102,8 +101,12 @@ class SelfForcingSettings:
 
     def __post_init__(self) -> None:
         _ = self.loop  # checks its part
-        if self.objective not in ("dmd", "sid"):
-            raise ValueError(f"objective must be 'dmd' or 'sid', got {self.objective!r}")
+        if self.objective not in ("dmd", "sid", "gan"):
+            raise ValueError(f"objective must be 'dmd', 'sid' or 'gan', got {self.objective!r}")
+        if self.objective == "gan" and self.prompts is not None:
+            raise ValueError(f"prompts must be None for 'gan', which needs clips, got {self.prompts!r}")
+        if not self.smoothness >= 0:
+            raise ValueError(f"smoothness must be at least 0, got {self.smoothness}")
         for name in ("critic_steps", "batch_size", "stream_chunks"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -117,6 +120,13 @@ class SelfForcingSettings:
                 "least_noise and most_noise must be in (0, 1], the least first, "
                 f"got {self.least_noise} and {self.most_noise}"
             )
+
+    def corrector(self, shift: float, teacher: Denoiser) -> Corrector:
+        """What corrects the student, for a timestep shift."""
+        levels = NoiseLevels(shift=shift, least=self.least_noise, most=self.most_noise)
+        if self.objective == "gan":
+            return Adversarial(levels, self.smoothness)
+        return Matching(teacher, levels, self.objective, self.teacher_guidance, self.sid_alpha)
 
     @property
     def loop(self) -> LoopSettings:
@@ -135,37 +145,77 @@ class SelfForcingSettings:
         )
 
 
-class Distillation(nn.Module):
-    """The student, and the critic that knows what it makes. Their text encoders are not trained."""
+@dataclass(frozen=True, kw_only=True)
+class Streaming:
+    """How a student streams.
 
-    def __init__(self, student: Denoiser, critic: Denoiser) -> None:
+    Attributes:
+        settings: cache and context.
+        schedule: its denoising steps.
+        height: pixels.
+        width: pixels.
+        vae: whose latents they are; it decodes nothing.
+    """
+
+    settings: StreamSettings
+    schedule: Schedule
+    height: int
+    width: int
+    vae: StreamingVAE
+
+    @classmethod
+    def of(cls, settings: StudentTrainingSettings, vae: StreamingVAE) -> Self:
+        """As it was trained for."""
+        chunk, world = settings.chunk_frames, ToyWorld()
+        return cls(
+            settings=StreamSettings(
+                chunk_frames=chunk,
+                sink_frames=chunk,
+                window_frames=settings.window_chunks * chunk,
+                positions=PositionPolicy.WINDOW,
+            ),
+            schedule=FewStepScheduler(steps=settings.steps, shift=settings.shift).schedule(),
+            height=world.height,
+            width=world.width,
+            vae=vae,
+        )
+
+
+class Distillation(nn.Module):
+    """The student, and the critic that learns what it makes. Their text encoders are not trained."""
+
+    def __init__(self, student: Denoiser, critic: Denoiser | Discriminator) -> None:
         super().__init__()
         self.student = student
         self.critic = critic
-        for part in (student, critic):
-            part.text_encoder.requires_grad_(requires_grad=False)
+        self.let_learn("student", "critic")
+
+    def let_learn(self, *parts: str) -> None:
+        """Let gradient reach the weights of these parts alone."""
+        for name, weight in self.named_parameters():
+            weight.requires_grad_(name.startswith(parts) and "text_encoder." not in name)
 
 
 class SelfForcingTrainee:
-    """A student with its critic and its teacher.
+    """A student that learns from pieces of its own streams.
 
     Args:
         settings: of the distillation.
-        module: student and critic with weights to start from; the critic's are the teacher's.
-        teacher: frozen.
+        module: student and critic with weights to start from.
+        corrector: their losses.
+        prompts: of the streams.
         stream: how the student streams.
-        horizon_chunks: chunks that teacher and critic see.
-        vae: whose latents they know; it decodes nothing.
+        horizon_chunks: chunks of a piece; `settings.stream_chunks` of the longest streams.
     """
 
     def __init__(
         self,
         settings: SelfForcingSettings,
         module: Distillation,
-        teacher: Denoiser,
-        stream: StudentTrainingSettings,
+        corrector: Corrector,
+        prompts: PromptSource,
+        stream: Streaming,
         horizon_chunks: int,
-        vae: TinyVideoVAE,
     ) -> None:
         if settings.stream_chunks < horizon_chunks:
             raise ValueError(
@@ -174,11 +224,10 @@ class SelfForcingTrainee:
             )
         self.settings = settings
         self.module = module
+        self.corrector = corrector
+        self.prompts = prompts
         self.stream = stream
-        self.teacher = teacher.requires_grad_(requires_grad=False)
         self.horizon_chunks = horizon_chunks
-        self.vae = vae
-        self.world = ToyWorld()
 
     @property
     def rate_factors(self) -> Mapping[str, float]:
@@ -188,99 +237,51 @@ class SelfForcingTrainee:
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Loss of the student in every step that is its turn, else of the critic."""
         rng = np.random.default_rng((self.settings.seed, step))
+        asked = self.prompts.draw(self.settings.batch_size, rng)
         students_turn = step % (self.settings.critic_steps + 1) == 0
-        return self._student_loss(rng) if students_turn else self._critic_loss(rng)
+        # Others' gradient goes through either, and must not train it.
+        self.module.let_learn("student" if students_turn else "critic")
+        corrector, critic = self.corrector, self.module.critic
+        with torch.set_grad_enabled(students_turn):
+            piece = self._piece(self.module.student, asked, rng)
+        if students_turn:
+            loss = corrector.student_loss(critic, piece, asked, rng)
+            return loss, {"student": loss.item()}
+        loss = corrector.critic_loss(critic, piece, asked, rng)
+        return loss, {"critic": loss.item()}
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
-        """How far teacher and critic are apart on the averaged student's streams, in the teacher's errors."""
+        """How far the averaged student is from where it should be, as far as the averaged critic knows."""
         assert isinstance(module, Distillation)
-        trained, self.module = self.module, module
-        try:
-            torch.manual_seed(self.settings.seed)
-            rng = np.random.default_rng((self.settings.seed, self.settings.total_steps))
-            captions = self._captions(rng, _EVALUATION_SCENES)
-            piece = self._streams(module.student, captions, rng)
-            _, real, fake = self._judged(piece, captions, rng)
-        finally:
-            self.module = trained
-        return {"distance": matching_gradient(piece, real, fake).abs().mean().item()}
+        torch.manual_seed(self.settings.seed)
+        rng = np.random.default_rng((self.settings.seed, self.settings.total_steps))
+        asked = self.prompts.draw(_EVALUATION_STREAMS, rng)
+        piece = self._piece(module.student, asked, rng)
+        return {"distance": self.corrector.distance(module.critic, piece, asked, rng)}
 
-    def _student_loss(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        captions = self._captions(rng, self.settings.batch_size)
-        piece = self._streams(self.module.student, captions, rng)
-        if self.settings.objective == "sid":
-            _, real, fake = self._judged(piece, captions, rng)
-            loss = identity_loss(piece, real, fake, self.settings.sid_alpha)
-        else:
-            with torch.no_grad():
-                _, real, fake = self._judged(piece, captions, rng)
-            loss = matching_loss(piece, real, fake)
-        return loss, {"student": loss.item()}
-
-    def _critic_loss(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        captions = self._captions(rng, self.settings.batch_size)
-        with torch.no_grad():
-            piece = self._streams(self.module.student, captions, rng)
-        sigma, critic = self._sigma(piece, rng), self.module.critic
-        noise = torch.randn_like(piece)
-        velocity = critic.velocity(add_noise(piece, noise, sigma), sigma, critic.embed(captions))
-        loss = flow_loss(velocity, piece, noise)
-        return loss, {"critic": loss.item()}
-
-    def _streams(self, student: Denoiser, captions: list[str], rng: np.random.Generator) -> Tensor:
-        """The last horizon of a stream for each caption, `[B, C, T, h, w]`."""
-        stream, chunk = self.stream, self.stream.chunk_frames
+    def _piece(self, student: Denoiser, asked: Asked, rng: np.random.Generator) -> Tensor:
+        """The last horizon of a stream for each prompt, `[B, C, T, h, w]`."""
+        stream = self.stream
         chunks = int(rng.integers(self.horizon_chunks, self.settings.stream_chunks + 1))
-        settings = StreamSettings(
-            chunk_frames=chunk,
-            sink_frames=chunk,
-            window_frames=stream.window_chunks * chunk,
-            positions=PositionPolicy.WINDOW,
-        )
+        exit_step = int(rng.integers(len(stream.schedule.timesteps)))
+        chunk = stream.settings.chunk_frames
+        first, last = (chunks - self.horizon_chunks) * chunk, chunks * chunk
         with torch.no_grad():
-            embeds = student.embed(captions)
-        request = StreamRequest(
-            prompt=tuple(captions),
-            prompt_embeds=embeds,
-            height=self.world.height,
-            width=self.world.width,
-            num_frames=frames_of(chunks * chunk, self.vae.spec.temporal_ratio),
-            noise=SeededNoise(tuple(int(seed) for seed in rng.integers(2**62, size=len(captions)))),
-            schedule=FewStepScheduler(steps=stream.steps, shift=stream.shift).schedule(),
-            settings=settings,
-            decode=False,
-        )
-        first = (chunks - self.horizon_chunks) * chunk
-        gradient_from = first if torch.is_grad_enabled() else chunks * chunk
-        engine = RolloutEngine(student.transformer, self.vae, student.embed, gradient_from=gradient_from)
-        exit_step = int(rng.integers(len(stream.steps)))
+            request = StreamRequest(
+                prompt=tuple(asked.captions),
+                prompt_embeds=student.embed(asked.captions),
+                height=stream.height,
+                width=stream.width,
+                num_frames=frames_of(last, stream.vae.spec.temporal_ratio),
+                noise=SeededNoise(tuple(rng.integers(_SEEDS, size=len(asked.captions)).tolist())),
+                schedule=stream.schedule,
+                settings=stream.settings,
+                decode=False,
+            )
+        gradient_from = first if torch.is_grad_enabled() else last
+        engine = RolloutEngine(student.transformer, stream.vae, student.embed, gradient_from=gradient_from)
         return rollout(engine, request, exit_step)[:, :, first:].float()
-
-    def _judged(
-        self, piece: Tensor, captions: list[str], rng: np.random.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise levels, and what teacher and critic make of a piece under the same noise."""
-        sigma, teacher, critic = self._sigma(piece, rng), self.teacher, self.module.critic
-        noisy = add_noise(piece, torch.randn_like(piece), sigma)
-        fake = clean_from(noisy, critic.velocity(noisy, sigma, critic.embed(captions)), sigma)
-        toward = teacher.velocity(noisy, sigma, teacher.embed(captions))
-        if self.settings.teacher_guidance > 1:
-            away = teacher.velocity(noisy, sigma, teacher.embed([""] * len(captions)))
-            toward = guided(toward, away, self.settings.teacher_guidance)
-        return sigma, clean_from(noisy, toward, sigma), fake
-
-    def _sigma(self, piece: Tensor, rng: np.random.Generator) -> Tensor:
-        """The same noise level for all frames of a clip, `[B, T]`."""
-        levels = shifted(torch.from_numpy(rng.random(len(piece))).float(), self.stream.shift)  # type: ignore[arg-type]
-        assert isinstance(levels, Tensor)
-        levels = levels.clamp(self.settings.least_noise, self.settings.most_noise)
-        return levels.to(piece.device)[:, None].expand(-1, piece.shape[2])
-
-    def _captions(self, rng: np.random.Generator, count: int) -> list[str]:
-        """Captions of random scenes."""
-        scenes = [self.world.scene(int(seed), "train") for seed in rng.integers(_SCENES, size=count)]
-        return [self.world.caption(scene, int(rng.integers(CAPTIONS))) for scene in scenes]
 
 
 def distill_student(settings: SelfForcingSettings, output: Path) -> None:
@@ -289,28 +290,39 @@ def distill_student(settings: SelfForcingSettings, output: Path) -> None:
         if not (Path(getattr(settings, name)) / "settings.json").is_file():
             raise ValueError(f"{name} must be the folder of a finished run, got {getattr(settings, name)!r}")
     device = PartialState().device
-    teacher_settings = saved_settings(Path(settings.teacher), TeacherTrainingSettings)
-    stream = saved_settings(Path(settings.initial), StudentTrainingSettings)
+    taught = saved_settings(Path(settings.teacher), TeacherTrainingSettings)
+    learner = saved_settings(Path(settings.initial), StudentTrainingSettings)
     vae = TinyVideoVAE.from_pretrained(settings.vae, dtype=torch.float32)
     channels = vae.spec.latent_channels
-    teacher, critic = (for_training(Denoiser(teacher_settings, channels)) for _ in range(2))
+    teacher, critic = (for_training(Denoiser(taught, channels)) for _ in range(2))
     for each in (teacher, critic):
         load_average(each, Path(settings.teacher))
-    student = for_training(Denoiser(stream, channels))
+    student = for_training(Denoiser(learner, channels))
     load_average(student, Path(settings.initial))
+    is_gan = settings.objective == "gan"
+    torch.manual_seed(settings.seed)
     trainee = SelfForcingTrainee(
         settings,
-        Distillation(student, critic),
-        teacher.to(device).eval(),
-        stream,
-        teacher_settings.horizon_chunks,
-        vae,
+        Distillation(student, Discriminator(critic) if is_gan else critic),
+        settings.corrector(learner.shift, teacher.to(device).eval()),
+        _prompts(settings, learner, taught.horizon_frames, output),
+        Streaming.of(learner, vae),
+        taught.horizon_chunks,
     )
     claim_run(output, settings)
     average = run(settings.loop, trainee, output)
     assert isinstance(average, Distillation)
-    export(average.student, settings, stream, output)
+    export(average.student, settings, learner, output)
     logger.info("distilled student in %s", output / RESULT_FOLDER)
+
+
+def _prompts(
+    settings: SelfForcingSettings, learner: StudentTrainingSettings, frames: int, output: Path
+) -> PromptSource:
+    if settings.objective == "gan":
+        clips, latents = load_latents(replace(learner, vae=settings.vae), output)
+        return ClipPieces(clips, latents, frames, range(learner.clips))
+    return ScenePrompts() if settings.prompts is None else TextPrompts(Path(settings.prompts))
 
 
 def export(

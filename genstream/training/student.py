@@ -22,7 +22,6 @@ from genstream.training.denoiser import Denoiser, for_training
 from genstream.training.forcing import ForcedSequence, from_middle, from_start
 from genstream.training.loop import run
 from genstream.training.model_run import (
-    CAPTIONS,
     RESULT_FOLDER,
     ModelRunSettings,
     check_vae,
@@ -33,6 +32,7 @@ from genstream.training.model_run import (
     trained,
     trainings,
 )
+from genstream.training.prompts import CAPTIONS
 from genstream.training.record import claim_run
 
 logger = logging.getLogger(__name__)

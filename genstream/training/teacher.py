@@ -20,7 +20,6 @@ from genstream.training.clips import ClipSet
 from genstream.training.denoiser import Denoiser, for_training
 from genstream.training.loop import run
 from genstream.training.model_run import (
-    CAPTIONS,
     RESULT_FOLDER,
     ModelRunSettings,
     check_vae,
@@ -32,6 +31,7 @@ from genstream.training.model_run import (
     trainings,
 )
 from genstream.training.objectives import add_noise, flow_loss, logit_normal_sigmas
+from genstream.training.prompts import ClipPieces
 from genstream.training.record import claim_run
 
 logger = logging.getLogger(__name__)
@@ -88,45 +88,32 @@ class TeacherTrainee:
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of the velocity."""
-        return self._loss(np.random.default_rng((self.settings.seed, step)), range(self.settings.clips)), {}
+        rng = np.random.default_rng((self.settings.seed, step))
+        return self._loss(self.module, self._pieces(range(self.settings.clips)), rng), {}
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         """Loss of the averaged weights on fixed batches of clips that are never trained on."""
-        trained_module, self.module = self.module, module  # type: ignore[assignment]
-        try:
-            torch.manual_seed(self.settings.seed)
-            among = range(self.settings.clips, self.clips.count)
-            rngs = [
-                np.random.default_rng((self.settings.seed, batch)) for batch in range(_EVALUATION_BATCHES)
-            ]
-            losses = [self._loss(rng, among).item() for rng in rngs]
-        finally:
-            self.module = trained_module
-        return {"loss": float(np.mean(losses))}
+        assert isinstance(module, Denoiser)
+        torch.manual_seed(self.settings.seed)
+        pieces = self._pieces(range(self.settings.clips, self.clips.count))
+        rngs = [np.random.default_rng((self.settings.seed, batch)) for batch in range(_EVALUATION_BATCHES)]
+        return {"loss": float(np.mean([self._loss(module, pieces, rng).item() for rng in rngs]))}
 
-    def _loss(self, rng: np.random.Generator, among: range) -> Tensor:
-        settings, device = self.settings, self.module.transformer.device
-        clean, captions = self._draw(rng, among)
-        clean = clean.to(device, torch.float32)
-        told = [caption if rng.random() >= settings.without_text else "" for caption in captions]
+    def _pieces(self, among: range) -> ClipPieces:
+        settings = self.settings
+        return ClipPieces(self.clips, self.latents, settings.horizon_frames, among, settings.starts)
+
+    def _loss(self, module: Denoiser, pieces: ClipPieces, rng: np.random.Generator) -> Tensor:
+        settings, asked = self.settings, pieces.draw(self.settings.batch_size, rng)
+        assert asked.pieces is not None
+        clean = asked.pieces.to(module.transformer.device, torch.float32)
+        told = [caption if rng.random() >= settings.without_text else "" for caption in asked.captions]
         levels = logit_normal_sigmas(len(clean), settings.shift, settings.time_mean, settings.time_std)
-        sigma = levels.to(device)[:, None].expand(-1, clean.shape[2])
+        sigma = levels.to(clean.device)[:, None].expand(-1, clean.shape[2])
         noise = torch.randn_like(clean)
-        velocity = self.module.velocity(add_noise(clean, noise, sigma), sigma, self.module.embed(told))
+        velocity = module.velocity(add_noise(clean, noise, sigma), sigma, module.embed(told))
         return flow_loss(velocity, clean, noise)
-
-    def _draw(self, rng: np.random.Generator, among: range) -> tuple[Tensor, list[str]]:
-        """Latents of a batch `[B, C, T, h, w]` and their captions; in none does the scene change."""
-        settings, whole = self.settings, [clip for clip in among if not self.clips.switches(clip)]
-        latest = self.latents.shape[2] - settings.horizon_frames
-        latents, captions = [], []
-        for place in rng.integers(len(whole), size=settings.batch_size):
-            clip = whole[place]
-            start = 0 if rng.random() < settings.starts else int(rng.integers(latest + 1))
-            latents.append(self.latents[clip, :, start : start + settings.horizon_frames])
-            captions.append(self.clips.caption(clip, int(rng.integers(CAPTIONS))))
-        return torch.stack(latents), captions
 
 
 def train_teacher(settings: TeacherTrainingSettings, output: Path) -> None:

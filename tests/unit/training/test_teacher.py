@@ -75,9 +75,9 @@ def test_it_sees_the_future():
 
 def test_clips_are_cut_out_anywhere_and_show_one_scene():
     latents = torch.arange(45.0).view(9, 1, 5, 1, 1).expand(9, 4, 5, 4, 4)
-    trainee = trainee_for(latents, starts=0.3, batch_size=400)
-    drawn, captions = trainee._draw(np.random.default_rng(0), range(9))
-    numbers = drawn[:, 0, :, 0, 0].long()
+    trainee = trainee_for(latents, starts=0.3)
+    asked = trainee._pieces(range(9)).draw(400, np.random.default_rng(0))
+    numbers, captions = asked.pieces[:, 0, :, 0, 0].long(), asked.captions
     assert torch.equal(numbers - numbers[:, :1], torch.arange(3).expand(400, 3))
     clips, starts = numbers[:, 0] // 5, numbers[:, 0] % 5
     assert set(clips.tolist()) == {0, 1, 2, 4, 5, 6, 8}

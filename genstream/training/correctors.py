@@ -1,0 +1,207 @@
+"""What tells a student where its streams go wrong: a teacher and a critic, or a discriminator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from genstream.schedulers.schedule import shifted
+from genstream.training.denoiser import Denoiser
+from genstream.training.objectives import (
+    add_noise,
+    adversarial_loss,
+    clean_from,
+    discriminator_loss,
+    flow_loss,
+    guided,
+    identity_loss,
+    matching_gradient,
+    matching_loss,
+    roughness,
+)
+from genstream.training.prompts import Asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseLevels:
+    """Noise levels that pieces of streams are judged at, the same for all frames of one.
+
+    Attributes:
+        shift: timestep shift of what is drawn evenly.
+        least: in (0, 1].
+        most: likewise.
+    """
+
+    shift: float
+    least: float
+    most: float
+
+    def draw(self, like: Tensor, rng: np.random.Generator) -> Tensor:
+        """`[B, T]` for pieces `[B, C, T, h, w]`."""
+        levels = shifted(rng.random(len(like)), self.shift)  # type: ignore[arg-type]
+        sigma = torch.from_numpy(np.clip(levels, self.least, self.most)).float()
+        return sigma.to(like.device)[:, None].expand(-1, like.shape[2])
+
+
+class Corrector(Protocol):
+    """Losses of a student and of the critic that is trained beside it, on pieces of its streams.
+
+    The critic is passed in, since evaluation takes the averaged one.
+    """
+
+    def student_loss(
+        self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator
+    ) -> Tensor:
+        """Of a piece `[B, C, T, h, w]` with gradient."""
+
+    def critic_loss(self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator) -> Tensor:
+        """Of a piece without gradient."""
+
+    def distance(self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator) -> float:
+        """How far the student is from where it should be, as far as the critic knows."""
+
+
+class Matching:
+    """Distribution matching: the difference of what a frozen teacher and a critic see under the same noise.
+
+    The critic is a denoiser that learns what the student makes (DMD, arXiv 2311.18828; SiD, 2404.04057).
+
+    Args:
+        teacher: frozen.
+        levels: of the noise.
+        objective: "dmd" or "sid".
+        guidance: guidance scale of the teacher; 1 is off.
+        alpha: weight of the squared difference in "sid".
+    """
+
+    def __init__(
+        self,
+        teacher: Denoiser,
+        levels: NoiseLevels,
+        objective: Literal["dmd", "sid"] = "dmd",
+        guidance: float = 1.0,
+        alpha: float = 1.0,
+    ) -> None:
+        self.teacher = teacher.requires_grad_(requires_grad=False)
+        self.levels = levels
+        self.objective = objective
+        self.guidance = guidance
+        self.alpha = alpha
+
+    def student_loss(
+        self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator
+    ) -> Tensor:
+        """Takes the piece to where the teacher finds more of its kind than the critic does."""
+        if self.objective == "sid":
+            real, fake = self._seen(critic, piece, asked, rng)
+            return identity_loss(piece, real, fake, self.alpha)
+        with torch.no_grad():
+            real, fake = self._seen(critic, piece, asked, rng)
+        return matching_loss(piece, real, fake)
+
+    def critic_loss(self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator) -> Tensor:
+        """Flow matching on what the student makes."""
+        assert isinstance(critic, Denoiser)
+        sigma, noise = self.levels.draw(piece, rng), torch.randn_like(piece)
+        velocity = critic.velocity(add_noise(piece, noise, sigma), sigma, critic.embed(asked.captions))
+        return flow_loss(velocity, piece, noise)
+
+    def distance(self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator) -> float:
+        """Mean absolute difference of teacher and critic, in errors of the teacher."""
+        real, fake = self._seen(critic, piece, asked, rng)
+        return matching_gradient(piece, real, fake).abs().mean().item()
+
+    def _seen(
+        self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Clean samples that teacher and critic see in a piece under noise."""
+        assert isinstance(critic, Denoiser)
+        sigma, teacher = self.levels.draw(piece, rng), self.teacher
+        noisy = add_noise(piece, torch.randn_like(piece), sigma)
+        fake = critic.velocity(noisy, sigma, critic.embed(asked.captions))
+        real = teacher.velocity(noisy, sigma, teacher.embed(asked.captions))
+        if self.guidance > 1:
+            away = teacher.velocity(noisy, sigma, teacher.embed([""] * len(asked.captions)))
+            real = guided(real, away, self.guidance)
+        return clean_from(noisy, real, sigma), clean_from(noisy, fake, sigma)
+
+
+class Discriminator(nn.Module):
+    """A denoiser with a head that tells real pieces under noise from made ones.
+
+    Args:
+        denoiser: with a teacher's weights; what its last layer sees is judged.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        width = denoiser.transformer.proj_out.in_features
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
+
+    def forward(self, noisy: Tensor, sigma: Tensor, captions: list[str]) -> Tensor:
+        """Logits `[B]`, high for real ones."""
+        seen: list[Tensor] = []
+        transformer = self.denoiser.transformer
+        hook = transformer.norm_out.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        try:
+            self.denoiser.velocity(noisy, sigma, self.denoiser.embed(captions))
+        finally:
+            hook.remove()
+        logits: Tensor = self.head(seen[0].float().mean(dim=(1, 2)))  # [B, T, L, C]
+        return logits[:, 0]
+
+
+class Adversarial:
+    """A discriminator that is shown real pieces of the same prompts (R3GAN, arXiv 2501.05441).
+
+    Args:
+        levels: of the noise, the same for a real piece and a made one.
+        smoothness: weight of the discriminator's squared slope at either.
+        step: deviation of the noise along which that slope is taken.
+    """
+
+    def __init__(self, levels: NoiseLevels, smoothness: float, step: float = 0.01) -> None:
+        self.levels = levels
+        self.smoothness = smoothness
+        self.step = step
+
+    def student_loss(
+        self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator
+    ) -> Tensor:
+        """Takes the piece to where it looks as real as the real one."""
+        real, fake, _ = self._logits(critic, piece, asked, rng)
+        return adversarial_loss(real, fake)
+
+    def critic_loss(self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator) -> Tensor:
+        """Tells both apart, without steep slopes."""
+        real, fake, slope = self._logits(critic, piece, asked, rng)
+        return discriminator_loss(real, fake) + self.smoothness * slope
+
+    def distance(self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator) -> float:
+        """How much more real the real pieces look."""
+        real, fake, _ = self._logits(critic, piece, asked, rng)
+        return (real - fake).mean().item()
+
+    def _logits(
+        self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the real pieces, of the made ones, and the squared slopes at both."""
+        assert isinstance(critic, Discriminator)
+        if asked.pieces is None:
+            raise ValueError("prompts must come with clips for an adversarial objective, got prompts alone")
+        real = asked.pieces.to(piece)
+        sigma = self.levels.draw(piece, rng)
+        both = torch.cat([add_noise(each, torch.randn_like(each), sigma) for each in (real, piece)])
+        captions, levels = asked.captions * 2, torch.cat([sigma, sigma])
+        logits = critic(both, levels, captions)
+        slope = logits.new_zeros(())
+        if self.smoothness > 0 and not piece.requires_grad:
+            disturbed = critic(both + self.step * torch.randn_like(both), levels, captions)
+            slope = roughness(logits, disturbed, self.step)
+        of_real, of_made = logits.chunk(2)
+        return of_real, of_made, slope

@@ -1,0 +1,102 @@
+"""What distillation asks the student for: prompts alone, or prompts with the clips that they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genstream.data.toyworld import ToyWorld
+from genstream.training.clips import ClipSet
+
+CAPTIONS = 16
+"""Captions of one scene."""
+_SCENES = 2**31
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A batch of prompts.
+
+    Attributes:
+        captions: one for each stream.
+        pieces: real latents that they describe, `[B, C, T, h, w]`; None where there are none.
+    """
+
+    captions: list[str]
+    pieces: Tensor | None = None
+
+
+class PromptSource(Protocol):
+    """Where prompts come from."""
+
+    def draw(self, count: int, rng: np.random.Generator) -> Asked:
+        """A random batch."""
+
+
+class ScenePrompts:
+    """Captions of random scenes of the toy world."""
+
+    def draw(self, count: int, rng: np.random.Generator) -> Asked:
+        """A random batch."""
+        world = ToyWorld()
+        scenes = [world.scene(int(seed), "train") for seed in rng.integers(_SCENES, size=count)]
+        return Asked([world.caption(scene, int(rng.integers(CAPTIONS))) for scene in scenes])
+
+
+class TextPrompts:
+    """The lines of a text file; empty ones are left out.
+
+    Raises:
+        ValueError: the file cannot be read as text, or holds no prompt.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"prompts must be a text file, got {str(path)!r}: {error}") from error
+        self.lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if not self.lines:
+            raise ValueError(f"prompts must hold a prompt on each line, got {str(path)!r}, which is empty")
+
+    def draw(self, count: int, rng: np.random.Generator) -> Asked:
+        """A random batch."""
+        return Asked([self.lines[place] for place in rng.integers(len(self.lines), size=count)])
+
+
+class ClipPieces:
+    """Pieces of training clips with their captions; in none does the scene change.
+
+    Args:
+        clips: of the toy world.
+        latents: of all clips, `[clips, C, T, h, w]`.
+        frames: latent frames of a piece.
+        among: numbers of the clips to draw from.
+        starts: share of pieces that are the start of a clip; the others are from anywhere.
+    """
+
+    def __init__(
+        self, clips: ClipSet, latents: Tensor, frames: int, among: Sequence[int], starts: float = 0.0
+    ) -> None:
+        self.clips = clips
+        self.latents = latents
+        self.frames = frames
+        self.among = [clip for clip in among if not clips.switches(clip)]
+        self.starts = starts
+
+    def draw(self, count: int, rng: np.random.Generator) -> Asked:
+        """A random batch, with its pieces."""
+        latest = self.latents.shape[2] - self.frames
+        pieces, captions = [], []
+        for place in rng.integers(len(self.among), size=count):
+            clip = self.among[place]
+            start = 0 if rng.random() < self.starts else int(rng.integers(latest + 1))
+            pieces.append(self.latents[clip, :, start : start + self.frames])
+            captions.append(self.clips.caption(clip, int(rng.integers(CAPTIONS))))
+        return Asked(captions, torch.stack(pieces))

@@ -1,0 +1,130 @@
+"""What corrects students, on pieces of random numbers."""
+
+import numpy as np
+import pytest
+import torch
+
+from genstream.training.correctors import Adversarial, Discriminator, Matching, NoiseLevels
+from genstream.training.denoiser import Denoiser, DenoiserSettings
+from genstream.training.prompts import Asked
+
+SMALL = DenoiserSettings(width=48, layers=1, ffn_width=48, text_width=16, text_layers=1)
+LEVELS = NoiseLevels(shift=3.0, least=0.1, most=0.9)
+CAPTIONS = ["a red circle", "a blue square"]
+SHAPE = (2, 4, 3, 4, 4)
+
+
+def denoiser(seed):
+    torch.manual_seed(seed)
+    return Denoiser(SMALL, 4)
+
+
+def piece(seed=0):
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def loss_of(corrector, critic, x, asked, kind="student_loss"):
+    torch.manual_seed(0)
+    return getattr(corrector, kind)(critic, x, asked, np.random.default_rng(0))
+
+
+def distance_of(corrector, critic, x, asked):
+    torch.manual_seed(0)
+    return corrector.distance(critic, x.detach(), asked, np.random.default_rng(0))
+
+
+def noted(monkeypatch, *denoisers):
+    """The arguments that the velocities of these are asked with, as they come."""
+    seen = []
+    for each in denoisers:
+        velocity = each.velocity
+
+        def note(*given, velocity=velocity):
+            seen.append(given)
+            return velocity(*given)
+
+        monkeypatch.setattr(each, "velocity", note)
+    return seen
+
+
+def test_noise_levels_stay_between_their_ends():
+    levels = NoiseLevels(shift=12.0, least=0.5, most=0.9)
+    sigma = levels.draw(torch.zeros(500, 4, 3, 2, 2), np.random.default_rng(0))
+    assert sigma.shape == (500, 3)
+    assert torch.equal(sigma, sigma[:, :1].expand(-1, 3))
+    assert (sigma.min(), sigma.max()) == (0.5, pytest.approx(0.9))
+
+
+@pytest.mark.parametrize("objective", ["dmd", "sid"])
+def test_where_critic_and_teacher_agree_there_is_nothing_to_learn(objective):
+    teacher, critic, other = denoiser(0), denoiser(0), denoiser(1)
+    corrector, x, asked = Matching(teacher, LEVELS, objective), piece(), Asked(CAPTIONS)
+    assert loss_of(corrector, critic, x, asked).item() == pytest.approx(0, abs=1e-6)
+    assert distance_of(corrector, critic, x, asked) == pytest.approx(0, abs=1e-6)
+    loss_of(corrector, other, x, asked).backward()
+    assert x.grad.abs().max() > 0
+    assert distance_of(corrector, other, x, asked) > 1e-3
+
+
+def test_matching_asks_both_at_the_same_noise(monkeypatch):
+    teacher, critic = denoiser(0), denoiser(1)
+    seen = noted(monkeypatch, teacher, critic)
+    loss_of(Matching(teacher, LEVELS, guidance=3.0), critic, piece(), Asked(CAPTIONS))
+    assert len(seen) == 3
+    for x, sigma, _ in seen:
+        assert torch.equal(x, seen[0][0])
+        assert torch.equal(sigma, seen[0][1])
+
+
+def test_without_guidance_the_teacher_is_asked_once(monkeypatch):
+    teacher = denoiser(0)
+    seen = noted(monkeypatch, teacher)
+    loss_of(Matching(teacher, LEVELS), denoiser(1), piece(), Asked(CAPTIONS))
+    assert len(seen) == 1
+
+
+def test_the_critic_learns_the_flow_of_what_it_is_shown():
+    critic, corrector, x = denoiser(0), Matching(denoiser(1), LEVELS), piece().detach()
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=3e-3)
+    before = loss_of(corrector, critic, x, Asked(CAPTIONS), "critic_loss").item()
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss_of(corrector, critic, x, Asked(CAPTIONS), "critic_loss").backward()
+        optimizer.step()
+    assert loss_of(corrector, critic, x, Asked(CAPTIONS), "critic_loss").item() < 0.9 * before
+
+
+def test_a_discriminator_learns_to_tell_and_the_student_to_deceive():
+    torch.manual_seed(0)
+    critic, corrector = Discriminator(denoiser(0)), Adversarial(LEVELS, smoothness=0.01)
+    made, asked = piece(), Asked(CAPTIONS, pieces=piece(1).detach() + 2)
+    distance = distance_of(corrector, critic, made, asked)
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=3e-3)
+    for _ in range(25):
+        optimizer.zero_grad()
+        loss_of(corrector, critic, made.detach(), asked, "critic_loss").backward()
+        optimizer.step()
+    told = distance_of(corrector, critic, made, asked)
+    assert told > distance + 0.5
+    moving = torch.optim.Adam([made], lr=0.1)
+    for _ in range(10):
+        moving.zero_grad()
+        loss_of(corrector, critic, made, asked).backward()
+        moving.step()
+    assert distance_of(corrector, critic, made, asked) < told
+
+
+def test_smoothness_counts_for_the_discriminator_alone():
+    torch.manual_seed(0)
+    critic, made = Discriminator(denoiser(0)), piece()
+    torch.nn.init.normal_(critic.denoiser.transformer.proj_out.weight)
+    asked = Asked(CAPTIONS, pieces=piece(1).detach())
+    smooth, rough = Adversarial(LEVELS, smoothness=1.0), Adversarial(LEVELS, smoothness=0.0)
+    assert torch.equal(loss_of(smooth, critic, made, asked), loss_of(rough, critic, made, asked))
+    more, less = (loss_of(each, critic, made.detach(), asked, "critic_loss") for each in (smooth, rough))
+    assert more > less
+
+
+def test_a_discriminator_needs_clips():
+    with pytest.raises(ValueError, match="prompts must come with clips"):
+        loss_of(Adversarial(LEVELS, 0.0), Discriminator(denoiser(0)), piece(), Asked(CAPTIONS))
