@@ -51,16 +51,16 @@ _PENDING = "pending"
 
 def _to_images(video: Tensor, patch_size: int = 1) -> Tensor:
     """[B, C, F, H, W] to [B*F, C p^2, H/p, W/p], channels last: 4 times faster on CPU than contiguous."""
-    patches = video.unflatten(4, (-1, patch_size)).unflatten(3, (-1, patch_size))  # [B, C, F, h, p, w, p]
-    pixels = patches.permute(0, 2, 3, 5, 1, 4, 6).contiguous().flatten(4)  # [B, F, h, w, C p^2]
-    return pixels.flatten(0, 1).permute(0, 3, 1, 2)
+    patches: Tensor = video.unflatten(4, (-1, patch_size)).unflatten(3, (-1, patch_size))
+    pixels = patches.permute(0, 2, 3, 5, 1, 4, 6).contiguous()  # [B, F, h, w, C, p, p]
+    return pixels.flatten(4).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def _to_video(images: Tensor, batch_size: int, patch_size: int = 1) -> Tensor:
     """[B*F, C p^2, h, w] in channels last order to [B, C, F, p h, p w], in a single copy."""
-    patches = images.permute(0, 2, 3, 1).unflatten(3, (-1, patch_size, patch_size))
-    video = patches.unflatten(0, (batch_size, -1)).permute(0, 4, 1, 2, 5, 3, 6)  # [B, C, F, h, p, w, p]
-    return video.contiguous().flatten(5, 6).flatten(3, 4)
+    pixels: Tensor = images.permute(0, 2, 3, 1).unflatten(3, (-1, patch_size, patch_size))
+    frames: Tensor = pixels.unflatten(0, (batch_size, -1))  # [B, F, h, w, C, p, p]
+    return frames.permute(0, 4, 1, 2, 5, 3, 6).contiguous().flatten(5, 6).flatten(3, 4)
 
 
 def _run(

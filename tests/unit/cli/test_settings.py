@@ -76,5 +76,5 @@ def test_wrong_config(tmp_path: Path, content: str, message: str):
 
 
 def test_part_must_exist(capsys: pytest.CaptureFixture[str]):
-    assert main(["train", "teacher"]) == 2
+    assert main(["train", "nothing"]) == 2
     assert "student" in capsys.readouterr().err
