@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -19,9 +20,11 @@ from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.training.clips import SWITCHED_EVERY, ClipSet, encode_clips
 from genstream.training.denoiser import Denoiser, DenoiserSettings, load_initial
-from genstream.training.loop import LoopSettings, load_average, steps_taken
-from genstream.training.record import RECORD_FOLDER, SETTINGS_NAME, Training, write_record
+from genstream.training.loop import LoopSettings, Trainee, load_average, run, steps_taken
+from genstream.training.record import RECORD_FOLDER, SETTINGS_NAME, Training, claim_run, write_record
 from genstream.vae.tiny import TinyVideoVAE
+
+logger = logging.getLogger(__name__)
 
 RESULT_FOLDER = "model"
 _LATENTS_FOLDER = "latents"
@@ -107,6 +110,29 @@ class ModelRunSettings(DenoiserSettings):
 S = TypeVar("S", bound=ModelRunSettings)
 
 
+def train_model(
+    settings: S,
+    output: Path,
+    build: Callable[[S, ClipSet, Tensor], Trainee],
+    export: Callable[[Path, Path, Path], None],
+) -> None:
+    """Train what `build` makes of the clips' latents, continuing what `output` already holds.
+
+    The result is `output`/model, written by `export` from the run, its VAE and the folder to write.
+    """
+    if not (Path(settings.vae) / "config.json").is_file():
+        raise ValueError(f"vae must be the folder of a trained VAE, got {settings.vae!r}")
+    claim_run(output, settings)
+    clips, latents = load_latents(settings, output)
+    torch.manual_seed(settings.seed)
+    trainee = build(settings, clips, latents)
+    assert isinstance(trainee.module, Denoiser)
+    _start_from_initial(trainee.module, settings)
+    run(settings.loop, trainee, output)
+    export(output, Path(settings.vae), output / RESULT_FOLDER)
+    logger.info("trained model in %s", output / RESULT_FOLDER)
+
+
 def load_latents(settings: ModelRunSettings, output: Path) -> tuple[ClipSet, Tensor]:
     """The clips of a run and their latents `[clips, C, T, h, w]`, encoded once for all runs beside it."""
     vae = TinyVideoVAE.from_pretrained(settings.vae, dtype=torch.float32).to(PartialState().device)
@@ -114,13 +140,7 @@ def load_latents(settings: ModelRunSettings, output: Path) -> tuple[ClipSet, Ten
     return clips, encode_clips(clips, vae, output.parent / _LATENTS_FOLDER, settings.precision)
 
 
-def check_vae(settings: ModelRunSettings) -> None:
-    """Raise ValueError unless there is a VAE."""
-    if not (Path(settings.vae) / "config.json").is_file():
-        raise ValueError(f"vae must be the folder of a trained VAE, got {settings.vae!r}")
-
-
-def start_from_initial(denoiser: Denoiser, settings: S) -> None:
+def _start_from_initial(denoiser: Denoiser, settings: ModelRunSettings) -> None:
     """Load the weights of the run that `settings` names, if any."""
     if settings.initial is not None:
         folder = Path(settings.initial)

@@ -6,7 +6,6 @@ mostly at the noise levels of its few sampling steps.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,22 +19,15 @@ from genstream.schedulers.schedule import shifted
 from genstream.training.clips import ClipSet
 from genstream.training.denoiser import Denoiser, for_training
 from genstream.training.forcing import ForcedSequence, from_middle, from_start
-from genstream.training.loop import run
 from genstream.training.model_run import (
-    RESULT_FOLDER,
     ModelRunSettings,
-    check_vae,
-    load_latents,
     save_model,
     saved_settings,
-    start_from_initial,
+    train_model,
     trained,
     trainings,
 )
 from genstream.training.prompts import CAPTIONS
-from genstream.training.record import claim_run
-
-logger = logging.getLogger(__name__)
 
 Caption = Callable[[int, int], str]
 
@@ -210,15 +202,7 @@ class StudentTrainee:
 
 def train_student(settings: StudentTrainingSettings, output: Path) -> None:
     """Encode the clips, train, and continue what `output` already holds; the result is `output`/model."""
-    check_vae(settings)
-    claim_run(output, settings)
-    clips, latents = load_latents(settings, output)
-    torch.manual_seed(settings.seed)
-    trainee = StudentTrainee(settings, clips, latents)
-    start_from_initial(trainee.module, settings)
-    run(settings.loop, trainee, output)
-    export(output, Path(settings.vae), output / RESULT_FOLDER)
-    logger.info("trained model in %s", output / RESULT_FOLDER)
+    train_model(settings, output, StudentTrainee, export)
 
 
 def export(run_folder: Path, vae_folder: Path, folder: Path) -> None:

@@ -7,7 +7,6 @@ can judge any piece of a stream.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,23 +17,16 @@ from torch import Tensor, nn
 from genstream.schedulers.few_step import FlowEulerScheduler
 from genstream.training.clips import ClipSet
 from genstream.training.denoiser import Denoiser, for_training
-from genstream.training.loop import run
 from genstream.training.model_run import (
-    RESULT_FOLDER,
     ModelRunSettings,
-    check_vae,
-    load_latents,
     save_model,
     saved_settings,
-    start_from_initial,
+    train_model,
     trained,
     trainings,
 )
 from genstream.training.objectives import add_noise, flow_loss, logit_normal_sigmas
 from genstream.training.prompts import ClipPieces
-from genstream.training.record import claim_run
-
-logger = logging.getLogger(__name__)
 
 _EVALUATION_BATCHES = 4
 
@@ -118,15 +110,7 @@ class TeacherTrainee:
 
 def train_teacher(settings: TeacherTrainingSettings, output: Path) -> None:
     """Encode the clips, train, and continue what `output` already holds; the result is `output`/model."""
-    check_vae(settings)
-    claim_run(output, settings)
-    clips, latents = load_latents(settings, output)
-    torch.manual_seed(settings.seed)
-    trainee = TeacherTrainee(settings, clips, latents)
-    start_from_initial(trainee.module, settings)
-    run(settings.loop, trainee, output)
-    export(output, Path(settings.vae), output / RESULT_FOLDER)
-    logger.info("trained teacher in %s", output / RESULT_FOLDER)
+    train_model(settings, output, TeacherTrainee, export)
 
 
 def export(run_folder: Path, vae_folder: Path, folder: Path) -> None:
