@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
+import numpy as np
 import torch
 from accelerate import PartialState
-from torch import Tensor
+from torch import Tensor, nn
 
 from genstream.data import vocabulary
 from genstream.data.toyworld import ToyWorld
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.training.clips import SWITCHED_EVERY, ClipSet, encode_clips
-from genstream.training.denoiser import Denoiser, DenoiserSettings, load_initial
-from genstream.training.loop import LoopSettings, Trainee, load_average, run, steps_taken
+from genstream.training.denoiser import Denoiser, DenoiserSettings, for_training, load_initial
+from genstream.training.loop import LoopSettings, load_average, run, steps_taken
 from genstream.training.record import RECORD_FOLDER, SETTINGS_NAME, Training, claim_run, write_record
 from genstream.vae.tiny import TinyVideoVAE
 
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 RESULT_FOLDER = "model"
 _LATENTS_FOLDER = "latents"
+_EVALUATION_BATCHES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +113,44 @@ class ModelRunSettings(DenoiserSettings):
 S = TypeVar("S", bound=ModelRunSettings)
 
 
+class ModelTrainee(ABC, Generic[S]):
+    """A model with its objective on the latents of clips.
+
+    Args:
+        settings: of the run.
+        clips: to train on, and behind them those for evaluation.
+        latents: of all clips, `[clips, C, T, h, w]`.
+    """
+
+    def __init__(self, settings: S, clips: ClipSet, latents: Tensor) -> None:
+        self.settings = settings
+        self.clips = clips
+        self.latents = latents
+        self.module = for_training(Denoiser(settings, latents.shape[1]))
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Mean squared error of the velocity."""
+        rng = np.random.default_rng((self.settings.seed, step))
+        return self._loss(self.module, rng, range(self.settings.clips)), {}
+
+    @torch.no_grad()
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        """Loss of the averaged weights on fixed batches of clips that are never trained on."""
+        assert isinstance(module, Denoiser)
+        torch.manual_seed(self.settings.seed)
+        among = range(self.settings.clips, self.clips.count)
+        rngs = [np.random.default_rng((self.settings.seed, batch)) for batch in range(_EVALUATION_BATCHES)]
+        return {"loss": float(np.mean([self._loss(module, rng, among).item() for rng in rngs]))}
+
+    @abstractmethod
+    def _loss(self, module: Denoiser, rng: np.random.Generator, among: range) -> Tensor:
+        """Loss on a random batch of the clips `among`."""
+
+
 def train_model(
     settings: S,
     output: Path,
-    build: Callable[[S, ClipSet, Tensor], Trainee],
+    build: Callable[[S, ClipSet, Tensor], ModelTrainee[S]],
     export: Callable[[Path, Path, Path], None],
 ) -> None:
     """Train what `build` makes of the clips' latents, continuing what `output` already holds.
@@ -126,7 +163,6 @@ def train_model(
     clips, latents = load_latents(settings, output)
     torch.manual_seed(settings.seed)
     trainee = build(settings, clips, latents)
-    assert isinstance(trainee.module, Denoiser)
     _start_from_initial(trainee.module, settings)
     run(settings.loop, trainee, output)
     export(output, Path(settings.vae), output / RESULT_FOLDER)

@@ -12,26 +12,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.schedulers.schedule import shifted
-from genstream.training.clips import ClipSet
-from genstream.training.denoiser import Denoiser, for_training
+from genstream.training.denoiser import Denoiser
 from genstream.training.forcing import ForcedSequence, from_middle, from_start
 from genstream.training.model_run import (
     ModelRunSettings,
+    ModelTrainee,
     save_model,
     saved_settings,
     train_model,
     trained,
     trainings,
 )
+from genstream.training.objectives import add_noise, clean_from, flow_loss
 from genstream.training.prompts import CAPTIONS
 
 Caption = Callable[[int, int], str]
 
-_EVALUATION_BATCHES = 4
 _SHARED_LEVELS = 0.5
 """Share of noisy chunks at the sampling steps' own noise levels; the others are anywhere between."""
 _REDRAWN_LEVEL = 0.8
@@ -84,69 +84,29 @@ class StudentTrainingSettings(ModelRunSettings):
             )
 
 
-class StudentTrainee:
+class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
     """The student with its objective."""
 
-    def __init__(self, settings: StudentTrainingSettings, clips: ClipSet, latents: Tensor) -> None:
-        self.settings = settings
-        self.clips = clips
-        self.latents = latents  # [clips, C, T, h, w]
-        self.module = for_training(Denoiser(settings, latents.shape[1]))
-
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Mean squared error of the velocity."""
-        return self._loss(np.random.default_rng((self.settings.seed, step)), range(self.settings.clips)), {}
-
-    def _loss(self, rng: np.random.Generator, among: range) -> Tensor:
+    def _loss(self, module: Denoiser, rng: np.random.Generator, among: range) -> Tensor:
         sequence, clips, caption = self._draw(rng, among)
-        device = self.module.transformer.device
+        device = module.transformer.device
         clean = self.latents[clips].to(device, torch.float32)
         captions = [caption(clip, int(rng.integers(CAPTIONS))) for clip in clips]
         prompted = rng.random(len(clips)) >= self.settings.without_text
         told = [text if kept else "" for text, kept in zip(captions, prompted, strict=True)]
-        text = self.module.embed(told)
+        text = module.embed(told)
         context = clean[:, :, sequence.clean_frames]
         if sequence.clean and rng.random() < self.settings.redrawn:
-            context = self._redraw(context, sequence, text.detach())
+            context = _redraw(module, context, sequence, text.detach())
         disturbance = torch.rand(len(clean), 1, 1, 1, 1, device=device) * self.settings.context_noise
         context = context + disturbance * torch.randn_like(context)
         target = clean[:, :, sequence.noisy_frames]
         sigma = self._sigma(sequence, len(clips), rng).to(device)  # [B, T noisy]
         noise = torch.randn_like(target)
-        level = sigma[:, None, :, None, None]
-        noisy = (1 - level) * target + level * noise
+        noisy = add_noise(target, noise, sigma)
         levels = torch.cat([sigma.new_zeros(len(clean), context.shape[2]), sigma], dim=1)
-        predicted = self._velocity(torch.cat([context, noisy], dim=2), levels, text, sequence)
-        return (predicted[:, :, context.shape[2] :] - (noise - target)).square().mean()
-
-    def _velocity(self, x: Tensor, sigma: Tensor, text: Tensor, sequence: ForcedSequence) -> Tensor:
-        """Velocity of the sequence's frames, or of its first ones if `x` has fewer."""
-        frames = x.shape[2]
-        mask = torch.tensor(sequence.mask(), device=x.device)[:frames, :frames]
-        return self.module.velocity(x, sigma, text, sequence.positions[:frames], mask)
-
-    @torch.no_grad()
-    def _redraw(self, context: Tensor, sequence: ForcedSequence, text: Tensor) -> Tensor:
-        """The context as the student predicts it in one step from its noisy version."""
-        level = torch.rand(len(context), 1, 1, 1, 1, device=context.device) * _REDRAWN_LEVEL
-        noisy = (1 - level) * context + level * torch.randn_like(context)
-        sigma = level.flatten(1).expand(-1, context.shape[2])
-        return noisy - level * self._velocity(noisy, sigma, text, sequence)
-
-    @torch.no_grad()
-    def evaluate(self, module: nn.Module) -> dict[str, float]:
-        """Loss of the averaged weights on fixed batches of clips that are never trained on."""
-        trained, self.module = self.module, module  # type: ignore[assignment]
-        try:
-            torch.manual_seed(self.settings.seed)
-            among = range(self.settings.clips, self.clips.count)
-            rngs = [
-                np.random.default_rng((self.settings.seed, batch)) for batch in range(_EVALUATION_BATCHES)
-            ]
-            losses = [self._loss(rng, among).item() for rng in rngs]
-        finally:
-            self.module = trained
-        return {"loss": float(np.mean(losses))}
+        predicted = _velocity(module, torch.cat([context, noisy], dim=2), levels, text, sequence)
+        return flow_loss(predicted[:, :, context.shape[2] :], target, noise)
 
     def _draw(self, rng: np.random.Generator, among: range) -> tuple[ForcedSequence, list[int], Caption]:
         """The sequence of a step, its clips out of `among`, and what gives the caption of its targets."""
@@ -198,6 +158,22 @@ class StudentTrainee:
         sigma = np.where(rng.random(size) < _SHARED_LEVELS, rng.choice(levels, size), anywhere)
         lengths = [len(piece.frames) for piece in sequence.noisy]
         return torch.from_numpy(np.repeat(sigma, lengths, axis=1)).float()
+
+
+def _velocity(module: Denoiser, x: Tensor, sigma: Tensor, text: Tensor, sequence: ForcedSequence) -> Tensor:
+    """Velocity of the sequence's frames, or of its first ones if `x` has fewer."""
+    frames = x.shape[2]
+    mask = torch.tensor(sequence.mask(), device=x.device)[:frames, :frames]
+    return module.velocity(x, sigma, text, sequence.positions[:frames], mask)
+
+
+@torch.no_grad()
+def _redraw(module: Denoiser, context: Tensor, sequence: ForcedSequence, text: Tensor) -> Tensor:
+    """The context as the student predicts it in one step from its noisy version."""
+    sigma = torch.rand(len(context), 1, device=context.device) * _REDRAWN_LEVEL
+    sigma = sigma.expand(-1, context.shape[2])
+    noisy = add_noise(context, torch.randn_like(context), sigma)
+    return clean_from(noisy, _velocity(module, noisy, sigma, text, sequence), sigma)
 
 
 def train_student(settings: StudentTrainingSettings, output: Path) -> None:

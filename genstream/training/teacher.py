@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from genstream.schedulers.few_step import FlowEulerScheduler
-from genstream.training.clips import ClipSet
-from genstream.training.denoiser import Denoiser, for_training
+from genstream.training.denoiser import Denoiser
 from genstream.training.model_run import (
     ModelRunSettings,
+    ModelTrainee,
     save_model,
     saved_settings,
     train_model,
@@ -27,8 +27,6 @@ from genstream.training.model_run import (
 )
 from genstream.training.objectives import add_noise, flow_loss, logit_normal_sigmas
 from genstream.training.prompts import ClipPieces
-
-_EVALUATION_BATCHES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,34 +67,11 @@ class TeacherTrainingSettings(ModelRunSettings):
         return self.horizon_chunks * self.chunk_frames
 
 
-class TeacherTrainee:
+class TeacherTrainee(ModelTrainee[TeacherTrainingSettings]):
     """The teacher with its objective."""
 
-    def __init__(self, settings: TeacherTrainingSettings, clips: ClipSet, latents: Tensor) -> None:
-        self.settings = settings
-        self.clips = clips
-        self.latents = latents  # [clips, C, T, h, w]
-        self.module = for_training(Denoiser(settings, latents.shape[1]))
-
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Mean squared error of the velocity."""
-        rng = np.random.default_rng((self.settings.seed, step))
-        return self._loss(self.module, self._pieces(range(self.settings.clips)), rng), {}
-
-    @torch.no_grad()
-    def evaluate(self, module: nn.Module) -> dict[str, float]:
-        """Loss of the averaged weights on fixed batches of clips that are never trained on."""
-        assert isinstance(module, Denoiser)
-        torch.manual_seed(self.settings.seed)
-        pieces = self._pieces(range(self.settings.clips, self.clips.count))
-        rngs = [np.random.default_rng((self.settings.seed, batch)) for batch in range(_EVALUATION_BATCHES)]
-        return {"loss": float(np.mean([self._loss(module, pieces, rng).item() for rng in rngs]))}
-
-    def _pieces(self, among: range) -> ClipPieces:
-        settings = self.settings
-        return ClipPieces(self.clips, self.latents, settings.horizon_frames, among, settings.starts)
-
-    def _loss(self, module: Denoiser, pieces: ClipPieces, rng: np.random.Generator) -> Tensor:
+    def _loss(self, module: Denoiser, rng: np.random.Generator, among: range) -> Tensor:
+        pieces = self._pieces(among)
         settings, asked = self.settings, pieces.draw(self.settings.batch_size, rng)
         assert asked.pieces is not None
         clean = asked.pieces.to(module.transformer.device, torch.float32)
@@ -106,6 +81,10 @@ class TeacherTrainee:
         noise = torch.randn_like(clean)
         velocity = module.velocity(add_noise(clean, noise, sigma), sigma, module.embed(told))
         return flow_loss(velocity, clean, noise)
+
+    def _pieces(self, among: range) -> ClipPieces:
+        settings = self.settings
+        return ClipPieces(self.clips, self.latents, settings.horizon_frames, among, settings.starts)
 
 
 def train_teacher(settings: TeacherTrainingSettings, output: Path) -> None:

@@ -13,6 +13,7 @@ from genstream.training.denoiser import Denoiser, load_initial
 from genstream.training.student import (
     StudentTrainee,
     StudentTrainingSettings,
+    _redraw,
     export,
     train_student,
 )
@@ -92,7 +93,7 @@ def test_a_redrawn_context_is_near_the_true_one_and_carries_no_gradient():
     trainee = trainee_for(first=0.0, middle=1.0, switched=0.0, image_start=0.0)
     sequence, clips, _ = trainee._draw(np.random.default_rng(0), range(5))
     context = trainee.latents[clips][:, :, sequence.clean_frames]
-    redrawn = trainee._redraw(context, sequence, trainee.module.embed(["a red circle"] * len(clips)))
+    redrawn = _redraw(trainee.module, context, sequence, trainee.module.embed(["a red circle"] * len(clips)))
     assert redrawn.shape == context.shape
     assert not redrawn.requires_grad
     assert 0 < (redrawn - context).square().mean() < 4 * context.square().mean()
