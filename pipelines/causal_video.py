@@ -354,6 +354,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         check_prompts(prompts, self.tokenizer, self.config.text_tokens)
         return self._encode(prompts)
 
+    @torch.no_grad()
     def _encode(self, prompts: list[str]) -> Tensor:
         embeds = encode_prompts(prompts, self.tokenizer, self.text_encoder, self.config.text_tokens)
         self._offload_encoders()

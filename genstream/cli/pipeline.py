@@ -33,9 +33,7 @@ def load_pipeline(
     target = pick_device(device)
     if target.type == "cpu" and offload != TextEncoderOffload.NONE:
         raise ValueError(f"offload (--offload) must be none on cpu, got {offload}")
-    # Their bars for reading a few files would stand in front of ours.
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    quiet_loading()
     pipe: CausalVideoPipeline = CausalVideoPipeline.from_pretrained(
         folder,
         dtype=pick_dtype(dtype, target),
@@ -51,6 +49,12 @@ def load_pipeline(
             kept = ["transformer", "vae"]
             pipe.enable_group_offload(target, offload_type="leaf_level", exclude_modules=kept)
     return pipe
+
+
+def quiet_loading() -> None:
+    """Hide the bars of diffusers and transformers for reading a few files: they would stand before ours."""
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def _use_loras(pipe: CausalVideoPipeline, loras: Sequence[LoraFile]) -> None:

@@ -59,7 +59,10 @@ def run_training(
     prog: str, kind: type[S], train: Callable[[S, Path], None], arguments: argparse.Namespace
 ) -> int:
     """Train with settings of class `kind` from the command line; the trainers' log lines go to stderr."""
+    from genstream.cli.pipeline import quiet_loading
+
     settings, output = parse_settings(prog, kind, arguments.more)
+    quiet_loading()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
     train(settings, output)
     return 0

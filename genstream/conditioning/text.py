@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import torch
 from diffusers.models.modeling_utils import get_parameter_device
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 
-@torch.no_grad()
 def encode_prompts(
     prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, encoder: UMT5EncoderModel, tokens: int
 ) -> Tensor:
@@ -25,13 +23,9 @@ def encode_prompts(
     """
     batch = tokenizer(list(prompts), padding="max_length", max_length=tokens, return_tensors="pt")
     device = get_parameter_device(encoder)  # where an offloaded encoder will run, not where it waits
-    return embed_tokens(batch.input_ids.to(device), batch.attention_mask.to(device), encoder)
-
-
-def embed_tokens(input_ids: Tensor, attention_mask: Tensor, encoder: UMT5EncoderModel) -> Tensor:
-    """Token ids and mask `[B, tokens]` to embeddings, zero where the mask is 0."""
-    hidden: Tensor = encoder(input_ids, attention_mask=attention_mask).last_hidden_state
-    return hidden * attention_mask.unsqueeze(-1).to(hidden)
+    mask = batch.attention_mask.to(device)
+    hidden: Tensor = encoder(batch.input_ids.to(device), attention_mask=mask).last_hidden_state
+    return hidden * mask.unsqueeze(-1).to(hidden)
 
 
 def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from genstream.conditioning.text import embed_tokens
+from genstream.conditioning.text import encode_prompts
 from genstream.data import vocabulary
+from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.training.attention import MatmulAttention
-from genstream.training.loop import load_average
 from genstream.training.text import tiny_text_encoder, word_tokenizer
 from genstream.transformer.attention import AttentionProcessor, CrossAttention, SelfAttention
 from genstream.transformer.causal_dit import CausalDiT
@@ -53,36 +53,53 @@ class Denoiser(nn.Module):
     """Transformer and text encoder.
 
     Args:
-        settings: of both.
-        channels: of the latents.
-        tokenizer: of the text encoder; that of the toy world's words when None.
+        transformer: predicts velocities.
+        text_encoder: embeds prompts.
+        tokenizer: of the text encoder.
+        text_tokens: longest prompt.
     """
 
     def __init__(
-        self, settings: DenoiserSettings, channels: int, tokenizer: PreTrainedTokenizerFast | None = None
+        self,
+        transformer: CausalDiT,
+        text_encoder: UMT5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        text_tokens: int,
     ) -> None:
         super().__init__()
-        self.text_tokens = settings.text_tokens
-        self.tokenizer = tokenizer or word_tokenizer(vocabulary.words())
-        self.transformer = CausalDiT(
-            patch_size=(1, settings.patch_size, settings.patch_size),
-            num_attention_heads=settings.width // HEAD_WIDTH,
-            attention_head_dim=HEAD_WIDTH,
-            in_channels=channels,
-            out_channels=channels,
-            text_dim=settings.text_width,
-            ffn_dim=settings.ffn_width,
-            num_layers=settings.layers,
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.text_tokens = text_tokens
+
+    @classmethod
+    def new(cls, settings: DenoiserSettings, channels: int) -> Self:
+        """With random weights, for latents of so many channels and the words of the toy world."""
+        tokenizer = word_tokenizer(vocabulary.words())
+        return cls(
+            CausalDiT(
+                patch_size=(1, settings.patch_size, settings.patch_size),
+                num_attention_heads=settings.width // HEAD_WIDTH,
+                attention_head_dim=HEAD_WIDTH,
+                in_channels=channels,
+                out_channels=channels,
+                text_dim=settings.text_width,
+                ffn_dim=settings.ffn_width,
+                num_layers=settings.layers,
+            ),
+            tiny_text_encoder(len(tokenizer), settings.text_width, settings.text_layers),
+            tokenizer,
+            settings.text_tokens,
         )
-        self.text_encoder = tiny_text_encoder(len(self.tokenizer), settings.text_width, settings.text_layers)
+
+    @classmethod
+    def of(cls, pipe: CausalVideoPipeline) -> Self:
+        """That of a pipeline: it shares its weights."""
+        return cls(pipe.transformer, pipe.text_encoder, pipe.tokenizer, pipe.config.text_tokens)
 
     def embed(self, captions: Sequence[str]) -> Tensor:
         """Prompt embeddings `[B, text_tokens, text_width]`, with gradient; an empty caption says nothing."""
-        tokens = self.tokenizer(
-            list(captions), padding="max_length", max_length=self.text_tokens, return_tensors="pt"
-        )
-        device = self.text_encoder.device
-        return embed_tokens(tokens.input_ids.to(device), tokens.attention_mask.to(device), self.text_encoder)
+        return encode_prompts(captions, self.tokenizer, self.text_encoder, self.text_tokens)
 
     def velocity(
         self,
@@ -114,15 +131,18 @@ def for_training(denoiser: Denoiser) -> Denoiser:
     return denoiser
 
 
-def load_initial(denoiser: Denoiser, initial: Denoiser, run_folder: Path) -> None:
-    """Load the averaged weights of a run of `initial`, whose own are replaced.
+def copy_weights(source: Denoiser, target: Denoiser) -> None:
+    """Where the patches of both are of another size, both ends of `target` stay as they are.
 
-    Where its patches are of another size, both ends of `denoiser` stay as they are.
+    Raises:
+        ValueError: anything else differs in shape.
     """
-    load_average(initial, run_folder)
-    own, weights = denoiser.state_dict(), initial.state_dict()
+    own, weights = target.state_dict(), source.state_dict()
     ends = {name for name in weights if name.startswith(_ENDS) and weights[name].shape != own[name].shape}
-    denoiser.load_state_dict({name: own[name] if name in ends else weights[name] for name in weights})
+    try:
+        target.load_state_dict({name: own[name] if name in ends else weights[name] for name in weights})
+    except RuntimeError as error:
+        raise ValueError(f"initial must be a model of the same widths and layers: {error}") from error
 
 
 def _set_attention(module: nn.Module, processor: AttentionProcessor) -> None:

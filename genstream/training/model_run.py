@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from genstream.data import vocabulary
 from genstream.data.toyworld import ToyWorld
+from genstream.io.model_folder import INDEX_NAME
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.training.clips import SWITCHED_EVERY, ClipSet, encode_clips
-from genstream.training.denoiser import Denoiser, DenoiserSettings, for_training, load_initial
+from genstream.training.denoiser import Denoiser, DenoiserSettings, copy_weights, for_training
 from genstream.training.loop import LoopSettings, load_average, run, steps_taken
 from genstream.training.record import RECORD_FOLDER, SETTINGS_NAME, Training, claim_run, write_record
 from genstream.vae.tiny import TinyVideoVAE
@@ -29,7 +30,7 @@ from genstream.vae.tiny import TinyVideoVAE
 logger = logging.getLogger(__name__)
 
 RESULT_FOLDER = "model"
-_LATENTS_FOLDER = "latents"
+LATENTS_FOLDER = "latents"
 _EVALUATION_BATCHES = 4
 
 
@@ -39,8 +40,8 @@ class ModelRunSettings(DenoiserSettings):
 
     Attributes:
         vae: folder of the VAE whose latents it learns.
-        initial: folder of a finished run of the same kind to start from, whose patches may be of another
-            size; random weights when None.
+        initial: model to start from, or the run that made it; its patches may be of another size. Random
+            weights when None.
         total_steps: optimiser steps.
         learning_rate: peak.
         optimizer: "muon" needs fewer steps, each of them a little longer.
@@ -126,7 +127,7 @@ class ModelTrainee(ABC, Generic[S]):
         self.settings = settings
         self.clips = clips
         self.latents = latents
-        self.module = for_training(Denoiser(settings, latents.shape[1]))
+        self.module = for_training(Denoiser.new(settings, latents.shape[1]))
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of the velocity."""
@@ -151,21 +152,23 @@ def train_model(
     settings: S,
     output: Path,
     build: Callable[[S, ClipSet, Tensor], ModelTrainee[S]],
-    export: Callable[[Path, Path, Path], None],
+    export: Callable[[Path, Path], None],
 ) -> None:
     """Train what `build` makes of the clips' latents, continuing what `output` already holds.
 
-    The result is `output`/model, written by `export` from the run, its VAE and the folder to write.
+    The result is `output`/model, written by `export` from the run's folder.
     """
     if not (Path(settings.vae) / "config.json").is_file():
         raise ValueError(f"vae must be the folder of a trained VAE, got {settings.vae!r}")
+    initial = None if settings.initial is None else Denoiser.of(load_model("initial", settings.initial))
     claim_run(output, settings)
     clips, latents = load_latents(settings, output)
     torch.manual_seed(settings.seed)
     trainee = build(settings, clips, latents)
-    _start_from_initial(trainee.module, settings)
+    if initial is not None:
+        copy_weights(initial, trainee.module)
     run(settings.loop, trainee, output)
-    export(output, Path(settings.vae), output / RESULT_FOLDER)
+    export(output, output / RESULT_FOLDER)
     logger.info("trained model in %s", output / RESULT_FOLDER)
 
 
@@ -173,15 +176,21 @@ def load_latents(settings: ModelRunSettings, output: Path) -> tuple[ClipSet, Ten
     """The clips of a run and their latents `[clips, C, T, h, w]`, encoded once for all runs beside it."""
     vae = TinyVideoVAE.from_pretrained(settings.vae, dtype=torch.float32).to(PartialState().device)
     clips = settings.clip_set(vae.spec.temporal_ratio)
-    return clips, encode_clips(clips, vae, output.parent / _LATENTS_FOLDER, settings.precision)
+    return clips, encode_clips(clips, vae, output.parent / LATENTS_FOLDER, settings.precision)
 
 
-def _start_from_initial(denoiser: Denoiser, settings: ModelRunSettings) -> None:
-    """Load the weights of the run that `settings` names, if any."""
-    if settings.initial is not None:
-        folder = Path(settings.initial)
-        earlier = Denoiser(saved_settings(folder, type(settings)), denoiser.transformer.config.in_channels)
-        load_initial(denoiser, earlier, folder)
+def model_folder(name: str, given: str) -> Path:
+    """Folder of a model that the setting `name` gives, itself or by the run that made it."""
+    folder = Path(given)
+    for place in (folder, folder / RESULT_FOLDER):
+        if (place / INDEX_NAME).is_file():
+            return place
+    raise ValueError(f"{name} must be the folder of a model or of a finished run, got {given!r}")
+
+
+def load_model(name: str, given: str) -> CausalVideoPipeline:
+    """The model that the setting `name` gives, in float32."""
+    return CausalVideoPipeline.from_pretrained(model_folder(name, given), dtype=torch.float32)
 
 
 def saved_settings(run_folder: Path, kind: type[S]) -> S:
@@ -192,18 +201,43 @@ def saved_settings(run_folder: Path, kind: type[S]) -> S:
     return kind(**values)
 
 
-def trained(run_folder: Path, settings: ModelRunSettings, vae_folder: Path) -> Denoiser:
-    """The averaged model of a run, in half precision."""
-    denoiser = Denoiser(settings, TinyVideoVAE.load_config(vae_folder)["latent_channels"])
+def save_trained(
+    run_folder: Path,
+    settings: ModelRunSettings,
+    part: str,
+    scheduler: FewStepScheduler | FlowEulerScheduler,
+    folder: Path,
+    **stream: object,
+) -> None:
+    """Write the averaged model of a run as a pipeline folder, with its VAE and the record of its training.
+
+    Args:
+        run_folder: of the run.
+        settings: of the run.
+        part: what was trained, as in `genstream train PART`.
+        scheduler: the model's denoising steps.
+        folder: to write to; replaced if it is there.
+        **stream: how it streams, as in `CausalVideoPipeline`.
+    """
+    world, vae_folder = ToyWorld(), Path(settings.vae)
+    vae = TinyVideoVAE.from_pretrained(vae_folder, dtype=torch.float32)
+    denoiser = Denoiser.new(settings, vae.spec.latent_channels)
     load_average(denoiser, run_folder)
-    return denoiser.eval().half()
-
-
-def trainings(run_folder: Path, part: str, kind: type[ModelRunSettings]) -> list[Training]:
-    """The run and those whose weights it started from, the first one first."""
-    settings = saved_settings(run_folder, kind)
-    earlier = [] if settings.initial is None else trainings(Path(settings.initial), part, kind)
-    name = f"{part}_{len(earlier) + 1}"
+    pipe = CausalVideoPipeline(
+        denoiser.tokenizer,
+        denoiser.text_encoder,
+        denoiser.transformer,
+        vae,
+        scheduler,
+        text_tokens=settings.text_tokens,
+        default_height=world.height,
+        default_width=world.width,
+        default_fps=world.fps,
+        guidance_scale=settings.guidance_scale,
+        **stream,  # type: ignore[arg-type]
+    )
+    earlier = [] if settings.initial is None else [model_folder("initial", settings.initial)]
+    name = run_folder.name  # as in the command lines of its descendants
     training = Training(
         name=name,
         part=part,
@@ -212,47 +246,27 @@ def trainings(run_folder: Path, part: str, kind: type[ModelRunSettings]) -> list
         logs={name: run_folder / "log.csv"},
         steps=steps_taken(run_folder),
     )
-    return [*earlier, training]
+    save_model(pipe, folder, [vae_folder, *earlier], training)
 
 
 def save_model(
-    denoiser: Denoiser,
-    scheduler: FewStepScheduler | FlowEulerScheduler,
-    vae_folder: Path,
-    folder: Path,
-    records: Sequence[Training],
-    **stream: object,
+    pipe: CausalVideoPipeline, folder: Path, ancestors: Sequence[Path], training: Training
 ) -> None:
-    """Write a model as a pipeline folder, with its VAE and the record of its training.
+    """Write a model as a pipeline folder, weights in float16.
 
     Args:
-        denoiser: the model.
-        scheduler: its denoising steps.
-        vae_folder: of the VAE.
+        pipe: the model.
         folder: to write to; replaced if it is there.
-        records: of the runs that made it.
-        **stream: how it streams, as in `CausalVideoPipeline`.
+        ancestors: folders of what it was made from, whose records it keeps.
+        training: how it was made.
     """
-    world = ToyWorld()
-    pipe = CausalVideoPipeline(
-        denoiser.tokenizer,
-        denoiser.text_encoder,
-        denoiser.transformer,
-        TinyVideoVAE.from_pretrained(vae_folder, dtype=torch.float16),
-        scheduler,
-        text_tokens=denoiser.text_tokens,
-        default_height=world.height,
-        default_width=world.width,
-        default_fps=world.fps,
-        **stream,  # type: ignore[arg-type]
-    )
     partial = folder.with_name(f"{folder.name}.partial")
-    pipe.save_pretrained(partial)
+    pipe.to(torch.float16).save_pretrained(partial)
     (partial / "model_card.json").write_text(json.dumps(_card(), indent=1) + "\n")
-    if (vae_folder / RECORD_FOLDER).is_dir():
-        shutil.copytree(vae_folder / RECORD_FOLDER, partial / RECORD_FOLDER)
-    for training in records:
-        write_record(partial, training)
+    for ancestor in ancestors:
+        if (ancestor / RECORD_FOLDER).is_dir():
+            shutil.copytree(ancestor / RECORD_FOLDER, partial / RECORD_FOLDER, dirs_exist_ok=True)
+    write_record(partial, training)
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)

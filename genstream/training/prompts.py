@@ -97,6 +97,6 @@ class ClipPieces:
         for place in rng.integers(len(self.among), size=count):
             clip = self.among[place]
             start = 0 if rng.random() < self.starts else int(rng.integers(latest + 1))
-            pieces.append(self.latents[clip, :, start : start + self.frames])
+            pieces.append(self.latents[clip, :, start : start + self.frames].float())
             captions.append(self.clips.caption(clip, int(rng.integers(CAPTIONS))))
         return Asked(captions, torch.stack(pieces))

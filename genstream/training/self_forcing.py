@@ -11,31 +11,26 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from genstream.cache.layout import PositionPolicy
-from genstream.data.toyworld import ToyWorld
+from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler
-from genstream.schedulers.schedule import Schedule
 from genstream.shapes import frames_of
 from genstream.streaming.noise import SeededNoise
 from genstream.streaming.request import StreamRequest
-from genstream.streaming.settings import StreamSettings
+from genstream.training.clips import ClipSet, encode_clips
 from genstream.training.correctors import Adversarial, Corrector, Discriminator, Matching, NoiseLevels
 from genstream.training.denoiser import Denoiser, for_training
-from genstream.training.loop import LoopSettings, load_average, run, steps_taken
-from genstream.training.model_run import RESULT_FOLDER, load_latents, save_model, saved_settings, trainings
+from genstream.training.loop import LoopSettings, run, steps_taken
+from genstream.training.model_run import LATENTS_FOLDER, RESULT_FOLDER, load_model, model_folder, save_model
 from genstream.training.prompts import Asked, ClipPieces, PromptSource, ScenePrompts, TextPrompts
 from genstream.training.record import Training, claim_run
 from genstream.training.rollout import RolloutEngine, rollout
-from genstream.training.student import StudentTrainingSettings
-from genstream.training.teacher import TeacherTrainingSettings
-from genstream.vae.protocol import StreamingVAE
 from genstream.vae.tiny import TinyVideoVAE
 
 logger = logging.getLogger(__name__)
@@ -49,14 +44,14 @@ class SelfForcingSettings:
     """How a student is distilled.
 
     Attributes:
-        teacher: folder of a finished run of `genstream train teacher`.
-        initial: folder of a finished run of `genstream train student`, whose window, sinks, steps and shift
-            the student keeps.
-        vae: folder of the VAE whose latents both know.
+        teacher: model that judges whole pieces, whose one chunk is what it sees; or the run that made it.
+        initial: model that becomes the student, or the run that made it. Window, sinks and steps stay.
+        shift: timestep shift that the student is sampled with from now on; the one it has when None.
         objective: "dmd" and "sid" match the teacher's distribution, "gan" that of real clips, which a
             discriminator tells apart that starts as the teacher.
         prompts: text file with a prompt on each line; captions of random scenes when None. "gan" takes those
-            of the clips that the student was trained on.
+            of its clips.
+        clips: clips of the toy world that "gan" encodes.
         total_steps: of student and critic together.
         critic_steps: steps of the critic for each one of the student.
         learning_rate: peak of the student's.
@@ -78,9 +73,10 @@ class SelfForcingSettings:
 
     teacher: str = "runs/teacher"
     initial: str = "runs/student"
-    vae: str = "runs/vae/vae"
+    shift: float | None = None
     objective: Literal["dmd", "sid", "gan"] = "dmd"
     prompts: str | None = None
+    clips: int = 3072
     total_steps: int = 1800
     critic_steps: int = 5
     learning_rate: float = 1e-4
@@ -107,7 +103,7 @@ class SelfForcingSettings:
             raise ValueError(f"prompts must be None for 'gan', which needs clips, got {self.prompts!r}")
         if not self.smoothness >= 0:
             raise ValueError(f"smoothness must be at least 0, got {self.smoothness}")
-        for name in ("critic_steps", "batch_size", "stream_chunks"):
+        for name in ("critic_steps", "batch_size", "stream_chunks", "clips"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("critic_rate", "sid_alpha"):
@@ -145,42 +141,6 @@ class SelfForcingSettings:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Streaming:
-    """How a student streams.
-
-    Attributes:
-        settings: cache and context.
-        schedule: its denoising steps.
-        height: pixels.
-        width: pixels.
-        vae: whose latents they are; it decodes nothing.
-    """
-
-    settings: StreamSettings
-    schedule: Schedule
-    height: int
-    width: int
-    vae: StreamingVAE
-
-    @classmethod
-    def of(cls, settings: StudentTrainingSettings, vae: StreamingVAE) -> Self:
-        """As it was trained for."""
-        chunk, world = settings.chunk_frames, ToyWorld()
-        return cls(
-            settings=StreamSettings(
-                chunk_frames=chunk,
-                sink_frames=chunk,
-                window_frames=settings.window_chunks * chunk,
-                positions=PositionPolicy.WINDOW,
-            ),
-            schedule=FewStepScheduler(steps=settings.steps, shift=settings.shift).schedule(),
-            height=world.height,
-            width=world.width,
-            vae=vae,
-        )
-
-
 class Distillation(nn.Module):
     """The student, and the critic that learns what it makes. Their text encoders are not trained."""
 
@@ -204,7 +164,7 @@ class SelfForcingTrainee:
         module: student and critic with weights to start from.
         corrector: their losses.
         prompts: of the streams.
-        stream: how the student streams.
+        pipe: how the student streams.
         horizon_chunks: chunks of a piece; `settings.stream_chunks` of the longest streams.
     """
 
@@ -214,7 +174,7 @@ class SelfForcingTrainee:
         module: Distillation,
         corrector: Corrector,
         prompts: PromptSource,
-        stream: Streaming,
+        pipe: CausalVideoPipeline,
         horizon_chunks: int,
     ) -> None:
         if settings.stream_chunks < horizon_chunks:
@@ -226,7 +186,7 @@ class SelfForcingTrainee:
         self.module = module
         self.corrector = corrector
         self.prompts = prompts
-        self.stream = stream
+        self.pipe = pipe
         self.horizon_chunks = horizon_chunks
 
     @property
@@ -262,94 +222,91 @@ class SelfForcingTrainee:
 
     def _piece(self, student: Denoiser, asked: Asked, rng: np.random.Generator) -> Tensor:
         """The last horizon of a stream for each prompt, `[B, C, T, h, w]`."""
-        stream = self.stream
+        pipe, schedule = self.pipe, self.pipe.scheduler.schedule()
         chunks = int(rng.integers(self.horizon_chunks, self.settings.stream_chunks + 1))
-        exit_step = int(rng.integers(len(stream.schedule.timesteps)))
-        chunk = stream.settings.chunk_frames
+        exit_step = int(rng.integers(len(schedule.timesteps)))
+        chunk = pipe.settings.chunk_frames
         first, last = (chunks - self.horizon_chunks) * chunk, chunks * chunk
         with torch.no_grad():
             request = StreamRequest(
                 prompt=tuple(asked.captions),
                 prompt_embeds=student.embed(asked.captions),
-                height=stream.height,
-                width=stream.width,
-                num_frames=frames_of(last, stream.vae.spec.temporal_ratio),
+                height=pipe.config.default_height,
+                width=pipe.config.default_width,
+                num_frames=frames_of(last, pipe.streaming_vae.spec.temporal_ratio),
                 noise=SeededNoise(tuple(rng.integers(_SEEDS, size=len(asked.captions)).tolist())),
-                schedule=stream.schedule,
-                settings=stream.settings,
+                schedule=schedule,
+                settings=replace(pipe.settings, guidance_scale=1.0),
                 decode=False,
             )
         gradient_from = first if torch.is_grad_enabled() else last
-        engine = RolloutEngine(student.transformer, stream.vae, student.embed, gradient_from=gradient_from)
+        engine = RolloutEngine(
+            student.transformer, pipe.streaming_vae, student.embed, gradient_from=gradient_from
+        )
         return rollout(engine, request, exit_step)[:, :, first:].float()
 
 
 def distill_student(settings: SelfForcingSettings, output: Path) -> None:
     """Distil, continuing what `output` already holds; the result is `output`/model."""
-    for name in ("teacher", "initial"):
-        if not (Path(getattr(settings, name)) / "settings.json").is_file():
-            raise ValueError(f"{name} must be the folder of a finished run, got {getattr(settings, name)!r}")
     device = PartialState().device
-    taught = saved_settings(Path(settings.teacher), TeacherTrainingSettings)
-    learner = saved_settings(Path(settings.initial), StudentTrainingSettings)
-    vae = TinyVideoVAE.from_pretrained(settings.vae, dtype=torch.float32)
-    channels = vae.spec.latent_channels
-    teacher, critic = (for_training(Denoiser(taught, channels)) for _ in range(2))
-    for each in (teacher, critic):
-        load_average(each, Path(settings.teacher))
-    student = for_training(Denoiser(learner, channels))
-    load_average(student, Path(settings.initial))
+    taught, critic_pipe = (load_model("teacher", settings.teacher) for _ in range(2))
+    pipe = load_model("initial", settings.initial)
+    if settings.shift is not None:
+        pipe.scheduler = FewStepScheduler.from_config(pipe.scheduler.config, shift=settings.shift)
+    teacher, critic, student = (for_training(Denoiser.of(each)) for each in (taught, critic_pipe, pipe))
+    horizon, chunk = taught.settings.chunk_frames, pipe.settings.chunk_frames
+    if horizon % chunk:
+        raise ValueError(f"initial must have chunks that divide {horizon}, the teacher's frames, got {chunk}")
     is_gan = settings.objective == "gan"
     torch.manual_seed(settings.seed)
     trainee = SelfForcingTrainee(
         settings,
         Distillation(student, Discriminator(critic) if is_gan else critic),
-        settings.corrector(learner.shift, teacher.to(device).eval()),
-        _prompts(settings, learner, taught.horizon_frames, output),
-        Streaming.of(learner, vae),
-        taught.horizon_chunks,
+        settings.corrector(pipe.scheduler.config.shift, teacher.to(device).eval()),
+        _prompts(settings, pipe, horizon, output),
+        pipe,
+        horizon // chunk,
     )
     claim_run(output, settings)
     average = run(settings.loop, trainee, output)
     assert isinstance(average, Distillation)
-    export(average.student, settings, learner, output)
+    student.load_state_dict(average.student.state_dict())
+    export(pipe, settings, output)
     logger.info("distilled student in %s", output / RESULT_FOLDER)
 
 
 def _prompts(
-    settings: SelfForcingSettings, learner: StudentTrainingSettings, frames: int, output: Path
+    settings: SelfForcingSettings, pipe: CausalVideoPipeline, frames: int, output: Path
 ) -> PromptSource:
-    if settings.objective == "gan":
-        clips, latents = load_latents(replace(learner, vae=settings.vae), output)
-        return ClipPieces(clips, latents, frames, range(learner.clips))
-    return ScenePrompts() if settings.prompts is None else TextPrompts(Path(settings.prompts))
-
-
-def export(
-    student: Denoiser, settings: SelfForcingSettings, stream: StudentTrainingSettings, output: Path
-) -> None:
-    """Write a distilled student as a pipeline folder, weights in float16; it needs no guidance."""
-    records = [
-        *trainings(Path(settings.teacher), "teacher", TeacherTrainingSettings),
-        *trainings(Path(settings.initial), "student", StudentTrainingSettings),
-        Training(
-            name="distilled_student",
-            part="student",
-            verb="distill",
-            run=output,
-            settings=settings,
-            logs={"distilled_student": output / "log.csv"},
-            steps=steps_taken(output),
-        ),
-    ]
-    save_model(
-        student.eval().half(),
-        FewStepScheduler(steps=stream.steps, shift=stream.shift),
-        Path(settings.vae),
-        output / RESULT_FOLDER,
-        records,
-        chunk_frames=stream.chunk_frames,
-        sink_frames=stream.chunk_frames,
-        window_frames=stream.window_chunks * stream.chunk_frames,
-        positions="window",
+    if settings.objective != "gan":
+        return ScenePrompts() if settings.prompts is None else TextPrompts(Path(settings.prompts))
+    if not isinstance(pipe.vae, TinyVideoVAE):
+        raise ValueError(f"initial must have a TinyVideoVAE for 'gan', got a {type(pipe.vae).__name__}")
+    clips = ClipSet(
+        count=settings.clips,
+        chunks=settings.stream_chunks,
+        chunk_frames=pipe.settings.chunk_frames,
+        temporal_ratio=pipe.vae.spec.temporal_ratio,
     )
+    latents = encode_clips(clips, pipe.vae, output.parent / LATENTS_FOLDER, settings.precision)
+    return ClipPieces(clips, latents, frames, range(clips.count))
+
+
+def export(pipe: CausalVideoPipeline, settings: SelfForcingSettings, output: Path) -> None:
+    """Write a distilled student as a pipeline folder; it needs no guidance."""
+    pipe.register_to_config(guidance_scale=1.0)
+    name = output.name
+    training = Training(
+        name=name,
+        part="student",
+        verb="distill",
+        run=output,
+        settings=settings,
+        logs={name: output / "log.csv"},
+        steps=steps_taken(output),
+    )
+    ancestors = [
+        model_folder("teacher", settings.teacher),
+        model_folder("initial", settings.initial),
+    ]
+    save_model(pipe, output / RESULT_FOLDER, ancestors, training)

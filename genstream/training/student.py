@@ -21,11 +21,9 @@ from genstream.training.forcing import ForcedSequence, from_middle, from_start
 from genstream.training.model_run import (
     ModelRunSettings,
     ModelTrainee,
-    save_model,
+    save_trained,
     saved_settings,
     train_model,
-    trained,
-    trainings,
 )
 from genstream.training.objectives import add_noise, clean_from, flow_loss
 from genstream.training.prompts import CAPTIONS
@@ -181,18 +179,17 @@ def train_student(settings: StudentTrainingSettings, output: Path) -> None:
     train_model(settings, output, StudentTrainee, export)
 
 
-def export(run_folder: Path, vae_folder: Path, folder: Path) -> None:
-    """Write the averaged student of a run with its VAE as a pipeline folder, weights in float16."""
+def export(run_folder: Path, folder: Path) -> None:
+    """Write the averaged student of a run as a pipeline folder."""
     settings = saved_settings(run_folder, StudentTrainingSettings)
-    save_model(
-        trained(run_folder, settings, vae_folder),
+    save_trained(
+        run_folder,
+        settings,
+        "student",
         FewStepScheduler(steps=settings.steps, shift=settings.shift),
-        vae_folder,
         folder,
-        trainings(run_folder, "student", StudentTrainingSettings),
         chunk_frames=settings.chunk_frames,
         sink_frames=settings.chunk_frames,
         window_frames=settings.window_chunks * settings.chunk_frames,
         positions="window",
-        guidance_scale=settings.guidance_scale,
     )

@@ -19,11 +19,9 @@ from genstream.training.denoiser import Denoiser
 from genstream.training.model_run import (
     ModelRunSettings,
     ModelTrainee,
-    save_model,
+    save_trained,
     saved_settings,
     train_model,
-    trained,
-    trainings,
 )
 from genstream.training.objectives import add_noise, flow_loss, logit_normal_sigmas
 from genstream.training.prompts import ClipPieces
@@ -74,7 +72,7 @@ class TeacherTrainee(ModelTrainee[TeacherTrainingSettings]):
         pieces = self._pieces(among)
         settings, asked = self.settings, pieces.draw(self.settings.batch_size, rng)
         assert asked.pieces is not None
-        clean = asked.pieces.to(module.transformer.device, torch.float32)
+        clean = asked.pieces.to(module.transformer.device)
         told = [caption if rng.random() >= settings.without_text else "" for caption in asked.captions]
         levels = logit_normal_sigmas(len(clean), settings.shift, settings.time_mean, settings.time_std)
         sigma = levels.to(clean.device)[:, None].expand(-1, clean.shape[2])
@@ -92,19 +90,18 @@ def train_teacher(settings: TeacherTrainingSettings, output: Path) -> None:
     train_model(settings, output, TeacherTrainee, export)
 
 
-def export(run_folder: Path, vae_folder: Path, folder: Path) -> None:
-    """Write the averaged teacher of a run with its VAE as a pipeline folder, weights in float16.
+def export(run_folder: Path, folder: Path) -> None:
+    """Write the averaged teacher of a run as a pipeline folder.
 
     Its videos are a single chunk; longer ones go on chunk by chunk without a past.
     """
     settings = saved_settings(run_folder, TeacherTrainingSettings)
-    save_model(
-        trained(run_folder, settings, vae_folder),
+    save_trained(
+        run_folder,
+        settings,
+        "teacher",
         FlowEulerScheduler(num_steps=settings.sampling_steps, shift=settings.shift),
-        vae_folder,
         folder,
-        trainings(run_folder, "teacher", TeacherTrainingSettings),
         chunk_frames=settings.horizon_frames,
         window_frames=0,
-        guidance_scale=settings.guidance_scale,
     )

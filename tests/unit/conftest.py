@@ -1,5 +1,7 @@
 """Components small enough to be built for every test; their pictures mean nothing."""
 
+import signal
+
 import pytest
 import torch
 
@@ -8,6 +10,9 @@ from genstream.schedulers.few_step import FewStepScheduler
 from genstream.training.text import tiny_text_encoder, word_tokenizer
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.vae.tiny import TinyVideoVAE
+
+# A shell that starts the tests in the background makes them deaf to Ctrl-C, and what they start too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = ("a", "red", "blue", "circle", "square", "moving", "right", "left")
 

@@ -16,7 +16,7 @@ SHAPE = (2, 4, 3, 4, 4)
 
 def denoiser(seed):
     torch.manual_seed(seed)
-    return Denoiser(SMALL, 4)
+    return Denoiser.new(SMALL, 4)
 
 
 def piece(seed=0):

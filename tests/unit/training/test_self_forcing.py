@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.schedulers.few_step import FewStepScheduler
 from genstream.training import self_forcing
 from genstream.training.correctors import Discriminator, Matching
 from genstream.training.denoiser import Denoiser, for_training
@@ -17,7 +18,6 @@ from genstream.training.self_forcing import (
     Distillation,
     SelfForcingSettings,
     SelfForcingTrainee,
-    Streaming,
     distill_student,
 )
 from genstream.training.student import StudentTrainingSettings, train_student
@@ -43,6 +43,23 @@ def vae():
     return TinyVideoVAE(latent_channels=4, encoder_width=8, decoder_widths=(8, 8, 8, 8), first_frame_copies=3)
 
 
+def pipeline_of(student) -> CausalVideoPipeline:
+    return CausalVideoPipeline(
+        student.tokenizer,
+        student.text_encoder,
+        student.transformer,
+        vae(),
+        FewStepScheduler(steps=STREAM.steps, shift=STREAM.shift),
+        chunk_frames=1,
+        sink_frames=1,
+        window_frames=1,
+        positions="window",
+        text_tokens=student.text_tokens,
+        default_height=128,
+        default_width=128,
+    )
+
+
 class Described(ScenePrompts):
     """Prompts with pieces of noise in place of clips."""
 
@@ -52,7 +69,7 @@ class Described(ScenePrompts):
 
 def trainee_for(**changes) -> SelfForcingTrainee:
     torch.manual_seed(0)
-    student, critic, teacher = (for_training(Denoiser(STREAM, 4)) for _ in range(3))
+    student, critic, teacher = (for_training(Denoiser.new(STREAM, 4)) for _ in range(3))
     settings = SelfForcingSettings(**{**TINY, **changes})
     judge = Discriminator(critic) if settings.objective == "gan" else critic
     return SelfForcingTrainee(
@@ -60,7 +77,7 @@ def trainee_for(**changes) -> SelfForcingTrainee:
         Distillation(student, judge),
         settings.corrector(STREAM.shift, teacher),
         Described(),
-        Streaming.of(STREAM, vae()),
+        pipeline_of(student),
         HORIZON,
     )
 
@@ -147,8 +164,8 @@ def runs(tmp_path_factory):
 
 
 def settings_for(runs, **changes) -> SelfForcingSettings:
-    places = {"teacher": runs / "teacher", "initial": runs / "student", "vae": runs / "vae"}
-    return SelfForcingSettings(**TINY, **{name: str(path) for name, path in places.items()}, **changes)
+    places = {"teacher": str(runs / "teacher"), "initial": str(runs / "student")}
+    return SelfForcingSettings(**{**TINY, **places, "clips": 8, **changes})
 
 
 class Killed(Exception):
@@ -176,17 +193,18 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(runs, tmp_path, monkey
         for name in ("whole", "cut")
     )
     assert whole == cut
-    record = json.loads((tmp_path / "whole" / "model" / "training" / "distilled_student.json").read_text())
+    record = json.loads((tmp_path / "whole" / "model" / "training" / "whole.json").read_text())
     assert record["command"].startswith("genstream distill student --teacher ")
     assert {path.stem for path in (tmp_path / "whole" / "model" / "training").glob("*.json")} == {
-        "teacher_1",
-        "student_1",
-        "distilled_student",
+        "teacher",
+        "student",
+        "whole",
     }
     pipe = CausalVideoPipeline.from_pretrained(tmp_path / "whole" / "model", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a red circle moves right", num_frames=13, output_type="pt").frames.isfinite().all()
     assert pipe.settings.guidance_scale == 1
+    assert (pipe.settings.window_frames, pipe.scheduler.config.shift) == (1, STREAM.shift)
     before = CausalVideoPipeline.from_pretrained(runs / "student" / "model", dtype=torch.float32)
     own, old = pipe.transformer.state_dict(), before.transformer.state_dict()
     assert not all(torch.equal(own[name], old[name]) for name in own)
@@ -214,9 +232,10 @@ def test_bad_settings(wrong, error):
 
 def test_what_does_not_fit_is_refused_before_the_run_starts(runs, tmp_path):
     for wrong, error in (
-        ({"teacher": "nowhere"}, "teacher must be the folder of a finished run, got 'nowhere'"),
-        ({"initial": "nowhere"}, "initial must be the folder of a finished run, got 'nowhere'"),
+        ({"teacher": "nowhere"}, "teacher must be the folder of a model or of a finished run, got 'nowhere'"),
+        ({"initial": "nowhere"}, "initial must be the folder of a model or of a finished run, got 'nowhere'"),
         ({"prompts": "nowhere.txt"}, "prompts must be a text file, got 'nowhere.txt'"),
+        ({"teacher": runs / "student", "initial": runs / "teacher"}, "chunks that divide 1, the teacher's"),
         ({"stream_chunks": 2}, "stream_chunks must be at least 3, what the teacher sees, got 2"),
     ):
         with pytest.raises(ValueError, match=error):
@@ -226,6 +245,7 @@ def test_what_does_not_fit_is_refused_before_the_run_starts(runs, tmp_path):
 
 def test_prompts_from_a_file(runs, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n\n a blue square \n")
-    settings = replace(settings_for(runs), prompts=str(tmp_path / "prompts.txt"), total_steps=1)
+    settings = settings_for(runs, prompts=str(tmp_path / "prompts.txt"), total_steps=1, shift=2.0)
     distill_student(settings, tmp_path / "run")
-    assert (tmp_path / "run" / "model" / "model_index.json").is_file()
+    pipe = CausalVideoPipeline.from_pretrained(tmp_path / "run" / "model")
+    assert pipe.scheduler.config.shift == 2.0

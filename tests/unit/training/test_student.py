@@ -9,7 +9,7 @@ from genstream.data.toyworld import ToyWorld
 from genstream.data.vocabulary import words
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.training.clips import encode_clips
-from genstream.training.denoiser import Denoiser, load_initial
+from genstream.training.denoiser import copy_weights
 from genstream.training.student import (
     StudentTrainee,
     StudentTrainingSettings,
@@ -183,16 +183,17 @@ def test_latents_of_another_vae_or_another_number_of_clips_are_not_mixed_in(buil
     assert torch.equal(more[:8], whole)
 
 
-def test_export_is_a_pipeline(trained, vae_folder, tmp_path):
+def test_export_is_a_pipeline(trained, tmp_path):
     _, folder = trained
-    export(folder, vae_folder, tmp_path / "model")
-    export(folder, vae_folder, tmp_path / "model")  # replaces what is there
+    export(folder, tmp_path / "model")
+    export(folder, tmp_path / "model")  # replaces what is there
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (folder / "model" / "transformer" / "config.json").is_file()
-    record = json.loads((tmp_path / "model" / "training" / "student_1.json").read_text())
+    record = json.loads((tmp_path / "model" / "training" / f"{folder.name}.json").read_text())
     assert record["settings"]["batch_size"] == 2
     assert record["steps"] == 4
-    assert (tmp_path / "model" / "training" / "student_1.csv").read_text() == (folder / "log.csv").read_text()
+    log = tmp_path / "model" / "training" / f"{folder.name}.csv"
+    assert log.read_text() == (folder / "log.csv").read_text()
     pipe = CausalVideoPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert (pipe.settings.sink_frames, pipe.settings.window_frames) == (1, 1)
@@ -224,7 +225,7 @@ def test_bad_settings(wrong, error):
         settings_for(**wrong)
 
 
-def test_a_run_goes_on_from_another_and_its_record_tells_both(trained, vae_folder, tmp_path):
+def test_a_run_goes_on_from_another_and_its_record_tells_both(trained, tmp_path):
     settings, folder = trained
     more = settings_for(vae=settings.vae, initial=str(folder), total_steps=1, learning_rate=1e-12)
     train_student(more, tmp_path / "second")
@@ -233,16 +234,27 @@ def test_a_run_goes_on_from_another_and_its_record_tells_both(trained, vae_folde
     for name, weight in first.items():
         torch.testing.assert_close(second[name], weight, rtol=0, atol=1e-3)
     record = tmp_path / "second" / "model" / "training"
-    assert sorted(path.name for path in record.glob("*.json")) == ["student_1.json", "student_2.json"]
-    assert "--initial" in json.loads((record / "student_2.json").read_text())["command"]
+    assert {path.stem for path in record.glob("*.json")} == {folder.name, "second"}
+    assert "--initial" in json.loads((record / "second.json").read_text())["command"]
 
 
-def test_a_run_goes_on_from_one_with_larger_patches(trained):
-    _, folder = trained
-    student = trainee_for(initial=str(folder), patch_size=1).module
+def test_a_run_goes_on_from_one_with_larger_patches():
+    larger, student = trainee_for().module, trainee_for(patch_size=1).module
     before = {name: weight.clone() for name, weight in student.state_dict().items()}
-    load_initial(student, Denoiser(settings_for(), 4), folder)
-    average = load_file(max((folder / "checkpoints").iterdir()) / "average.safetensors")
+    copy_weights(larger, student)
+    weights = larger.state_dict()
     for name, weight in student.state_dict().items():
         is_end = "patch_embedding.weight" in name or "proj_out" in name
-        assert torch.equal(weight, before[name] if is_end else average[name])
+        assert torch.equal(weight, before[name] if is_end else weights[name])
+
+
+def test_initial_must_be_a_model_of_the_same_size(trained, tmp_path):
+    settings, folder = trained
+    wrong = settings_for(vae=settings.vae, initial=str(folder), width=96)
+    with pytest.raises(ValueError, match="initial must be a model of the same widths and layers"):
+        train_student(wrong, tmp_path / "run")
+    for place in ("nowhere", tmp_path):
+        with pytest.raises(
+            ValueError, match="initial must be the folder of a model or of a finished run, got"
+        ):
+            train_student(settings_for(vae=settings.vae, initial=str(place)), tmp_path / "run")

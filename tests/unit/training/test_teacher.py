@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
-from genstream.training.teacher import TeacherTrainee, TeacherTrainingSettings, export, train_teacher
+from genstream.training.student import StudentTrainingSettings, train_student
+from genstream.training.teacher import TeacherTrainee, TeacherTrainingSettings, train_teacher
 
 TINY = {
     "total_steps": 4,
@@ -95,21 +96,39 @@ def test_evaluation_knows_no_clip_of_the_training():
     assert trainee.loss(0)[0].isnan()
 
 
-def test_a_run_leaves_a_pipeline_of_its_horizon(vae_folder, tmp_path):
-    settings, folder = settings_for(vae=str(vae_folder)), tmp_path / "runs" / "teacher"
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_leaves_a_pipeline_of_its_horizon(vae_folder, tmp_path, precision):
+    settings, folder = settings_for(vae=str(vae_folder), precision=precision), tmp_path / "runs" / "first"
     train_teacher(settings, folder)
-    export(folder, vae_folder, tmp_path / "model")
-    record = json.loads((tmp_path / "model" / "training" / "teacher_1.json").read_text())
+    record = json.loads((folder / "model" / "training" / "first.json").read_text())
     assert record["command"].startswith("genstream train teacher ")
-    pipe = CausalVideoPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    pipe = CausalVideoPipeline.from_pretrained(folder / "model", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     frames = pipe("a red circle moves right", num_frames=9, output_type="pt").frames
     assert frames.shape == (1, 9, 3, 128, 128)
     assert (pipe.settings.chunk_frames, len(pipe.scheduler.schedule().timesteps)) == (3, 2)
-    again = settings_for(vae=str(vae_folder), initial=str(folder), total_steps=1)
-    train_teacher(again, tmp_path / "runs" / "second")
-    assert (tmp_path / "runs" / "second" / "model" / "training" / "teacher_2.json").is_file()
-    assert len(list((tmp_path / "runs" / "latents").iterdir())) == 1
+
+
+def test_a_teacher_starts_from_a_student(vae_folder, tmp_path):
+    small = {name: value for name, value in TINY.items() if name not in ("horizon_chunks", "sampling_steps")}
+    small |= {"vae": str(vae_folder), "clip_chunks": 6, "window_chunks": 1}
+    train_student(StudentTrainingSettings(**small), tmp_path / "student")
+    again = settings_for(
+        vae=str(vae_folder),
+        initial=str(tmp_path / "student"),
+        clip_chunks=6,
+        total_steps=1,
+        learning_rate=1e-9,
+    )
+    train_teacher(again, tmp_path / "teacher")
+    pipes = [
+        CausalVideoPipeline.from_pretrained(tmp_path / name / "model") for name in ("student", "teacher")
+    ]
+    weights, same = (pipe.transformer.state_dict() for pipe in pipes)
+    assert all(torch.allclose(weights[name], same[name], atol=1e-3) for name in weights)
+    records = (tmp_path / "teacher" / "model" / "training").glob("*.json")
+    assert {path.stem for path in records} == {"student", "teacher"}
+    assert len(list((tmp_path / "latents").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
