@@ -1,6 +1,7 @@
-"""`genstream distill vae|student`: small and fast from large and slow; a run that was cut off goes on.
+"""`genstream distill vae|causal|student`: small and fast from large and slow; a run that was cut off goes on.
 
-vae is a small decoder that replaces a large one, student a stream of few steps that a teacher corrects.
+vae is a small decoder that replaces a large one, causal a stream of few steps that follows a teacher's own
+samples, student such a stream that a teacher corrects.
 """
 
 import argparse
@@ -19,6 +20,10 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     part.set_defaults(run=_distill_vae, takes_more=True)
     part = parts.add_parser(
+        "causal", help="make a teacher a causal student of few steps", add_help=False, allow_abbrev=False
+    )
+    part.set_defaults(run=_distill_causal, takes_more=True)
+    part = parts.add_parser(
         "student", help="distil a student from a teacher by self forcing", add_help=False, allow_abbrev=False
     )
     part.set_defaults(run=_distill_student, takes_more=True)
@@ -28,6 +33,12 @@ def _distill_vae(arguments: argparse.Namespace) -> int:
     from genstream.training.distilled_vae import VAEDistillationSettings, distill_vae
 
     return run_training("genstream distill vae", VAEDistillationSettings, distill_vae, arguments)
+
+
+def _distill_causal(arguments: argparse.Namespace) -> int:
+    from genstream.training.adaptation import AdaptationSettings, adapt_teacher
+
+    return run_training("genstream distill causal", AdaptationSettings, adapt_teacher, arguments)
 
 
 def _distill_student(arguments: argparse.Namespace) -> int:

@@ -25,7 +25,8 @@ def encode_prompts(
     device = get_parameter_device(encoder)  # where an offloaded encoder will run, not where it waits
     mask = batch.attention_mask.to(device)
     hidden: Tensor = encoder(batch.input_ids.to(device), attention_mask=mask).last_hidden_state
-    return hidden * mask.unsqueeze(-1).to(hidden)
+    embeds: Tensor = hidden * mask.unsqueeze(-1).to(hidden)
+    return embeds
 
 
 def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:

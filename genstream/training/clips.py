@@ -39,12 +39,19 @@ class ClipSet:
         chunks: chunks of a clip.
         chunk_frames: latent frames of a chunk.
         temporal_ratio: of the VAE.
+        size_px: side of the toy world's frames.
     """
 
     count: int
     chunks: int
     chunk_frames: int
     temporal_ratio: int
+    size_px: int = 128
+
+    @property
+    def world(self) -> ToyWorld:
+        """Where the clips are from."""
+        return ToyWorld(height=self.size_px, width=self.size_px)
 
     @property
     def switch_chunk(self) -> int:
@@ -57,7 +64,7 @@ class ClipSet:
 
     def frames(self, clip: int) -> NDArray[np.uint8]:
         """[F, H, W, 3]."""
-        world = ToyWorld()
+        world = self.world
         count = frames_of(self.chunks * self.chunk_frames, self.temporal_ratio)
         frames = world.frames(world.scene(clip), count)
         if self.switches(clip):
@@ -67,7 +74,7 @@ class ClipSet:
 
     def caption(self, clip: int, variant: int) -> str:
         """A caption of the clip's first scene."""
-        world = ToyWorld()
+        world = self.world
         return world.caption(world.scene(clip), variant)
 
     def caption_after_switch(self, clip: int, variant: int) -> str:
@@ -79,7 +86,7 @@ class ClipSet:
         return frames_of(self.switch_chunk * self.chunk_frames, self.temporal_ratio)
 
     def _switch(self, clip: int) -> Switch:
-        return _switch(clip, self._frames_before_switch / ToyWorld().fps)
+        return _switch(clip, self._frames_before_switch / self.world.fps)
 
 
 @lru_cache(_SWITCHES_KEPT)

@@ -1,7 +1,8 @@
 """Which clean and noisy frames stand in one training sequence, and who sees whom: integers only.
 
 Teacher forcing: the context of a noisy chunk is the clean video. Several noisy chunks share the clean frames
-of one sequence; a frame mask gives each exactly the context that it has while streaming.
+of one sequence; a frame mask gives each exactly the context that it has while streaming. Diffusion forcing
+(arXiv 2407.01392): the context is noisy too, every chunk at a level of its own, and all of it is learnt.
 """
 
 from __future__ import annotations
@@ -54,17 +55,18 @@ class ForcedSequence:
         return [[column in visible[row] for column in owners] for row in owners]
 
 
-def from_start(chunks: Sequence[int], window_chunks: int) -> ForcedSequence:
+def from_start(chunks: Sequence[int], window_chunks: int, *, sink: bool = True) -> ForcedSequence:
     """Every chunk of a clip's beginning as a target, in the context it has in a stream.
 
     Args:
         chunks: latent frames of each chunk.
-        window_chunks: chunks kept besides the first, which is the sink.
+        window_chunks: chunks kept besides the sink.
+        sink: the first chunk is kept for ever.
     """
     starts = [sum(chunks[:index]) for index in range(len(chunks))]
     spans = [range(start, start + length) for start, length in zip(starts, chunks, strict=True)]
     sees = [
-        tuple(index for index in range(chunk) if index == 0 or index >= chunk - window_chunks)
+        tuple(index for index in range(chunk) if (sink and index == 0) or index >= chunk - window_chunks)
         for chunk in range(len(chunks))
     ]
     pieces = [Piece(span, span, seen) for span, seen in zip(spans, sees, strict=True)]
@@ -77,7 +79,8 @@ def from_middle(starts: Sequence[int], chunk_frames: int, copies: int, recached:
     Frames between the chunks are gone; the chunks stand directly one behind the other.
 
     Args:
-        starts: first latent frame of the sink, of each chunk of the window, and of the target.
+        starts: first latent frame of the sink if there is one, of each chunk of the window, and of the
+            target.
         chunk_frames: latent frames of a chunk.
         copies: times that the target stands in the sequence.
         recached: leading chunks that see each other, as after the re-cache of a prompt switch.
@@ -90,3 +93,8 @@ def from_middle(starts: Sequence[int], chunk_frames: int, copies: int, recached:
     )
     target = Piece(spans[-1], places[-1], tuple(range(len(clean))))
     return ForcedSequence(clean, (target,) * copies)
+
+
+def with_noisy_context(sequence: ForcedSequence) -> ForcedSequence:
+    """The same chunks, each once and each a target: its context is not clean (diffusion forcing)."""
+    return ForcedSequence((), (*sequence.clean, sequence.noisy[-1]))

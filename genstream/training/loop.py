@@ -12,14 +12,17 @@ import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +64,15 @@ class LoopSettings:
     log_steps: int = 20
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
+
+    @classmethod
+    def of(cls, settings: "DataclassInstance", **others: object) -> Self:
+        """Those of its fields that a trainer's settings have, and `others`."""
+        own = {field.name for field in fields(cls)}
+        shared = {
+            field.name: getattr(settings, field.name) for field in fields(settings) if field.name in own
+        }
+        return cls(**{**shared, **others})
 
     def __post_init__(self) -> None:
         for name in ("total_steps", "checkpoint_steps", "evaluate_steps", "log_steps"):

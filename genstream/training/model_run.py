@@ -48,6 +48,7 @@ class ModelRunSettings(DenoiserSettings):
         batch_size: clips of a step.
         clips: clips to train on, encoded once, before training.
         evaluation_clips: further clips, for evaluation alone.
+        size_px: side of the toy world's frames.
         clip_chunks: chunks of a clip.
         chunk_frames: latent frames of a chunk.
         shift: timestep shift.
@@ -67,6 +68,7 @@ class ModelRunSettings(DenoiserSettings):
     batch_size: int = 16
     clips: int = 3072
     evaluation_clips: int = 64
+    size_px: int = 128
     clip_chunks: int = 8
     chunk_frames: int = 3
     shift: float = 12.0
@@ -95,20 +97,13 @@ class ModelRunSettings(DenoiserSettings):
             chunks=self.clip_chunks,
             chunk_frames=self.chunk_frames,
             temporal_ratio=temporal_ratio,
+            size_px=self.size_px,
         )
 
     @property
     def loop(self) -> LoopSettings:
         """How long and how to optimise."""
-        return LoopSettings(
-            total_steps=self.total_steps,
-            learning_rate=self.learning_rate,
-            checkpoint_steps=self.checkpoint_steps,
-            evaluate_steps=self.evaluate_steps,
-            seed=self.seed,
-            precision=self.precision,
-            optimizer=self.optimizer,
-        )
+        return LoopSettings.of(self)
 
 
 S = TypeVar("S", bound=ModelRunSettings)
@@ -219,7 +214,7 @@ def save_trained(
         folder: to write to; replaced if it is there.
         **stream: how it streams, as in `CausalVideoPipeline`.
     """
-    world, vae_folder = ToyWorld(), Path(settings.vae)
+    vae_folder = Path(settings.vae)
     vae = TinyVideoVAE.from_pretrained(vae_folder, dtype=torch.float32)
     denoiser = Denoiser.new(settings, vae.spec.latent_channels)
     load_average(denoiser, run_folder)
@@ -230,9 +225,9 @@ def save_trained(
         vae,
         scheduler,
         text_tokens=settings.text_tokens,
-        default_height=world.height,
-        default_width=world.width,
-        default_fps=world.fps,
+        default_height=settings.size_px,
+        default_width=settings.size_px,
+        default_fps=ToyWorld().fps,
         guidance_scale=settings.guidance_scale,
         **stream,  # type: ignore[arg-type]
     )

@@ -30,6 +30,20 @@ def flow_loss(velocity: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
     return F.mse_loss(velocity, noise - clean)
 
 
+def segment_velocity(state: Tensor, later: Tensor, sigma: Tensor, later_sigma: Tensor) -> Tensor:
+    """Mean velocity between two states of a sampling path: one step with it goes from one to the other.
+
+    The target of multistep distillation (StreamDiT, arXiv 2507.03745); where both levels are the same, 0.
+    """
+    length = sigma - later_sigma
+    return (state - later) / _by_frame(torch.where(length > 0, length, torch.ones_like(length)))
+
+
+def guidance_loss(velocity: Tensor, toward: Tensor, away: Tensor, scale: float) -> Tensor:
+    """Mean squared error to a guided velocity, so that one evaluation does for two (arXiv 2210.03142)."""
+    return F.mse_loss(velocity, guided(toward, away, scale).detach())
+
+
 def logit_normal_sigmas(count: int, shift: float, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """`[count]` noise levels: the sigmoid of normal numbers, then the timestep shift (arXiv 2403.03206)."""
     return shifted(torch.sigmoid(mean + std * torch.randn(count)), shift)  # type: ignore[arg-type,return-value]

@@ -70,6 +70,11 @@ class TextPrompts:
         return Asked([self.lines[place] for place in rng.integers(len(self.lines), size=count)])
 
 
+def prompts_from(path: str | None) -> PromptSource:
+    """The lines of a text file, or captions of random scenes when None."""
+    return ScenePrompts() if path is None else TextPrompts(Path(path))
+
+
 class ClipPieces:
     """Pieces of training clips with their captions; in none does the scene change.
 

@@ -28,7 +28,7 @@ from genstream.training.correctors import Adversarial, Corrector, Discriminator,
 from genstream.training.denoiser import Denoiser, for_training
 from genstream.training.loop import LoopSettings, run, steps_taken
 from genstream.training.model_run import LATENTS_FOLDER, RESULT_FOLDER, load_model, model_folder, save_model
-from genstream.training.prompts import Asked, ClipPieces, PromptSource, ScenePrompts, TextPrompts
+from genstream.training.prompts import Asked, ClipPieces, PromptSource, prompts_from
 from genstream.training.record import Training, claim_run
 from genstream.training.rollout import RolloutEngine, rollout
 from genstream.vae.tiny import TinyVideoVAE
@@ -127,18 +127,8 @@ class SelfForcingSettings:
     @property
     def loop(self) -> LoopSettings:
         """How long and how to optimise."""
-        return LoopSettings(
-            total_steps=self.total_steps,
-            learning_rate=self.learning_rate,
-            # The critic chases a student that moves: momentum would lag behind.
-            betas=(0.0, 0.999),
-            ema_decay=self.ema_decay,
-            checkpoint_steps=self.checkpoint_steps,
-            evaluate_steps=self.evaluate_steps,
-            log_steps=self.log_steps,
-            seed=self.seed,
-            precision=self.precision,
-        )
+        # The critic chases a student that moves: momentum would lag behind.
+        return LoopSettings.of(self, betas=(0.0, 0.999))
 
 
 class Distillation(nn.Module):
@@ -279,7 +269,7 @@ def _prompts(
     settings: SelfForcingSettings, pipe: CausalVideoPipeline, frames: int, output: Path
 ) -> PromptSource:
     if settings.objective != "gan":
-        return ScenePrompts() if settings.prompts is None else TextPrompts(Path(settings.prompts))
+        return prompts_from(settings.prompts)
     if not isinstance(pipe.vae, TinyVideoVAE):
         raise ValueError(f"initial must have a TinyVideoVAE for 'gan', got a {type(pipe.vae).__name__}")
     clips = ClipSet(
@@ -287,6 +277,7 @@ def _prompts(
         chunks=settings.stream_chunks,
         chunk_frames=pipe.settings.chunk_frames,
         temporal_ratio=pipe.vae.spec.temporal_ratio,
+        size_px=pipe.config.default_height,
     )
     latents = encode_clips(clips, pipe.vae, output.parent / LATENTS_FOLDER, settings.precision)
     return ClipPieces(clips, latents, frames, range(clips.count))

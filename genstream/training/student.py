@@ -1,7 +1,7 @@
 """Trains the embedded causal student on the latents of the toy world.
 
-The student learns the velocity of noisy chunks in clean, slightly disturbed context (teacher forcing),
-mostly at the noise levels of its few sampling steps.
+The student learns the velocity of noisy chunks, mostly at the noise levels of its few sampling steps: in
+clean, slightly disturbed context (teacher forcing), or in context that is as noisy (diffusion forcing).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.schedulers.schedule import shifted
 from genstream.training.denoiser import Denoiser
-from genstream.training.forcing import ForcedSequence, from_middle, from_start
+from genstream.training.forcing import ForcedSequence, from_middle, from_start, with_noisy_context
 from genstream.training.model_run import (
     ModelRunSettings,
     ModelTrainee,
@@ -35,6 +36,8 @@ _SHARED_LEVELS = 0.5
 _REDRAWN_LEVEL = 0.8
 """Largest noise under which a context is redrawn."""
 _TARGET_COPIES = 3
+_WITH_SINK = 0.5
+"""Share of random masks with a sink."""
 _KEPT_SINKS = 0.2
 """Share of prompt switches that keep the stream's first sinks."""
 
@@ -44,7 +47,10 @@ class StudentTrainingSettings(ModelRunSettings):
     """What is particular to the student.
 
     Attributes:
+        forcing: what a noisy chunk's context is, "teacher" the clean video, "diffusion" noisy chunks.
         window_chunks: chunks kept besides the first, which is the sink, and the current one.
+        random_masks: every step draws a window from 1 to `window_chunks`, and whether there is a sink, so
+            that the model can be run with any of them.
         steps: sampling timesteps before the shift, in (0, 1000].
         context_noise: largest noise on the clean context, in standard deviations of the latents, so that
             small errors of the student's own output do not grow.
@@ -58,7 +64,9 @@ class StudentTrainingSettings(ModelRunSettings):
         switched: share of steps with a target behind a prompt switch.
     """
 
+    forcing: Literal["teacher", "diffusion"] = "teacher"
     window_chunks: int = 2
+    random_masks: bool = False
     steps: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)
     context_noise: float = 0.15
     first: float = 0.35
@@ -70,6 +78,8 @@ class StudentTrainingSettings(ModelRunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.forcing not in ("teacher", "diffusion"):
+            raise ValueError(f"forcing must be 'teacher' or 'diffusion', got {self.forcing!r}")
         least = 2 * (self.window_chunks + 2)
         if self.clip_chunks < least:
             raise ValueError(f"clip_chunks must be at least {least}, got {self.clip_chunks}")
@@ -87,6 +97,8 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
 
     def _loss(self, module: Denoiser, rng: np.random.Generator, among: range) -> Tensor:
         sequence, clips, caption = self._draw(rng, among)
+        if self.settings.forcing == "diffusion":
+            sequence = with_noisy_context(sequence)
         device = module.transformer.device
         clean = self.latents[clips].to(device, torch.float32)
         captions = [caption(clip, int(rng.integers(CAPTIONS))) for clip in clips]
@@ -113,46 +125,51 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
             chosen = [clip for _ in range(settings.first_chunks) for clip in self._choose(among, rng)]
             return from_start([settings.chunk_frames], settings.window_chunks), chosen, clips.caption
         kind -= settings.first
+        window, sink = settings.window_chunks, True
+        if settings.random_masks:
+            window, sink = int(rng.integers(1, window + 1)), bool(rng.random() < _WITH_SINK)
         if kind < settings.switched:
             chosen = self._choose([clip for clip in among if clips.switches(clip)], rng)
-            return self._after_switch(rng), chosen, clips.caption_after_switch
+            return self._after_switch(rng, window), chosen, clips.caption_after_switch
         kind -= settings.switched
         if kind < settings.middle:
             chosen = self._choose([clip for clip in among if not clips.switches(clip)], rng)
-            return self._middle(rng), chosen, clips.caption
+            return self._middle(rng, window, sink=sink), chosen, clips.caption
         kind -= settings.middle
-        chunks = [settings.chunk_frames] * (settings.window_chunks + 2)
+        chunks = [settings.chunk_frames] * (window + 2)
         if kind < settings.image_start:
             chunks[0] = 1
-        chosen = self._choose(among, rng)
-        return from_start(chunks, settings.window_chunks), chosen, clips.caption
+        return from_start(chunks, window, sink=sink), self._choose(among, rng), clips.caption
 
     def _choose(self, clips: Sequence[int], rng: np.random.Generator) -> list[int]:
         return [clips[place] for place in rng.integers(len(clips), size=self.settings.batch_size)]
 
-    def _middle(self, rng: np.random.Generator) -> ForcedSequence:
+    def _middle(self, rng: np.random.Generator, window: int, *, sink: bool) -> ForcedSequence:
         """A target whose window begins anywhere behind the sink."""
-        size, window = self.settings.chunk_frames, self.settings.window_chunks
+        size = self.settings.chunk_frames
         latest = (self.settings.clip_chunks - window - 1) * size
         first = int(rng.integers(size + 1, latest + 1))
-        return from_middle([0, *(first + size * place for place in range(window + 1))], size, _TARGET_COPIES)
+        starts = [first + size * place for place in range(window + 1)]
+        return from_middle([0, *starts] if sink else starts, size, _TARGET_COPIES)
 
-    def _after_switch(self, rng: np.random.Generator) -> ForcedSequence:
+    def _after_switch(self, rng: np.random.Generator, window: int) -> ForcedSequence:
         """A target behind the switch; the sink is the stream's first, or the oldest chunk kept by it."""
         settings, switch = self.settings, self.clips.switch_chunk
         target = int(rng.integers(switch, settings.clip_chunks))
-        oldest = switch - int(rng.integers(1, settings.window_chunks + 2))
-        window = range(max(target - settings.window_chunks, oldest + 1), target)
+        oldest = switch - int(rng.integers(1, window + 2))
+        kept = range(max(target - window, oldest + 1), target)
         sink = 0 if rng.random() < _KEPT_SINKS else oldest
-        starts = [chunk * settings.chunk_frames for chunk in (sink, *window, target)]
-        recached = 1 + sum(chunk < switch for chunk in window)
+        starts = [chunk * settings.chunk_frames for chunk in (sink, *kept, target)]
+        recached = 1 + sum(chunk < switch for chunk in kept)
         return from_middle(starts, settings.chunk_frames, _TARGET_COPIES, recached)
 
     def _sigma(self, sequence: ForcedSequence, clips: int, rng: np.random.Generator) -> Tensor:
         """One noise level for each noisy chunk of each clip, by frame `[B, T noisy]`."""
         size = (clips, len(sequence.noisy))
         levels = np.array([shifted(step / 1000, self.settings.shift) for step in self.settings.steps])
-        anywhere = shifted(rng.random(size), self.settings.shift)  # type: ignore[arg-type]
+        # Clean contexts come in streams: with noisy ones, low noise levels must be as usual as high ones.
+        shift = self.settings.shift if self.settings.forcing == "teacher" else 1.0
+        anywhere = shifted(rng.random(size), shift)  # type: ignore[arg-type]
         sigma = np.where(rng.random(size) < _SHARED_LEVELS, rng.choice(levels, size), anywhere)
         lengths = [len(piece.frames) for piece in sequence.noisy]
         return torch.from_numpy(np.repeat(sigma, lengths, axis=1)).float()

@@ -107,13 +107,11 @@ class VAETrainingSettings:
     def loop(self, phase: Literal["joint", "decoder"]) -> LoopSettings:
         """Loop settings of one phase."""
         joint = phase == "joint"
-        return LoopSettings(
+        return LoopSettings.of(
+            self,
             total_steps=self.joint_steps if joint else self.decoder_steps,
             learning_rate=self.joint_learning_rate if joint else self.decoder_learning_rate,
-            checkpoint_steps=self.checkpoint_steps,
-            evaluate_steps=self.evaluate_steps,
             seed=2 * self.seed + (0 if joint else 1),
-            precision=self.precision,
         )
 
 

@@ -52,17 +52,7 @@ class VAERunSettings(ClipSettings):
     @property
     def loop(self) -> LoopSettings:
         """Settings of the training loop."""
-        return LoopSettings(
-            total_steps=self.total_steps,
-            learning_rate=self.learning_rate,
-            warmup_steps=self.warmup_steps,
-            ema_decay=self.ema_decay,
-            checkpoint_steps=self.checkpoint_steps,
-            evaluate_steps=self.evaluate_steps,
-            log_steps=self.log_steps,
-            seed=self.seed,
-            precision=self.precision,
-        )
+        return LoopSettings.of(self)
 
     def perceptual(self, device: torch.device) -> FeatureDistance | None:
         """The perceptual distance, None where it is switched off."""

@@ -5,7 +5,7 @@ import torch
 
 from genstream.cache.layout import CacheLayout, PositionPolicy
 from genstream.streaming.controls import PromptControl
-from genstream.training.forcing import from_middle, from_start
+from genstream.training.forcing import from_middle, from_start, with_noisy_context
 
 
 def visible_in_a_stream(layout: CacheLayout, start: int) -> set[int]:
@@ -127,3 +127,26 @@ def test_a_masked_pass_gives_what_a_prompt_switch_gives(build_pipeline, done):
             attention_mask=torch.tensor(sequence.mask()),
         ).sample
     torch.testing.assert_close(trained[:, :, -3:], found, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("window_chunks", [1, 2])
+@pytest.mark.parametrize("chunks", [1, 2, 5])
+def test_from_start_without_a_sink_sees_what_the_cache_shows(window_chunks, chunks):
+    layout = CacheLayout(chunk_frames=1, sink_frames=0, window_frames=window_chunks)
+    sequence = from_start([1] * chunks, window_chunks, sink=False)
+    for piece in (*sequence.clean, *sequence.noisy):
+        assert set(seen(sequence, piece)) == visible_in_a_stream(layout, piece.frames.start)
+
+
+@pytest.mark.parametrize("sequence", [from_start([3, 3, 3, 3], 1), from_middle([0, 6, 9, 12], 3, 4, 2)])
+def test_noisy_context_is_the_clean_one_under_noise(sequence):
+    noisy = with_noisy_context(sequence)
+    frames = [piece.frames for piece in noisy.noisy]
+    assert not noisy.clean
+    assert len(set(frames)) == len(frames)
+    expected = {piece.frames: piece for piece in (*sequence.clean, *sequence.noisy)}
+    assert set(frames) == set(expected)
+    for piece in noisy.noisy:
+        assert piece.positions == expected[piece.frames].positions
+        context = [frame for index in piece.sees for frame in noisy.noisy[index].frames]
+        assert context == seen(sequence, expected[piece.frames])

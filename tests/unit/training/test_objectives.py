@@ -9,12 +9,14 @@ from genstream.training.objectives import (
     clean_from,
     discriminator_loss,
     flow_loss,
+    guidance_loss,
     guided,
     identity_loss,
     logit_normal_sigmas,
     matching_gradient,
     matching_loss,
     roughness,
+    segment_velocity,
 )
 
 SHAPE = (4, 2, 3, 2, 2)
@@ -130,3 +132,25 @@ def test_roughness_is_the_squared_slope():
     torch.testing.assert_close(
         roughness(x @ slope, disturbed @ slope, sigma), slope.square().sum(), rtol=0.02, atol=0
     )
+
+
+def test_a_segment_s_velocity_leads_from_one_state_to_the_other():
+    clean, noise = normal(0), normal(1)
+    sigma, later = (torch.rand(4, 3, dtype=torch.float64) for _ in range(2))
+    sigma, later = torch.maximum(sigma, later), torch.minimum(sigma, later)
+    state, following = add_noise(clean, noise, sigma), add_noise(clean, noise, later)
+    velocity = segment_velocity(state, following, sigma, later)
+    torch.testing.assert_close(velocity, noise - clean)  # on a straight path
+    bent = following + normal(2)
+    arrived = state - (sigma - later)[:, None, :, None, None] * segment_velocity(state, bent, sigma, later)
+    torch.testing.assert_close(arrived, bent)
+    assert not segment_velocity(clean, clean, sigma, sigma).any()
+
+
+def test_guidance_is_learnt_when_one_evaluation_does_what_two_did():
+    toward, away = normal(0), normal(1)
+    assert guidance_loss(away + 3 * (toward - away), toward, away, 3.0) == 0
+    assert guidance_loss(toward, toward, away, 1.0) < 1e-24
+    teacher = normal(2).requires_grad_()
+    guidance_loss(normal(3).requires_grad_(), teacher, away, 2.0).backward()
+    assert teacher.grad is None

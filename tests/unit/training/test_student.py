@@ -9,7 +9,7 @@ from genstream.data.toyworld import ToyWorld
 from genstream.data.vocabulary import words
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.training.clips import encode_clips
-from genstream.training.denoiser import copy_weights
+from genstream.training.denoiser import Denoiser, copy_weights
 from genstream.training.student import (
     StudentTrainee,
     StudentTrainingSettings,
@@ -145,6 +145,34 @@ def test_training_noise_covers_the_sampling_steps():
         assert 0.1 < ((sigma - level).abs() < 1e-6).float().mean() < 0.25
 
 
+def test_diffusion_forcing_learns_every_chunk_at_a_level_of_its_own(monkeypatch):
+    trainee, seen = trainee_for(forcing="diffusion", image_start=0.0, batch_size=4), []
+    velocity = Denoiser.velocity
+
+    def spied(module, x, sigma, *rest):
+        seen.append(sigma)
+        return velocity(module, x, sigma, *rest)
+
+    monkeypatch.setattr(Denoiser, "velocity", spied)
+    for step in range(60):
+        assert trainee.loss(step)[0].isfinite()
+    together = [sigma for sigma in seen if sigma.shape[1] == 3]  # sink, window and target, each noisy
+    assert len(together) > 10
+    assert all((sigma > 0).all() for sigma in together)
+    assert torch.cat(together).diff(dim=1).ne(0).float().mean() > 0.5
+    assert 0.1 < (torch.cat(together) < 0.3).float().mean() < 0.2  # half of them are anywhere in [0, 1]
+
+
+def test_random_masks_come_in_all_sizes():
+    trainee, seen = trainee_for(random_masks=True, window_chunks=2, clip_chunks=8), set()
+    for step in range(300):
+        sequence, _, _ = trainee._draw(np.random.default_rng(step), range(9))
+        target = sequence.noisy[-1]
+        context = [sequence.clean[index].frames.start for index in target.sees]
+        seen.add((0 in context, sum(start > 0 for start in context)))
+    assert {(True, 1), (True, 2), (False, 1), (False, 2)} <= seen
+
+
 def test_captions_fit_the_prompt():
     world, trainee = ToyWorld(), trainee_for()
     captions = [world.caption(world.scene(seed), seed % 8) for seed in range(400)]
@@ -210,6 +238,7 @@ def test_export_is_a_pipeline(trained, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "error"),
     [
+        ({"forcing": "self"}, "forcing must be 'teacher' or 'diffusion', got 'self'"),
         ({"width": 50}, "width must be a multiple of 48, got 50"),
         ({"guidance_scale": 0.9}, r"guidance_scale must be at least 1 \(off\), got 0\.9"),
         ({"clip_chunks": 5}, "clip_chunks must be at least 6, got 5"),

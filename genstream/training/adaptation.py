@@ -1,0 +1,254 @@
+"""Causal adaptation: a teacher's weights learn to follow its sampling paths in few steps, chunk by chunk.
+
+Every chunk stands at a noise level of its own, in the context that a stream would show it. "ode" predicts
+where a path ends (CausVid, arXiv 2412.07772; Self Forcing starts from such a student); "multistep" predicts
+the mean velocity of the next part of the path (StreamDiT, arXiv 2507.03745). The paths are guided, the
+student needs no guidance.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
+from genstream.training.denoiser import Denoiser, for_training
+from genstream.training.forcing import ForcedSequence, from_middle, from_start, with_noisy_context
+from genstream.training.loop import LoopSettings, run, steps_taken
+from genstream.training.model_run import RESULT_FOLDER, load_model, model_folder, save_model
+from genstream.training.objectives import clean_from, segment_velocity
+from genstream.training.prompts import prompts_from
+from genstream.training.record import Training, claim_run
+from genstream.training.trajectories import Sampling, Trajectories, collect, solve
+
+logger = logging.getLogger(__name__)
+
+_TRAJECTORIES_FOLDER = "trajectories"
+_EVALUATION_PATHS = 16
+_MIDDLE = 0.3
+"""Share of steps with a target far from the start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptationSettings:
+    """How a teacher becomes a causal student of few steps.
+
+    Attributes:
+        teacher: model whose paths are followed and whose weights the student starts from; or the run that
+            made it.
+        objective: "ode" predicts the end of the path, "multistep" its next part.
+        prompts: text file with a prompt on each line; captions of random scenes when None.
+        trajectories: paths to learn from, sampled once, before training; the last 16 are for evaluation.
+        num_steps: of the student.
+        substeps: Euler steps of the teacher for each one of the student.
+        guidance_scale: of the teacher; its own when None.
+        shift: timestep shift of both; the teacher's when None.
+        chunk_frames: latent frames of a chunk; they divide those that the teacher sees.
+        window_chunks: chunks kept besides the first, which is the sink, and the current one.
+        random_masks: every step draws a window from 1 to `window_chunks`, and whether there is a sink, so
+            that the model can be run with any of them.
+        total_steps: optimiser steps.
+        learning_rate: peak.
+        optimizer: "adamw" or "muon".
+        batch_size: paths of a step.
+        checkpoint_steps: steps between checkpoints.
+        evaluate_steps: steps between evaluations.
+        seed: of prompts and noise.
+        precision: "bf16" is faster where the processor has it.
+    """
+
+    teacher: str = "runs/teacher"
+    objective: Literal["ode", "multistep"] = "ode"
+    prompts: str | None = None
+    trajectories: int = 1024
+    num_steps: int = 4
+    substeps: int = 6
+    guidance_scale: float | None = None
+    shift: float | None = None
+    chunk_frames: int = 3
+    window_chunks: int = 2
+    random_masks: bool = False
+    total_steps: int = 2000
+    learning_rate: float = 5e-4
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    batch_size: int = 16
+    checkpoint_steps: int = 200
+    evaluate_steps: int = 500
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+    def __post_init__(self) -> None:
+        _ = self.loop  # checks its part
+        if self.objective not in ("ode", "multistep"):
+            raise ValueError(f"objective must be 'ode' or 'multistep', got {self.objective!r}")
+        if self.trajectories <= _EVALUATION_PATHS:
+            raise ValueError(
+                f"trajectories must be more than {_EVALUATION_PATHS}, which are kept for evaluation, "
+                f"got {self.trajectories}"
+            )
+        for name in ("num_steps", "substeps", "chunk_frames", "batch_size"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.window_chunks < (least := 1 if self.random_masks else 0):
+            raise ValueError(f"window_chunks must be at least {least}, got {self.window_chunks}")
+        if self.guidance_scale is not None and not self.guidance_scale >= 1:
+            raise ValueError(f"guidance_scale must be at least 1 (off), got {self.guidance_scale}")
+
+    @property
+    def loop(self) -> LoopSettings:
+        """How long and how to optimise."""
+        return LoopSettings.of(self)
+
+
+class AdaptationTrainee:
+    """A student that learns from paths.
+
+    Args:
+        settings: of the run.
+        module: with weights to start from.
+        paths: to learn from, the last ones for evaluation.
+        sigmas: noise levels of their states, from 1 to 0.
+    """
+
+    def __init__(
+        self, settings: AdaptationSettings, module: Denoiser, paths: Trajectories, sigmas: list[float]
+    ) -> None:
+        self.settings = settings
+        self.module = module
+        self.paths = paths
+        self.sigmas = torch.tensor(sigmas)
+        module.text_encoder.requires_grad_(requires_grad=False)
+
+    def loss(self, step: int) -> tuple[Tensor, Mapping[str, float]]:
+        """Mean squared error of what is predicted."""
+        rng = np.random.default_rng((self.settings.seed, step))
+        return self._loss(self.module, rng, range(len(self.paths.captions) - _EVALUATION_PATHS)), {}
+
+    @torch.no_grad()
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        """The same for the averaged weights on paths that are never trained on."""
+        assert isinstance(module, Denoiser)
+        count = len(self.paths.captions)
+        rng = np.random.default_rng((self.settings.seed, self.settings.total_steps))
+        return {"loss": self._loss(module, rng, range(count - _EVALUATION_PATHS, count)).item()}
+
+    def _loss(self, module: Denoiser, rng: np.random.Generator, among: range) -> Tensor:
+        device = module.transformer.device
+        sequence = self._sequence(rng)
+        chosen = rng.choice(among, self.settings.batch_size)
+        states = self.paths.states[chosen][:, :, :, sequence.noisy_frames].to(device, torch.float32)
+        with torch.no_grad():
+            text = module.embed([self.paths.captions[path] for path in chosen])
+        # One level for each chunk; the last is clean, which shows what a stream's past looks like.
+        by_chunk = rng.integers(len(self.sigmas), size=(len(chosen), len(sequence.noisy)))
+        by_frame = np.repeat(by_chunk, [len(piece.frames) for piece in sequence.noisy], axis=1)
+        levels = torch.from_numpy(by_frame).to(device)
+        sigmas = self.sigmas.to(device)
+        x, sigma = _at(states, levels), sigmas[levels]
+        mask = torch.tensor(sequence.mask(), device=device)
+        velocity = module.velocity(x, sigma, text, sequence.positions, mask)
+        if self.settings.objective == "ode":
+            error = clean_from(x, velocity, sigma) - states[:, -1]
+        else:
+            later = (levels + 1).clamp(max=len(sigmas) - 1)
+            error = velocity - segment_velocity(x, _at(states, later), sigma, sigmas[later])
+        noisy = (sigma > 0)[:, None, :, None, None].expand_as(error)
+        return error.square()[noisy].sum() / noisy.sum().clamp(min=1)
+
+    def _sequence(self, rng: np.random.Generator) -> ForcedSequence:
+        settings, size = self.settings, self.settings.chunk_frames
+        chunks = self.paths.states.shape[3] // size
+        window, sink = settings.window_chunks, True
+        if settings.random_masks:
+            window, sink = int(rng.integers(1, window + 1)), bool(rng.integers(2))
+        if chunks > window + 1 and rng.random() < _MIDDLE:
+            first = int(rng.integers(1, chunks - window))
+            starts = [size * (first + place) for place in range(window + 1)]
+            return with_noisy_context(from_middle([0, *starts] if sink else starts, size, copies=1))
+        length = int(rng.integers(1, min(window + 2, chunks) + 1))
+        return with_noisy_context(from_start([size] * length, window, sink=sink))
+
+
+def _at(states: Tensor, levels: Tensor) -> Tensor:
+    """Of states `[B, levels, C, T, h, w]` the ones at levels `[B, T]`, `[B, C, T, h, w]`."""
+    batch, frames = (torch.arange(size, device=levels.device) for size in levels.shape)
+    return states.permute(0, 3, 1, 2, 4, 5)[batch[:, None], frames, levels].movedim(1, 2)
+
+
+def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
+    """Sample the paths, train, and continue what `output` already holds; the result is `output`/model."""
+    pipe = load_model("teacher", settings.teacher)
+    chunk, horizon = settings.chunk_frames, pipe.settings.chunk_frames
+    if horizon % chunk:
+        raise ValueError(f"chunk_frames must divide {horizon}, the teacher's frames, got {chunk}")
+    prompts = prompts_from(settings.prompts)
+    claim_run(output, settings)
+    torch.manual_seed(settings.seed)
+    denoiser = for_training(Denoiser.of(pipe)).to(PartialState().device)
+    sampling = Sampling(
+        num_steps=settings.num_steps,
+        substeps=settings.substeps,
+        shift=pipe.scheduler.config.shift if settings.shift is None else settings.shift,
+        guidance_scale=(
+            pipe.settings.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+        ),
+    )
+    shape = _latents_shape(pipe)
+
+    def sample(first: int, count: int) -> Trajectories:
+        captions = prompts.draw(count, np.random.default_rng((settings.seed, first))).captions
+        generator = torch.Generator().manual_seed((settings.seed << 32) + first)
+        noise = torch.randn(count, *shape, generator=generator).to(denoiser.transformer.device)
+        with torch.autocast(noise.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            return Trajectories(captions, solve(denoiser, noise, captions, sampling))
+
+    paths = collect(sample, settings.trajectories, output / _TRAJECTORIES_FOLDER)
+    average = run(settings.loop, AdaptationTrainee(settings, denoiser, paths, sampling.sigmas), output)
+    denoiser.load_state_dict(average.state_dict())
+    export(pipe, settings, sampling.shift, output)
+    logger.info("causal student in %s", output / RESULT_FOLDER)
+
+
+def export(pipe: CausalVideoPipeline, settings: AdaptationSettings, shift: float, output: Path) -> None:
+    """Write a student as a pipeline folder."""
+    if settings.objective == "ode":
+        steps = [1000 * (1 - step / settings.num_steps) for step in range(settings.num_steps)]
+        pipe.scheduler = FewStepScheduler(steps=steps, shift=shift)
+    else:
+        pipe.scheduler = FlowEulerScheduler(num_steps=settings.num_steps, shift=shift)
+    chunk = settings.chunk_frames
+    pipe.register_to_config(
+        chunk_frames=chunk,
+        sink_frames=chunk,
+        window_frames=settings.window_chunks * chunk,
+        positions="window",
+        guidance_scale=1.0,
+    )
+    training = Training(
+        name=output.name,
+        part="causal",
+        verb="distill",
+        run=output,
+        settings=settings,
+        logs={output.name: output / "log.csv"},
+        steps=steps_taken(output),
+    )
+    save_model(pipe, output / RESULT_FOLDER, [model_folder("teacher", settings.teacher)], training)
+
+
+def _latents_shape(pipe: CausalVideoPipeline) -> tuple[int, int, int, int]:
+    """[C, T, h, w] of what the teacher sees."""
+    spec = pipe.streaming_vae.spec
+    height, width = (
+        side // spec.spatial_ratio for side in (pipe.config.default_height, pipe.config.default_width)
+    )
+    return spec.latent_channels, pipe.settings.chunk_frames, height, width

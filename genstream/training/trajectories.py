@@ -1,0 +1,105 @@
+"""Sampling paths of a teacher: what a student with few steps learns to follow."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from genstream.schedulers.schedule import shifted
+from genstream.training.denoiser import Denoiser
+from genstream.training.objectives import guided
+
+logger = logging.getLogger(__name__)
+
+_SHARD = 16
+_CAPTIONS = "captions"
+_SEPARATOR = "\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a teacher is sampled.
+
+    Attributes:
+        num_steps: of the student; states are kept at its noise levels.
+        substeps: Euler steps of the teacher for each one of the student.
+        shift: timestep shift of both.
+        guidance_scale: of the teacher; 1 is off.
+    """
+
+    num_steps: int
+    substeps: int
+    shift: float
+    guidance_scale: float
+
+    @property
+    def sigmas(self) -> list[float]:
+        """Noise levels of the states, from 1 to 0."""
+        return [float(shifted(1 - step / self.num_steps, self.shift)) for step in range(self.num_steps + 1)]
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """States of many paths.
+
+    Attributes:
+        captions: what each path was told.
+        states: `[N, levels, C, T, h, w]`, from noise to clean, float16.
+    """
+
+    captions: list[str]
+    states: Tensor
+
+
+@torch.no_grad()
+def solve(teacher: Denoiser, noise: Tensor, captions: Sequence[str], sampling: Sampling) -> Tensor:
+    """States `[B, levels, C, T, h, w]` on the way from noise `[B, C, T, h, w]` to a sample."""
+    told = teacher.embed(captions)
+    untold = teacher.embed([""] * len(captions))
+    x, states = noise, [noise]
+    times = np.linspace(1, 0, sampling.num_steps * sampling.substeps + 1)
+    for step, (sigma, following) in enumerate(pairwise(shifted(float(t), sampling.shift) for t in times), 1):
+        levels = x.new_full((len(x), x.shape[2]), sigma)
+        velocity = teacher.velocity(x, levels, told)
+        if sampling.guidance_scale > 1:
+            velocity = guided(velocity, teacher.velocity(x, levels, untold), sampling.guidance_scale)
+        x = x + (following - sigma) * velocity
+        if step % sampling.substeps == 0:
+            states.append(x)
+    return torch.stack(states, dim=1)
+
+
+def collect(sample: Callable[[int, int], Trajectories], count: int, folder: Path) -> Trajectories:
+    """Paths in shards that are sampled only once.
+
+    Args:
+        sample: makes the paths from a first number on, so many of them.
+        count: paths.
+        folder: of the shards.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    captions: list[str] = []
+    states = []
+    for first in range(0, count, _SHARD):
+        last = min(first + _SHARD, count)
+        path = folder / f"{first:06d}-{last:06d}.safetensors"
+        if not path.is_file():
+            made = sample(first, last - first)
+            partial = path.with_suffix(".partial")
+            told = {_CAPTIONS: _SEPARATOR.join(made.captions)}
+            save_file({"states": made.states.half().cpu().contiguous()}, partial, told)
+            partial.rename(path)
+            logger.info("sampled path %d of %d", last, count)
+        with safe_open(path, "pt") as file:
+            captions += file.metadata()[_CAPTIONS].split(_SEPARATOR)
+        states.append(load_file(path)["states"])
+    return Trajectories(captions, torch.cat(states))

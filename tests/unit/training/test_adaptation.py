@@ -1,0 +1,225 @@
+"""Causal adaptation: sampling paths of a teacher, and students that follow them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
+from genstream.training.adaptation import AdaptationSettings, AdaptationTrainee, adapt_teacher
+from genstream.training.denoiser import Denoiser, DenoiserSettings
+from genstream.training.objectives import guided
+from genstream.training.trajectories import Sampling, Trajectories, collect, solve
+
+MODEL = DenoiserSettings(width=48, layers=1, ffn_width=48, text_width=16, text_layers=1)
+TINY = {
+    "trajectories": 20,
+    "num_steps": 2,
+    "substeps": 2,
+    "chunk_frames": 1,
+    "window_chunks": 1,
+    "total_steps": 4,
+    "batch_size": 2,
+    "checkpoint_steps": 2,
+    "evaluate_steps": 2,
+    "precision": "fp32",
+}
+SAMPLING = Sampling(num_steps=4, substeps=3, shift=5.0, guidance_scale=2.0)
+
+
+class Straight:
+    """A teacher that knows the clean sample: `told` with a prompt, 0 without; its paths are straight."""
+
+    def __init__(self, told: float) -> None:
+        self.told = told
+
+    def embed(self, captions):
+        return torch.tensor([self.told if caption else 0.0 for caption in captions])
+
+    def velocity(self, x, sigma, embeds):
+        return (x - embeds.view(-1, 1, 1, 1, 1)) / sigma[:, None, :, None, None]
+
+
+def test_paths_go_from_noise_to_what_guidance_makes_of_the_sample():
+    noise = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64)
+    states = solve(Straight(1.5), noise, ["a", "b"], SAMPLING)
+    assert states.shape == (2, 5, 4, 3, 2, 2)
+    end = guided(torch.tensor(1.5), torch.tensor(0.0), 2.0)
+    for state, sigma in zip(states.unbind(1), SAMPLING.sigmas, strict=True):
+        torch.testing.assert_close(state, (1 - sigma) * end + sigma * noise, rtol=1e-6, atol=1e-6)
+
+
+def test_a_path_is_what_the_pipeline_samples():
+    torch.manual_seed(0)
+    teacher = Denoiser.new(MODEL, 4).eval()
+    with torch.no_grad():
+        for weight in teacher.transformer.proj_out.parameters():
+            weight.normal_(std=0.3)
+    noise = torch.randn(1, 4, 3, 16, 16)
+    path = solve(teacher, noise, ["a red circle"], SAMPLING)
+    schedule = FlowEulerScheduler(num_steps=12, shift=5.0).schedule()
+    x = noise
+    with torch.no_grad():
+        for step, sigma in enumerate(schedule.sigmas):
+            levels = torch.full((1, 3), sigma)
+            told, untold = (
+                teacher.velocity(x, levels, teacher.embed([text])) for text in ("a red circle", "")
+            )
+            x = schedule.advance(step, x, guided(told, untold, 2.0), lambda: None)
+    torch.testing.assert_close(path[:, -1], x, rtol=1e-4, atol=1e-4)
+
+
+def test_shards_are_sampled_once_and_keep_their_captions(tmp_path):
+    asked = []
+
+    def sample(first, count):
+        asked.append((first, count))
+        states = torch.arange(first, first + count).view(-1, 1, 1, 1, 1, 1).float()
+        return Trajectories([f"path {first + number}, of many" for number in range(count)], states)
+
+    whole = collect(sample, 20, tmp_path)
+    assert asked == [(0, 16), (16, 4)]
+    (tmp_path / "000016-000020.safetensors").unlink()
+    again = collect(sample, 20, tmp_path)
+    assert asked[2:] == [(16, 4)]
+    assert again.captions == whole.captions == [f"path {number}, of many" for number in range(20)]
+    assert torch.equal(again.states, whole.states)
+    assert torch.equal(whole.states.flatten(), torch.arange(20).half())
+
+
+def trainee_for(frames=6, **changes) -> AdaptationTrainee:
+    torch.manual_seed(0)
+    settings = AdaptationSettings(**{**TINY, "num_steps": 4, **changes})
+    noise = torch.randn(20, 4, frames, 4, 4)
+    clean = torch.randn(1, 4, 1, 1, 1).expand_as(noise)
+    sigmas = Sampling(num_steps=4, substeps=1, shift=2.0, guidance_scale=1.0).sigmas
+    states = torch.stack([(1 - sigma) * clean + sigma * noise for sigma in sigmas], dim=1)
+    paths = Trajectories([f"a red circle {number}" for number in range(20)], states)
+    return AdaptationTrainee(settings, Denoiser.new(MODEL, 4), paths, sigmas)
+
+
+class Knowing(torch.nn.Module):
+    """A student that predicts exactly what a straight path asks for."""
+
+    def __init__(self, paths: Trajectories) -> None:
+        super().__init__()
+        self.transformer = Denoiser.new(MODEL, 4).transformer
+        self.line = (paths.states[:, 0] - paths.states[:, -1]).float()
+
+    def embed(self, captions):
+        self.asked = [int(caption.rsplit(" ", 1)[1]) for caption in captions]
+
+    def velocity(self, x, sigma, text, positions, mask):
+        assert x.shape[2] == sigma.shape[1] == len(positions) == len(mask)
+        return self.line[self.asked][:, :, self.frames]
+
+
+@pytest.mark.parametrize("objective", ["ode", "multistep"])
+@pytest.mark.parametrize("random_masks", [False, True])
+def test_a_student_that_follows_the_paths_has_no_loss(objective, random_masks, monkeypatch):
+    trainee = trainee_for(objective=objective, window_chunks=2, random_masks=random_masks)
+    student, draw = Knowing(trainee.paths), trainee._sequence
+
+    def drawn(rng):
+        sequence = draw(rng)
+        student.frames = sequence.noisy_frames
+        return sequence
+
+    monkeypatch.setattr(trainee, "_sequence", drawn)
+    for step in range(20):
+        assert trainee._loss(student, np.random.default_rng(step), range(20)).item() < 1e-9
+
+
+def test_chunks_see_what_the_stream_shows_them():
+    trainee = trainee_for(frames=6, window_chunks=2, random_masks=True)
+    seen = set()
+    for step in range(300):
+        sequence = trainee._sequence(np.random.default_rng(step))
+        assert not sequence.clean
+        target = sequence.noisy[-1]
+        starts = [sequence.noisy[index].frames.start for index in target.sees]
+        window = [start for start in starts if start or target.frames.start <= 2]
+        assert window == list(range(target.frames.start - len(window), target.frames.start))
+        seen.add((target.frames.start, tuple(starts)))
+    assert {(5, (0, 3, 4)), (5, (3, 4)), (5, (4,)), (5, (0, 4)), (0, ())} <= seen
+
+
+@pytest.mark.parametrize("objective", ["ode", "multistep"])
+def test_loss_falls(objective):
+    trainee = trainee_for(objective=objective, batch_size=8)
+    before = trainee.evaluate(trainee.module)["loss"]
+    optimizer = torch.optim.AdamW(trainee.module.transformer.parameters(), lr=5e-3)
+    for step in range(25):
+        optimizer.zero_grad()
+        trainee.loss(step)[0].backward()
+        optimizer.step()
+    assert trainee.evaluate(trainee.module)["loss"] < 0.8 * before
+
+
+@pytest.fixture(scope="module")
+def teacher(build_pipeline, tmp_path_factory):
+    """Folder of a teacher that sees three latent frames."""
+    folder = tmp_path_factory.mktemp("teacher")
+    pipe = build_pipeline(chunk_frames=3, sink_frames=0, window_frames=0, guidance_scale=2.0)
+    denoiser = Denoiser.new(MODEL, 4)
+    CausalVideoPipeline(
+        denoiser.tokenizer,
+        denoiser.text_encoder,
+        denoiser.transformer,
+        pipe.vae,
+        FlowEulerScheduler(num_steps=4, shift=3.0),
+        chunk_frames=3,
+        window_frames=0,
+        guidance_scale=2.0,
+        text_tokens=32,
+        default_height=64,
+        default_width=64,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("objective", ["ode", "multistep"])
+def test_a_run_leaves_a_causal_student(teacher, tmp_path, objective):
+    settings = AdaptationSettings(**TINY, teacher=str(teacher), objective=objective)
+    adapt_teacher(settings, tmp_path / "causal")
+    pipe = CausalVideoPipeline.from_pretrained(tmp_path / "causal" / "model", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert (pipe.settings.chunk_frames, pipe.settings.sink_frames, pipe.settings.window_frames) == (1, 1, 1)
+    assert pipe.settings.guidance_scale == 1
+    assert isinstance(pipe.scheduler, FewStepScheduler if objective == "ode" else FlowEulerScheduler)
+    assert pipe.scheduler.config.shift == 3.0
+    assert len(pipe.scheduler.schedule().timesteps) == 2
+    frames = pipe("a red circle", num_frames=17, output_type="pt").frames
+    assert frames.shape == (1, 17, 3, 64, 64)
+    record = json.loads((tmp_path / "causal" / "model" / "training" / "causal.json").read_text())
+    assert record["command"].startswith("genstream distill causal --teacher ")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"objective": "dmd"}, "objective must be 'ode' or 'multistep', got 'dmd'"),
+        ({"trajectories": 16}, "trajectories must be more than 16, which are kept for evaluation, got 16"),
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"substeps": 0}, "substeps must be at least 1, got 0"),
+        ({"window_chunks": -1}, "window_chunks must be at least 0, got -1"),
+        ({"window_chunks": 0, "random_masks": True}, "window_chunks must be at least 1, got 0"),
+        ({"guidance_scale": 0.5}, r"guidance_scale must be at least 1 \(off\), got 0.5"),
+    ],
+)
+def test_bad_settings(wrong, error):
+    with pytest.raises(ValueError, match=error):
+        AdaptationSettings(**wrong)
+
+
+def test_what_does_not_fit_is_refused_before_the_run_starts(teacher, tmp_path):
+    for wrong, error in (
+        ({"teacher": "nowhere"}, "teacher must be the folder of a model or of a finished run, got 'nowhere'"),
+        ({"prompts": "nowhere.txt"}, "prompts must be a text file, got 'nowhere.txt'"),
+        ({"chunk_frames": 2}, "chunk_frames must divide 3, the teacher's frames, got 2"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            adapt_teacher(AdaptationSettings(**{**TINY, "teacher": str(teacher), **wrong}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
