@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from genstream.cli.figures import RunClock
 from genstream.cli.pipeline import frames_of_chunk, to_uint8
 from genstream.cli.progress import progress_for
+from genstream.cli.window_judge import WindowJudge
 from genstream.data.prompts import evaluation_prompts
-from genstream.data.scene import Scene
 from genstream.data.toyworld import ToyWorld
 from genstream.evaluation.judge import Adherence, ClipScore, DriftWindow, drift, judge_clip
 from genstream.evaluation.quality import psnr
@@ -177,24 +177,6 @@ def run_benchmark(pipe: CausalVideoPipeline, settings: BenchmarkSettings) -> Ben
         clock=clock,
         first_frame_s=tuple(first_frame_s),
     )
-
-
-class WindowJudge:
-    """Judges a stream of any length, one window after the other; holds no more than a window."""
-
-    def __init__(self, window_frames: int, expected: Scene, fps: int) -> None:
-        self.scores: list[ClipScore] = []
-        self._window_frames = window_frames
-        self._expected = expected
-        self._fps = fps
-        self._waiting = np.empty((0, 0, 0, 3), dtype=np.uint8)
-
-    def add(self, frames: NDArray[np.uint8]) -> None:
-        """Take the next frames, uint8 [F, H, W, 3]."""
-        self._waiting = np.concatenate([self._waiting, frames]) if len(self._waiting) else frames
-        while len(self._waiting) >= self._window_frames:
-            window, self._waiting = np.split(self._waiting, [self._window_frames])
-            self.scores.append(judge_clip(window, self._expected, self._fps))
 
 
 def judge_reconstructions(pipe: CausalVideoPipeline, settings: BenchmarkSettings) -> ReconstructionScore:

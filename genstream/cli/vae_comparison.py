@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
+from genstream.cli.contact_sheet import contact_sheet
 from genstream.cli.pipeline import to_uint8
 from genstream.cli.process import peak_memory_since, restart_peak_memory
 from genstream.cli.units import mib
@@ -20,8 +21,6 @@ from genstream.vae.tiny import TinyVideoVAE
 
 _TIMES = 4
 _ERROR_GAIN = 8
-_GAP_PX = 4
-_CAPTION_PX = 18
 _GREY = 128
 
 Frames = NDArray[np.uint8]
@@ -134,24 +133,10 @@ def table(clip: str, rows: Sequence[Reconstruction]) -> str:
 def picture(clip: Frames, rows: Sequence[Reconstruction]) -> Image.Image:
     """Frames from the clip's start to its end: the original, then each reconstruction and its error."""
     times = np.linspace(0, len(clip) - 1, min(_TIMES, len(clip))).round().astype(int)
-    numbers = ", ".join(map(str, times))
-    original = _strip(clip[times])
-    lines = [(f"original, frames {numbers}", original)]
+    lines = {f"original, frames {', '.join(map(str, times))}": clip[times]}
     for row in rows:
         error = row.frames[times].astype(np.int16) - clip[times]
         shown = np.clip(_GREY + _ERROR_GAIN * error, 0, 255).astype(np.uint8)
         caption = f"{row.vae}: {row.psnr_db:.2f} dB, SSIM {row.ssim:.4f}; right: error x{_ERROR_GAIN}"
-        lines.append((caption, np.concatenate([_strip(row.frames[times]), _strip(shown)], axis=1)))
-    step_px = original.shape[0] + _CAPTION_PX
-    sheet = Image.new("RGB", (2 * original.shape[1], len(lines) * step_px), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, (caption, strip) in enumerate(lines):
-        draw.text((2, index * step_px + 2), caption, fill="black")
-        sheet.paste(Image.fromarray(strip), (0, index * step_px + _CAPTION_PX))
-    return sheet
-
-
-def _strip(frames: Frames) -> NDArray[np.uint8]:
-    """Frames side by side [H, F * (W + gap), 3]."""
-    spaced = np.pad(frames, ((0, 0), (0, 0), (0, _GAP_PX), (0, 0)), constant_values=255)
-    return np.concatenate(list(spaced), axis=1)
+        lines[caption] = np.concatenate([row.frames[times], shown])
+    return contact_sheet(lines)

@@ -9,7 +9,6 @@ student needs no guidance.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -128,7 +127,7 @@ class AdaptationTrainee:
         self.sigmas = torch.tensor(sigmas)
         module.text_encoder.requires_grad_(requires_grad=False)
 
-    def loss(self, step: int) -> tuple[Tensor, Mapping[str, float]]:
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of what is predicted."""
         rng = np.random.default_rng((self.settings.seed, step))
         return self._loss(self.module, rng, range(len(self.paths.captions) - _EVALUATION_PATHS)), {}

@@ -256,7 +256,9 @@ def save_model(
         training: how it was made.
     """
     partial = folder.with_name(f"{folder.name}.partial")
-    pipe.to(torch.float16).save_pretrained(partial)
+    # Each alone would warn of what it computes in float32 whatever its weights are stored in.
+    nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.vae]).half()
+    pipe.save_pretrained(partial)
     (partial / "model_card.json").write_text(json.dumps(_card(), indent=1) + "\n")
     for ancestor in ancestors:
         if (ancestor / RECORD_FOLDER).is_dir():

@@ -7,10 +7,11 @@ import genstream
 from genstream.cli.__main__ import main
 from genstream.cli.toyworld_benchmark import (
     BenchmarkSettings,
-    WindowJudge,
     judge_reconstructions,
     run_benchmark,
 )
+from genstream.cli.window_judge import WindowJudge, judge_together
+from genstream.data.prompts import evaluation_prompts
 from genstream.data.scene import sample_scene
 from genstream.data.toyworld import ToyWorld
 from genstream.evaluation.judge import judge_clip
@@ -96,3 +97,23 @@ def test_the_shipped_model_draws_what_it_is_asked_for():
     assert result.start.colour.value >= 0.8
     assert result.start.shape.value >= 0.35
     assert result.start.direction.value >= 0.35
+
+
+def test_streams_judged_together_are_judged_like_each_alone():
+    pipe = genstream.CausalVideoPipeline.from_pretrained("toyworld")
+    prompts = evaluation_prompts(2)
+    together = judge_together(pipe, prompts, seconds=4.0, window_s=2.0, seed=3)
+    assert [len(scores) for scores in together] == [2, 2]
+    for index, prompt in enumerate(prompts):
+        frames = pipe(prompt.caption, seconds=4.0, seed=3 + index, output_type="np").frames[0]
+        for window, score in zip(
+            np.split((frames * 255).round().astype(np.uint8), 2), together[index], strict=True
+        ):
+            alone = judge_clip(window, prompt.scene, 16)
+            assert alone.count == score.count
+            for item, other in zip(alone.objects, score.objects, strict=True):
+                assert (item.colour, item.shape, item.direction) == (
+                    other.colour,
+                    other.shape,
+                    other.direction,
+                )

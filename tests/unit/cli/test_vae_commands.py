@@ -86,7 +86,7 @@ def test_a_video_that_is_no_use_ends_in_one_line(workplace, capsys):
         (["train", "causal-vae", "--block-out-channels", "[4, 4]"], "block_out_channels|temporal_levels"),
         (["distill", "vae", "--teacher", "nowhere"], "component folder with config.json, got 'nowhere'"),
         (["distill", "vae", "--student", "huge"], "student must be"),
-        (["distill"], "required: PART"),
+        (["distill"], "needs a part or --recipe"),
     ],
 )
 def test_bad_input_ends_in_one_line(workplace, capsys, words, error):

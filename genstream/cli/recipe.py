@@ -1,0 +1,98 @@
+"""Recipes: training runs one after the other, from nothing to a model; a chain that was cut off goes on.
+
+A recipe is a folder with a `recipe.json`, which names the stages and their commands in order, and a config
+file for each stage. Folders in a config (`vae`, `initial`, `teacher`) are those of earlier stages.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import genstream.training
+from genstream.cli.settings import parse_settings
+from genstream.cli.trainers import TRAINERS
+from genstream.io.model_folder import INDEX_NAME, read_object
+
+logger = logging.getLogger(__name__)
+
+_RECIPES = Path(genstream.training.__file__).parent / "recipes"
+_INDEX = "recipe.json"
+_PLACES = ("vae", "initial", "teacher")
+RESULT_FOLDER = "model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One run of a recipe.
+
+    Attributes:
+        name: its folder in the recipe's.
+        command: such as "train vae".
+        settings: of that command.
+        train: runs it into a folder.
+    """
+
+    name: str
+    command: str
+    settings: Any
+    train: Callable[[Any, Path], None]
+
+
+def known_recipes() -> list[str]:
+    """Names of the recipes inside the package."""
+    return sorted(path.parent.name for path in _RECIPES.glob(f"*/{_INDEX}"))
+
+
+def read_recipe(name_or_folder: str, output: Path) -> list[Stage]:
+    """The stages of a recipe whose runs lie in `output`; all settings are checked.
+
+    Raises:
+        ValueError: there is no such recipe; a stage's command or one of its settings is unknown or wrong.
+    """
+    folder = _RECIPES / name_or_folder if name_or_folder in known_recipes() else Path(name_or_folder)
+    if not (folder / _INDEX).is_file():
+        raise ValueError(
+            f"recipe must be one of {', '.join(known_recipes())} or a folder with a {_INDEX}, "
+            f"got {name_or_folder!r}"
+        )
+    stages = read_object(folder / _INDEX).get("stages")
+    if not isinstance(stages, dict) or not stages:
+        raise ValueError(f"stages in {str(folder / _INDEX)!r} must name at least one, got {stages!r}")
+    return [_stage(name, command, folder / f"{name}.json", output) for name, command in stages.items()]
+
+
+def run_recipe(stages: list[Stage], output: Path) -> Path:
+    """Run all stages that are not finished yet.
+
+    Returns:
+        The folder of the model that the last one made, copied to `output`/model.
+    """
+    for number, stage in enumerate(stages, 1):
+        logger.info("stage %d of %d: genstream %s, %s", number, len(stages), stage.command, stage.name)
+        stage.train(stage.settings, output / stage.name)
+    made, model = output / stages[-1].name / RESULT_FOLDER, output / RESULT_FOLDER
+    if (made / INDEX_NAME).is_file():
+        shutil.rmtree(model, ignore_errors=True)
+        shutil.copytree(made, model)
+    return model
+
+
+def _stage(name: str, command: str, config: Path, output: Path) -> Stage:
+    if command not in TRAINERS:
+        raise ValueError(f"command of stage {name!r} must be one of {', '.join(TRAINERS)}, got {command!r}")
+    if not config.is_file():
+        raise ValueError(f"recipe file {str(config)!r} is missing")
+    kind, train = TRAINERS[command].load()
+    content = read_object(config)
+    places = [
+        text
+        for place in _PLACES
+        if isinstance(value := content.get(place), str)
+        for text in (f"--{place}", str(output / value))
+    ]
+    options = ["--config", str(config), *places, "--output", str(output / name)]
+    settings, _ = parse_settings(f"genstream {command}", kind, options)
+    return Stage(name=name, command=command, settings=settings, train=train)

@@ -1,0 +1,102 @@
+"""The report of a recipe: how each stage went, curves, and what its model makes."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from genstream.cli.contact_sheet import contact_sheet, evenly
+from genstream.cli.pipeline import load_pipeline, to_uint8
+from genstream.cli.recipe import RESULT_FOLDER, Stage
+from genstream.cli.window_judge import judge_together
+from genstream.data.prompts import evaluation_prompts
+from genstream.evaluation.judge import Adherence
+from genstream.io.model_folder import INDEX_NAME
+from genstream.pipelines.causal_video import CausalVideoPipeline
+
+REPORT_NAME = "report.md"
+_CURVES_NAME = "curves.png"
+_PROMPTS = 64
+_SECONDS = 4.0
+_STRIPS = 3
+_COLUMNS = 8
+_NOT_DRAWN = ("step", "learning_rate", "seconds")
+
+
+def write_report(stages: Sequence[Stage], output: Path) -> Path:
+    """Write `output`/report.md with its pictures; returns its path."""
+    lines = [f"# {output.name}", "", "| stage | command | steps | minutes |", "|---|---|---|---|"]
+    logs = {stage.name: _logs(output / stage.name) for stage in stages}
+    for stage in stages:
+        rows = [row for log in logs[stage.name].values() for row in log[-1:]]
+        steps, minutes = sum(int(row["step"]) for row in rows), sum(row["seconds"] for row in rows) / 60
+        lines.append(f"| {stage.name} | `genstream {stage.command}` | {steps} | {minutes:.0f} |")
+    _draw_curves({name: log for each in logs.values() for name, log in each.items()}, output / _CURVES_NAME)
+    lines += ["", f"![Curves]({_CURVES_NAME})", ""]
+    for stage in stages:
+        model = output / stage.name / RESULT_FOLDER
+        if (model / INDEX_NAME).is_file():
+            lines += _section(stage.name, load_pipeline(model, device=None, dtype=None), output)
+    path = output / REPORT_NAME
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def read_figures(path: Path) -> list[dict[str, float]]:
+    """Rows of a log; empty cells are left out."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [{name: float(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
+
+
+def _logs(run_folder: Path) -> dict[str, list[dict[str, float]]]:
+    """All logs of a run, by the name of the run and of its phase."""
+    paths = sorted(run_folder.rglob("log.csv"))
+    return {
+        f"{run_folder.name} {path.parent.relative_to(run_folder).as_posix()}".removesuffix(
+            " ."
+        ): read_figures(path)
+        for path in paths
+    }
+
+
+def _draw_curves(logs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 2.6 * len(logs)), layout="constrained")
+    for axes, (name, rows) in zip(figure.subplots(len(logs), squeeze=False)[:, 0], logs.items(), strict=True):
+        drawn = dict.fromkeys(key for row in rows for key in row if key not in _NOT_DRAWN)
+        for key in drawn:
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            axes.plot(*zip(*points, strict=True), label=key, linewidth=1)
+        axes.set(title=name, xlabel="step", yscale="log")
+        axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def _section(name: str, pipe: CausalVideoPipeline, output: Path) -> list[str]:
+    """Markdown lines: adherence and sample strips of one model."""
+    prompts = evaluation_prompts(_PROMPTS)
+    scores = judge_together(pipe, prompts, _SECONDS, _SECONDS, seed=0)
+    adherence = Adherence.of([score for stream in scores for score in stream])
+    picture = f"{name}.png"
+    strips = {prompt.caption: _frames(pipe, prompt.caption) for prompt in prompts[:_STRIPS]}
+    contact_sheet(strips).save(output / picture, optimize=True)
+    return [
+        f"## {name}",
+        "",
+        f"{_PROMPTS} prompts, {_SECONDS:g} s each: colour {adherence.colour}, shape {adherence.shape}, "
+        f"direction {adherence.direction}, count {adherence.count}.",
+        "",
+        f"![Samples]({picture})",
+        "",
+    ]
+
+
+def _frames(pipe: CausalVideoPipeline, caption: str) -> NDArray[np.uint8]:
+    chunks = pipe.stream(prompt=caption, seconds=_SECONDS, seed=0)
+    frames = [to_uint8(chunk.frames) for chunk in chunks if chunk.frames is not None]
+    return evenly(np.concatenate(frames), _COLUMNS)

@@ -1,0 +1,92 @@
+"""The training commands: what each one trains, with which settings."""
+
+import importlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from genstream.cli.settings import parse_settings
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What a training command runs; its module, which imports torch, is loaded when it is needed.
+
+    Attributes:
+        module: in `genstream.training`.
+        settings: name of the class of its settings there.
+        function: name of the function that trains with them into a folder.
+        text: what it does, for help.
+    """
+
+    module: str
+    settings: str
+    function: str
+    text: str
+
+    def load(self) -> tuple[type[Any], Callable[[Any, Path], None]]:
+        """Class of the settings, and the function."""
+        module = importlib.import_module(f"genstream.training.{self.module}")
+        return getattr(module, self.settings), getattr(module, self.function)
+
+
+TRAINERS: Mapping[str, Trainer] = {
+    "train vae": Trainer(
+        "vae", "VAETrainingSettings", "train_vae", "train the tiny video VAE of the embedded model"
+    ),
+    "train teacher": Trainer(
+        "teacher",
+        "TeacherTrainingSettings",
+        "train_teacher",
+        "train a many-step model of whole clips, to distil students from",
+    ),
+    "train student": Trainer(
+        "student", "StudentTrainingSettings", "train_student", "train the few-step student on a trained VAE"
+    ),
+    "train causal-vae": Trainer(
+        "causal_vae",
+        "CausalVAETrainingSettings",
+        "train_causal_vae",
+        "train a causal video VAE on videos or the toy world",
+    ),
+    "distill vae": Trainer(
+        "distilled_vae", "VAEDistillationSettings", "distill_vae", "distil the decoder of a video VAE"
+    ),
+    "distill causal": Trainer(
+        "adaptation", "AdaptationSettings", "adapt_teacher", "make a teacher a causal student of few steps"
+    ),
+    "distill student": Trainer(
+        "self_forcing",
+        "SelfForcingSettings",
+        "distill_student",
+        "distil a student from a teacher by self forcing",
+    ),
+}
+
+
+def parts_of(verb: str) -> dict[str, Trainer]:
+    """Trainers of `genstream VERB PART`, by part."""
+    return {
+        name.removeprefix(f"{verb} "): trainer
+        for name, trainer in TRAINERS.items()
+        if name.startswith(f"{verb} ")
+    }
+
+
+def run_training(command: str, texts: list[str]) -> int:
+    """Train with settings from the command line."""
+    kind, train = TRAINERS[command].load()
+    settings, output = parse_settings(f"genstream {command}", kind, texts)
+    show_training()
+    train(settings, output)
+    return 0
+
+
+def show_training() -> None:
+    """The trainers' log lines go to stderr, and nothing else does."""
+    from genstream.cli.pipeline import quiet_loading
+
+    quiet_loading()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")

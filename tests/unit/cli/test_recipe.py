@@ -1,0 +1,147 @@
+"""`genstream distill --recipe`: a chain of training runs, from nothing to a model."""
+
+import json
+
+import pytest
+
+from genstream.cli import report
+from genstream.cli.__main__ import main
+from genstream.cli.recipe import known_recipes, read_recipe
+from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.training import self_forcing
+
+MODEL = {"width": 48, "layers": 1, "ffn_width": 48, "text_width": 16, "text_layers": 1, "patch_size": 1}
+CLIPS = {
+    "vae": "vae/vae",
+    "clips": 4,
+    "evaluation_clips": 4,
+    "clip_chunks": 6,
+    "size_px": 64,
+    "chunk_frames": 1,
+}
+SHORT = {"total_steps": 2, "batch_size": 2}
+CONFIGS = {
+    "vae": {
+        "joint_steps": 1,
+        "decoder_steps": 1,
+        "clips": 4,
+        "size_px": 64,
+        "latent_channels": 12,
+        "encoder_width": 12,
+        "decoder_widths": [12, 12, 12, 12],
+    },
+    "student": {**MODEL, **CLIPS, **SHORT, "window_chunks": 1},
+    "teacher": {**MODEL, **CLIPS, **SHORT, "initial": "student", "horizon_chunks": 3, "sampling_steps": 2},
+    "causal": {
+        **SHORT,
+        "teacher": "teacher",
+        "trajectories": 17,
+        "num_steps": 2,
+        "substeps": 1,
+        "chunk_frames": 1,
+        "window_chunks": 1,
+    },
+    "distilled": {**SHORT, "teacher": "teacher", "initial": "causal", "stream_chunks": 3, "critic_steps": 1},
+}
+COMMANDS = {
+    "vae": "train vae",
+    "student": "train student",
+    "teacher": "train teacher",
+    "causal": "distill causal",
+    "distilled": "distill student",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A recipe with all kinds of stages, in tiny."""
+    path = tmp_path / "tiny"
+    path.mkdir()
+    (path / "recipe.json").write_text(json.dumps({"description": "all stages", "stages": COMMANDS}))
+    for name, config in CONFIGS.items():
+        (path / f"{name}.json").write_text(json.dumps(config))
+    return path
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_a_chain_that_was_cut_off_goes_on_to_a_model_and_a_report(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "_PROMPTS", 3)
+    monkeypatch.setattr(report, "_SECONDS", 1.0)
+    output = tmp_path / "runs"
+    command = ["distill", "--recipe", str(folder), "--output", str(output)]
+
+    def killed(trainee, step):
+        raise Killed
+
+    with monkeypatch.context() as context:
+        context.setattr(self_forcing.SelfForcingTrainee, "loss", killed)
+        with pytest.raises(Killed):
+            main(command)
+    before = {path: path.read_text() for path in output.rglob("log.csv")}
+    assert len(before) == 5
+    assert main(command) == 0
+    assert all(path.read_text() == text for path, text in before.items())
+    printed = capsys.readouterr().out
+    assert printed == f"model: {output / 'model'}\nreport: {output / 'report.md'}\n"
+    pipe = CausalVideoPipeline.from_pretrained(output / "model")
+    assert pipe.settings.window_frames == 1
+    records = {path.stem for path in (output / "model" / "training").glob("*.json")}
+    assert records == set(CONFIGS)
+    text = (output / "report.md").read_text()
+    for name in CONFIGS:
+        assert f"| {name} | `genstream {COMMANDS[name]}` | 2 |" in text
+    for name in ("student", "teacher", "causal", "distilled"):
+        assert f"## {name}\n\n3 prompts, 1 s each: colour " in text
+        assert (output / f"{name}.png").is_file()
+    assert (output / "curves.png").is_file()
+
+
+def test_all_recipes_inside_the_package_fit_their_commands(tmp_path):
+    assert {"toyworld"} <= set(known_recipes())
+    for name in known_recipes():
+        stages = read_recipe(name, tmp_path)
+        assert stages[-1].command == "distill student"
+        for stage in stages:
+            for place in ("vae", "initial", "teacher"):
+                if (value := getattr(stage.settings, place, None)) is not None:
+                    earlier = value.removeprefix(f"{tmp_path}/").split("/")[0]
+                    assert earlier in [other.name for other in stages[: stages.index(stage)]]
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"stages": {}}, "must name at least one, got {}"),
+        ({"stages": {"vae": "train it"}}, "command of stage 'vae' must be one of train vae, train teacher"),
+        ({"stages": {"other": "train vae"}}, "other.json' is missing"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_anything_runs(folder, tmp_path, capsys, change, error):
+    (folder / "recipe.json").write_text(json.dumps(change))
+    assert main(["distill", "--recipe", str(folder), "--output", str(tmp_path / "runs")]) == 2
+    assert error in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--recipe", "nothing"], "recipe must be one of"),
+        ([], "distill needs a part or --recipe"),
+        (["--recipe", "toyworld", "vae"], "--recipe runs a whole chain, without a part, got distill vae"),
+    ],
+)
+def test_wrong_usage(arguments, error, capsys):
+    assert main(["distill", *arguments]) == 2
+    assert error in capsys.readouterr().err
+
+
+def test_a_wrong_setting_is_refused_before_anything_runs(folder, tmp_path, capsys):
+    (folder / "distilled.json").write_text('{"teachers": "teacher"}')
+    assert main(["distill", "--recipe", str(folder), "--output", str(tmp_path / "runs")]) == 2
+    assert "has no setting 'teachers'" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
