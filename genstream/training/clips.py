@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -62,6 +62,10 @@ class ClipSet:
         """Whether the clip changes its scene."""
         return clip % SWITCHED_EVERY == SWITCHED_EVERY - 1
 
+    def is_hard(self, clip: int) -> bool:
+        """Whether the clip shows two objects or one that bounces: what is learnt last."""
+        return _is_hard(clip)
+
     def frames(self, clip: int) -> NDArray[np.uint8]:
         """[F, H, W, 3]."""
         world = self.world
@@ -87,6 +91,12 @@ class ClipSet:
 
     def _switch(self, clip: int) -> Switch:
         return _switch(clip, self._frames_before_switch / self.world.fps)
+
+
+@cache
+def _is_hard(clip: int) -> bool:
+    objects = ToyWorld().scene(clip).objects
+    return len(objects) > 1 or any(item.motion == "bouncing" for item in objects)
 
 
 @lru_cache(_SWITCHES_KEPT)

@@ -52,8 +52,8 @@ class SelfForcingSettings:
         prompts: text file with a prompt on each line; captions of random scenes when None. "gan" takes those
             of its clips.
         clips: clips of the toy world that "gan" encodes.
-        total_steps: of student and critic together.
-        critic_steps: steps of the critic for each one of the student.
+        total_steps: optimiser steps; the critic learns in all of them.
+        critic_steps: steps of the critic alone for each one of both.
         learning_rate: peak of the student's.
         critic_rate: factor on it for the critic.
         batch_size: streams of a step.
@@ -185,20 +185,23 @@ class SelfForcingTrainee:
         return {"critic.": self.settings.critic_rate}
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Loss of the student in every step that is its turn, else of the critic."""
+        """Loss of the critic, and in every step that is the student's turn of both, on the same pieces."""
         rng = np.random.default_rng((self.settings.seed, step))
         asked = self.prompts.draw(self.settings.batch_size, rng)
-        students_turn = step % (self.settings.critic_steps + 1) == 0
-        # Others' gradient goes through either, and must not train it.
-        self.module.let_learn("student" if students_turn else "critic")
         corrector, critic = self.corrector, self.module.critic
-        with torch.set_grad_enabled(students_turn):
-            piece = self._piece(self.module.student, asked, rng)
-        if students_turn:
-            loss = corrector.student_loss(critic, piece, asked, rng)
-            return loss, {"student": loss.item()}
-        loss = corrector.critic_loss(critic, piece, asked, rng)
-        return loss, {"critic": loss.item()}
+        if step % (self.settings.critic_steps + 1):
+            self.module.let_learn("critic")
+            with torch.no_grad():
+                piece = self._piece(self.module.student, asked, rng)
+            loss = corrector.critic_loss(critic, piece, asked, rng)
+            return loss, {"critic": loss.item()}
+        # The student's gradient goes through the critic, and must not train it.
+        self.module.let_learn("student")
+        piece = self._piece(self.module.student, asked, rng)
+        students = corrector.student_loss(critic, piece, asked, rng)
+        self.module.let_learn("student", "critic")
+        critics = corrector.critic_loss(critic, piece.detach(), asked, rng)
+        return students + critics, {"student": students.item(), "critic": critics.item()}
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:

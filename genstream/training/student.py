@@ -62,6 +62,7 @@ class StudentTrainingSettings(ModelRunSettings):
         image_start: share of steps with a single first frame, so that a stream can start from an image.
         middle: share of steps with a target far from the start.
         switched: share of steps with a target behind a prompt switch.
+        hard_weight: how much more often clips are drawn that show two objects or one that bounces.
     """
 
     forcing: Literal["teacher", "diffusion"] = "teacher"
@@ -75,6 +76,7 @@ class StudentTrainingSettings(ModelRunSettings):
     image_start: float = 0.05
     middle: float = 0.3
     switched: float = 0.1
+    hard_weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,6 +88,8 @@ class StudentTrainingSettings(ModelRunSettings):
         for name in ("first", "redrawn", "image_start", "middle", "switched"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not self.hard_weight > 0:
+            raise ValueError(f"hard_weight must be above 0, got {self.hard_weight}")
         if (total := self.first + self.image_start + self.middle + self.switched) > 1:
             raise ValueError(
                 f"first, image_start, middle and switched must add up to at most 1, got {total:g}"
@@ -142,7 +146,9 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
         return from_start(chunks, window, sink=sink), self._choose(among, rng), clips.caption
 
     def _choose(self, clips: Sequence[int], rng: np.random.Generator) -> list[int]:
-        return [clips[place] for place in rng.integers(len(clips), size=self.settings.batch_size)]
+        weights = np.array([self.settings.hard_weight if self.clips.is_hard(clip) else 1 for clip in clips])
+        places = rng.choice(len(clips), size=self.settings.batch_size, p=weights / weights.sum())
+        return [clips[place] for place in places]
 
     def _middle(self, rng: np.random.Generator, window: int, *, sink: bool) -> ForcedSequence:
         """A target whose window begins anywhere behind the sink."""

@@ -96,15 +96,29 @@ def learning(trainee) -> set[str]:
 
 
 @pytest.mark.parametrize("objective", ["dmd", "sid", "gan"])
-def test_student_and_critic_take_turns(objective):
+def test_the_critic_learns_always_and_the_student_in_its_turns(objective):
     trainee = trainee_for(objective=objective)
     for step in range(6):
         trainee.module.zero_grad()
         loss, parts = trainee.loss(step)
         loss.backward()
-        name = "student" if step % 3 == 0 else "critic"
-        assert list(parts) == [name]
-        assert learning(trainee) == {name}
+        names = ["student", "critic"] if step % 3 == 0 else ["critic"]
+        assert list(parts) == names
+        assert learning(trainee) == set(names)
+
+
+@pytest.mark.parametrize("objective", ["dmd", "sid", "gan"])
+def test_the_student_s_objective_does_not_train_the_critic(objective, monkeypatch):
+    trainee = trainee_for(objective=objective)
+    kind = type(trainee.corrector)
+    monkeypatch.setattr(kind, "critic_loss", lambda *_: torch.zeros((), requires_grad=True))
+    trainee.loss(0)[0].backward()
+    assert learning(trainee) == {"student"}
+    trainee.module.zero_grad()
+    monkeypatch.undo()
+    monkeypatch.setattr(kind, "student_loss", lambda *_: torch.zeros((), requires_grad=True))
+    trainee.loss(0)[0].backward()
+    assert learning(trainee) == {"critic"}
 
 
 def test_the_whole_transformer_of_the_student_learns():

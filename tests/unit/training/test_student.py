@@ -163,6 +163,15 @@ def test_diffusion_forcing_learns_every_chunk_at_a_level_of_its_own(monkeypatch)
     assert 0.1 < (torch.cat(together) < 0.3).float().mean() < 0.2  # half of them are anywhere in [0, 1]
 
 
+def test_hard_clips_come_more_often():
+    trainee = trainee_for(clips=40, hard_weight=3.0)
+    hard = [trainee.clips.is_hard(clip) for clip in range(40)]
+    chosen = [clip for step in range(500) for clip in trainee._choose(range(40), np.random.default_rng(step))]
+    expected = 3 * sum(hard) / (3 * sum(hard) + 40 - sum(hard))
+    assert 0.15 < np.mean(hard) < 0.6
+    assert abs(np.mean([hard[clip] for clip in chosen]) - expected) < 0.05
+
+
 def test_random_masks_come_in_all_sizes():
     trainee, seen = trainee_for(random_masks=True, window_chunks=2, clip_chunks=8), set()
     for step in range(300):
@@ -239,6 +248,7 @@ def test_export_is_a_pipeline(trained, tmp_path):
     ("wrong", "error"),
     [
         ({"forcing": "self"}, "forcing must be 'teacher' or 'diffusion', got 'self'"),
+        ({"hard_weight": 0.0}, "hard_weight must be above 0, got 0.0"),
         ({"width": 50}, "width must be a multiple of 48, got 50"),
         ({"guidance_scale": 0.9}, r"guidance_scale must be at least 1 \(off\), got 0\.9"),
         ({"clip_chunks": 5}, "clip_chunks must be at least 6, got 5"),
