@@ -27,9 +27,13 @@ def contact_sheet(rows: Mapping[str, NDArray[np.uint8]]) -> Image.Image:
 
 def evenly(frames: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
     """`count` frames from the first to the last, or all where there are fewer."""
-    return frames[np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
+    chosen: NDArray[np.uint8] = frames[
+        np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)
+    ]
+    return chosen
 
 
 def _strip(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
     spaced = np.pad(frames, ((0, 0), (0, 0), (0, _GAP_PX), (0, 0)), constant_values=255)
-    return np.concatenate(list(spaced), axis=1)[:, :-_GAP_PX]
+    strip: NDArray[np.uint8] = np.concatenate(list(spaced), axis=1)[:, :-_GAP_PX]
+    return strip

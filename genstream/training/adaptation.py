@@ -15,16 +15,16 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from torch import Tensor, nn
+from torch import Tensor
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
-from genstream.training.denoiser import Denoiser, for_training
+from genstream.training.denoiser import Denoiser, copy_weights, for_training
 from genstream.training.forcing import ForcedSequence, from_middle, from_start, with_noisy_context
 from genstream.training.loop import LoopSettings, run, steps_taken
 from genstream.training.model_run import RESULT_FOLDER, load_model, model_folder, save_model
 from genstream.training.objectives import clean_from, segment_velocity
+from genstream.training.processes import once, own_rng, process
 from genstream.training.prompts import prompts_from
 from genstream.training.record import Training, claim_run
 from genstream.training.trajectories import Sampling, Trajectories, collect, solve
@@ -129,18 +129,18 @@ class AdaptationTrainee:
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of what is predicted."""
-        rng = np.random.default_rng((self.settings.seed, step))
-        return self._loss(self.module, rng, range(len(self.paths.captions) - _EVALUATION_PATHS)), {}
+        seed, count = self.settings.seed, len(self.paths.captions) - _EVALUATION_PATHS
+        return self._loss(own_rng(seed, step), range(count)), {}
 
     @torch.no_grad()
-    def evaluate(self, module: nn.Module) -> dict[str, float]:
-        """The same for the averaged weights on paths that are never trained on."""
-        assert isinstance(module, Denoiser)
+    def evaluate(self) -> dict[str, float]:
+        """The same on paths that are never trained on."""
         count = len(self.paths.captions)
         rng = np.random.default_rng((self.settings.seed, self.settings.total_steps))
-        return {"loss": self._loss(module, rng, range(count - _EVALUATION_PATHS, count)).item()}
+        return {"loss": self._loss(rng, range(count - _EVALUATION_PATHS, count)).item()}
 
-    def _loss(self, module: Denoiser, rng: np.random.Generator, among: range) -> Tensor:
+    def _loss(self, rng: np.random.Generator, among: range) -> Tensor:
+        module = self.module
         device = module.transformer.device
         sequence = self._sequence(rng)
         chosen = rng.choice(among, self.settings.batch_size)
@@ -190,9 +190,9 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
     if horizon % chunk:
         raise ValueError(f"chunk_frames must divide {horizon}, the teacher's frames, got {chunk}")
     prompts = prompts_from(settings.prompts)
-    claim_run(output, settings)
+    once(lambda: claim_run(output, settings))
     torch.manual_seed(settings.seed)
-    denoiser = for_training(Denoiser.of(pipe)).to(PartialState().device)
+    denoiser = for_training(Denoiser.of(pipe)).to(process().device)
     sampling = Sampling(
         num_steps=settings.num_steps,
         substeps=settings.substeps,
@@ -211,14 +211,15 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
             return Trajectories(captions, solve(denoiser, noise, captions, sampling))
 
     paths = collect(sample, settings.trajectories, output / _TRAJECTORIES_FOLDER)
-    average = run(settings.loop, AdaptationTrainee(settings, denoiser, paths, sampling.sigmas), output)
-    denoiser.load_state_dict(average.state_dict())
-    export(pipe, settings, sampling.shift, output)
+    run(settings.loop, AdaptationTrainee(settings, denoiser, paths, sampling.sigmas), output)
+    once(lambda: export(denoiser, settings, sampling.shift, output))
     logger.info("causal student in %s", output / RESULT_FOLDER)
 
 
-def export(pipe: CausalVideoPipeline, settings: AdaptationSettings, shift: float, output: Path) -> None:
+def export(student: Denoiser, settings: AdaptationSettings, shift: float, output: Path) -> None:
     """Write a student as a pipeline folder."""
+    pipe = load_model("teacher", settings.teacher)
+    copy_weights(student, Denoiser.of(pipe))
     if settings.objective == "ode":
         steps = [1000 * (1 - step / settings.num_steps) for step in range(settings.num_steps)]
         pipe.scheduler = FewStepScheduler(steps=steps, shift=shift)

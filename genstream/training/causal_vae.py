@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from genstream.training.components import save_component, with_statistics
 from genstream.training.loop import run, steps_taken
+from genstream.training.processes import once, process
 from genstream.training.record import Training, claim_run, write_record
 from genstream.training.vae_clips import clip_source
 from genstream.training.vae_losses import VAELossWeights, VAEObjective, VisionAlignment, psnr_db
@@ -118,11 +118,15 @@ def train_causal_vae(settings: CausalVAETrainingSettings, output: Path) -> None:
     torch.manual_seed(settings.seed)
     vae = _new_vae(settings)
     clips = clip_source(settings, vae.spec)
-    objective = VAEObjective(vae, settings.weights, settings.perceptual(Accelerator().device))
-    claim_run(output, settings)
-    average = run(settings.loop, CausalVAETrainee(objective, clips, settings.windows), output)
-    assert isinstance(average, TrainedVAE)
-    trained = average.vae
+    objective = VAEObjective(vae, settings.weights, settings.perceptual(process().device))
+    once(lambda: claim_run(output, settings))
+    run(settings.loop, CausalVAETrainee(objective, clips, settings.windows), output)
+    once(lambda: export(vae, settings, clips, output))
+
+
+def export(vae: CausalVideoVAE, settings: CausalVAETrainingSettings, clips: ClipSource, output: Path) -> None:
+    """Write a trained VAE as a diffusers component, in half precision."""
+    trained = vae
     if settings.initial_image_vae is None:
         trained = _normalised(trained, clips, settings.windows)
     folder = output / _RESULT_FOLDER
@@ -220,9 +224,9 @@ class CausalVAETrainee:
         return self.objective(last_window(vae, frames, self.windows, caption))
 
     @torch.no_grad()
-    def evaluate(self, module: nn.Module) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """PSNR in dB on clips that were never trained on."""
-        assert isinstance(module, TrainedVAE)
+        module = self.module
         figures = []
         for clip in self.clips.evaluation:
             frames = clip.to(module.vae.device)

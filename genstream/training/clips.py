@@ -19,6 +19,7 @@ from torch import Tensor
 from genstream.data.switch import Switch, switch_scene
 from genstream.data.toyworld import ToyWorld
 from genstream.shapes import frames_of
+from genstream.training.processes import own_share, process
 from genstream.vae.tiny import TinyVideoVAE
 
 logger = logging.getLogger(__name__)
@@ -111,17 +112,18 @@ def encode_clips(clips: ClipSet, vae: TinyVideoVAE, folder: Path, precision: Pre
     """
     folder = folder / f"{_fingerprint(clips, vae)}_{precision}"
     folder.mkdir(parents=True, exist_ok=True)
-    shards = []
+    shards = {}
     for first in range(0, clips.count, _SHARD_CLIPS):
         numbers = range(first, min(first + _SHARD_CLIPS, clips.count))
-        path = folder / f"{numbers.start:06d}-{numbers.stop:06d}.safetensors"
+        shards[folder / f"{numbers.start:06d}-{numbers.stop:06d}.safetensors"] = numbers
+    for path, numbers in own_share(list(shards.items())):
         if not path.is_file():
             encoded = [_encode(vae, clips.frames(number), precision) for number in numbers]
             save_file({"latents": torch.cat(encoded)}, path.with_suffix(".partial"))
             path.with_suffix(".partial").rename(path)
             logger.info("encoded clip %d of %d", numbers.stop, clips.count)
-        shards.append(load_file(path)["latents"])
-    return torch.cat(shards)
+    process().wait_for_everyone()
+    return torch.cat([load_file(path)["latents"] for path in shards])
 
 
 def to_tensor(clips: NDArray[np.uint8]) -> Tensor:

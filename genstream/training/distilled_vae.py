@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from genstream.io.model_folder import installed_folder
 from genstream.training.components import save_component
 from genstream.training.initialisation import initialise_decoder
 from genstream.training.loop import run, steps_taken
+from genstream.training.processes import once, process
 from genstream.training.record import RECORD_FOLDER, Training, claim_run, write_record
 from genstream.training.vae_clips import clip_source
 from genstream.training.vae_distillation import (
     DecoderDistillation,
     DistillationSettings,
-    Distilled,
     FeaturePair,
     Student,
     Teacher,
@@ -115,7 +114,7 @@ class VAEDistillationSettings(VAERunSettings):
 
 def distill_vae(settings: VAEDistillationSettings, output: Path) -> None:
     """Train the student, continuing what `output` already holds; the result is the component `output`/vae."""
-    device = Accelerator().device
+    device = process().device
     teacher_folder = _teacher_folder(settings.teacher)
     teacher = _load_teacher(teacher_folder, device)
     torch.manual_seed(settings.seed)
@@ -127,12 +126,17 @@ def distill_vae(settings: VAEDistillationSettings, output: Path) -> None:
         clip_source(settings, teacher.spec),
         settings.perceptual(device),
     )
-    claim_run(output, settings)
-    average = run(settings.loop, trainee, output)
-    assert isinstance(average, Distilled)
-    speedup = _speedup(average.student, teacher, settings.size_px)
+    once(lambda: claim_run(output, settings))
+    run(settings.loop, trainee, output)
+    once(lambda: export(student, teacher, settings, output))
+
+
+def export(student: Student, teacher: Teacher, settings: VAEDistillationSettings, output: Path) -> None:
+    """Write a distilled VAE as a diffusers component, in half precision."""
+    teacher_folder = _teacher_folder(settings.teacher)
+    speedup = _speedup(student, teacher, settings.size_px)
     folder = output / _RESULT_FOLDER
-    save_component(average.student.half(), folder)
+    save_component(student.half(), folder)
     if (teacher_folder / RECORD_FOLDER).is_dir():
         shutil.copytree(teacher_folder / RECORD_FOLDER, folder / RECORD_FOLDER)
     results = {**last_figures(output), "speedup": speedup}

@@ -1,25 +1,32 @@
 """The training loop all trainers share: resumable, with EMA weights, a CSV log and a progress line.
 
 The data of a step follow from the seed and the step's number alone, so a run that was killed and continued
-takes the same steps as one that was not.
+takes the same steps as one that was not. On several processes each draws data of its own, gradients are
+averaged, and a run may go on with another number of them.
 """
 
-import copy
 import csv
 import json
 import logging
 import math
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import torch
-from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
+
+from genstream.training import processes
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CHECKPOINTS_KEPT = 2
+_PROGRESS_NAME = "progress.json"
 _PROGRESS_INTERVAL_S = 10.0
 
 
@@ -91,7 +99,8 @@ class LoopSettings:
 class Trainee(Protocol):
     """What is trained, and on what.
 
-    It may have `rate_factors`: for names that parameters start with, factors on their learning rate.
+    It may have `rate_factors`: for names that parameters start with, factors on their learning rate; and
+    `frozen`, models besides `module` that it only asks.
     """
 
     @property
@@ -103,16 +112,15 @@ class Trainee(Protocol):
         """Scalar loss of a step, and its parts for the log. Data follow from the step's number."""
         ...
 
-    def evaluate(self, module: nn.Module) -> dict[str, float]:
-        """Figures of the averaged weights, for evaluation.csv."""
+    def evaluate(self) -> dict[str, float]:
+        """Figures of the module, whose weights are the averaged ones meanwhile, for evaluation.csv."""
         ...
 
 
-def run(settings: LoopSettings, trainee: Trainee, output: Path) -> nn.Module:
+def run(settings: LoopSettings, trainee: Trainee, output: Path) -> None:
     """Train to the end, from the newest checkpoint in `output` if there is one.
 
-    Returns:
-        A copy of the module with the averaged weights.
+    Afterwards the module's weights are the averaged ones, whole and in every process.
 
     Raises:
         FloatingPointError: the loss is not finite; names the last good checkpoint.
@@ -121,7 +129,7 @@ def run(settings: LoopSettings, trainee: Trainee, output: Path) -> nn.Module:
     training.resume()
     while training.step < settings.total_steps:
         training.advance()
-    return training.average
+    training.finish()
 
 
 def learning_rate_at(step: int, settings: LoopSettings) -> float:
@@ -135,21 +143,16 @@ def newest_checkpoint(output: Path) -> Path | None:
     return max((output / "checkpoints").glob("step_*"), default=None)
 
 
-def load_average(module: nn.Module, output: Path) -> None:
-    """Load the averaged weights of a run's newest checkpoint."""
-    module.load_state_dict(load_file(_checkpoint(output) / "average.safetensors"))
-
-
 def steps_taken(output: Path) -> int:
     """Steps behind a run's newest checkpoint."""
     return int(_checkpoint(output).name.removeprefix("step_"))
 
 
 def _checkpoint(output: Path) -> Path:
-    checkpoint = newest_checkpoint(output)
-    if checkpoint is None:
+    newest = newest_checkpoint(output)
+    if newest is None:
         raise ValueError(f"output must be a run with a checkpoint, got {str(output)!r}")
-    return checkpoint
+    return newest
 
 
 class _Training:
@@ -159,13 +162,13 @@ class _Training:
         self.settings = settings
         self.trainee = trainee
         self.output = output
-        # One precision for all runs of a process: Accelerator does not let it change, autocast does.
-        self.accelerator = Accelerator(mixed_precision="no")
-        trainee.module.to(self.accelerator.device)
-        self.average = copy.deepcopy(trainee.module).requires_grad_(requires_grad=False)
+        self.state = processes.process()
+        processes.check_launch()
+        trainee.module.to(self.state.device)
+        processes.shard([trainee.module, *getattr(trainee, "frozen", ())])
+        self.average = {name: value.detach().clone() for name, value in _weights(trainee.module).items()}
         factors: Mapping[str, float] = getattr(trainee, "rate_factors", {})
-        optimizers = _optimizers(trainee.module, settings, factors)
-        self.optimizers = [self.accelerator.prepare(each) for each in optimizers]
+        self.optimizers = _optimizers(trainee.module, settings, factors)
         self.step = 0
         self.seconds = 0.0
         self.window: list[dict[str, float]] = []
@@ -181,31 +184,39 @@ class _Training:
         if self._due(settings.log_steps):
             self._log()
         if self._due(settings.evaluate_steps):
-            figures = self.trainee.evaluate(self.average)
-            _append_row(self.output / "evaluation.csv", {"step": self.step, **figures})
-            logger.info("step %d: %s", self.step, _text(figures))
+            with self._averaged():
+                figures = self.trainee.evaluate()
+            if self.state.is_main_process:
+                _append_row(self.output / "evaluation.csv", {"step": self.step, **figures})
+                logger.info("step %d: %s", self.step, _text(figures))
         if self._due(settings.checkpoint_steps):
             self._save()
 
     def resume(self) -> None:
         """Continue after the newest checkpoint; rows logged after it are dropped."""
         folder = self.output / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in folder.glob("partial_*"):
-            shutil.rmtree(unfinished)
-        checkpoint = newest_checkpoint(self.output)
-        if checkpoint is not None:
-            self.trainee.module.load_state_dict(load_file(checkpoint / "module.safetensors"))
-            self.average.load_state_dict(load_file(checkpoint / "average.safetensors"))
-            states = torch.load(checkpoint / "optimizers.pt", weights_only=True)
-            for optimizer, state in zip(self.optimizers, states, strict=True):
-                optimizer.load_state_dict(state)
-            progress = json.loads((checkpoint / "progress.json").read_text())
-            self.step, self.seconds = progress["step"], progress["seconds"]
-            logger.info("continuing after step %d from %s", self.step, checkpoint)
-        for name in ("log.csv", "evaluation.csv"):
-            _drop_rows_after(self.output / name, self.step)
+        newest = newest_checkpoint(self.output)
+        if newest is not None:
+            self._load(newest)
+            logger.info("continuing after step %d from %s", self.step, newest)
+        if self.state.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            for unfinished in folder.glob("partial_*"):
+                shutil.rmtree(unfinished)
+            for name in ("log.csv", "evaluation.csv"):
+                _drop_rows_after(self.output / name, self.step)
+        self.state.wait_for_everyone()
         self.last_report = (time.monotonic(), self.step)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Leave the averaged weights in the module, whole."""
+        average = {name: processes.whole(value) for name, value in self.average.items()}
+        for name, value in _weights(self.trainee.module).items():
+            if isinstance(value, DTensor):
+                _replace(self.trainee.module, name, average[name])
+            else:
+                value.copy_(average[name])
 
     def _optimise(self) -> dict[str, float]:
         settings, module = self.settings, self.trainee.module
@@ -213,29 +224,46 @@ class _Training:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * group["rate_factor"]
-        torch.manual_seed((settings.seed << 32) + self.step)
-        device = self.accelerator.device.type
+        torch.manual_seed((self.state.process_index << 56) + (settings.seed << 32) + self.step)
+        device = self.state.device.type
         with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16"):
             loss, parts = self.trainee.loss(self.step)
-        value = loss.item()
-        if not math.isfinite(value):
+        figures = processes.mean({"loss": loss.item(), **parts})
+        if not math.isfinite(value := figures["loss"]):
             raise FloatingPointError(
                 f"loss is {value} at step {self.step}; last good checkpoint: {newest_checkpoint(self.output)}"
             )
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(module.parameters(), settings.gradient_clip)
+        loss.backward()
+        processes.reshard(module)
+        processes.average_gradients(module.parameters())
+        processes.clip_gradients(module.parameters(), settings.gradient_clip)
         for optimizer in self.optimizers:
             optimizer.step()
-        return {"loss": value, **parts, "learning_rate": learning_rate}
+        return {**figures, "learning_rate": learning_rate}
 
     @torch.no_grad()
     def _update_average(self) -> None:
         decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
-        averages = [*self.average.parameters(), *self.average.buffers()]
-        values = [*self.trainee.module.parameters(), *self.trainee.module.buffers()]
-        torch._foreach_lerp_(averages, values, 1 - decay)
+        for name, value in _weights(self.trainee.module).items():
+            self.average[name].lerp_(value, 1 - decay)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The module has the averaged weights meanwhile."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, value in _weights(self.trainee.module).items():
+            kept = value.clone()
+            value.copy_(self.average[name])
+            self.average[name].copy_(kept)
 
     def _due(self, interval: int) -> bool:
         return self.step % interval == 0 or self.step == self.settings.total_steps
@@ -243,6 +271,8 @@ class _Training:
     def _log(self) -> None:
         means = _means(self.window)
         self.window = []
+        if not self.state.is_main_process:
+            return
         _append_row(self.output / "log.csv", {"step": self.step, **means, "seconds": round(self.seconds, 1)})
         now = time.monotonic()
         reported_at, reported_step = self.last_report
@@ -259,14 +289,59 @@ class _Training:
         """Write a checkpoint under another name and rename it, so that a kill never leaves half of one."""
         folder = self.output / "checkpoints"
         partial, final = folder / f"partial_{self.step:07d}", folder / f"step_{self.step:07d}"
-        partial.mkdir()
-        _save_weights(self.trainee.module, partial / "module.safetensors")
-        _save_weights(self.average, partial / "average.safetensors")
-        torch.save([each.state_dict() for each in self.optimizers], partial / "optimizers.pt")
-        (partial / "progress.json").write_text(json.dumps({"step": self.step, "seconds": self.seconds}))
-        partial.rename(final)
-        for old in sorted(folder.glob("step_*"))[:-_CHECKPOINTS_KEPT]:
-            shutil.rmtree(old)
+        with self._checkpointing() as options:
+            save(self._tensors(), checkpoint_id=partial, **options)
+        if self.state.is_main_process:
+            progress = {"step": self.step, "seconds": self.seconds}
+            (partial / _PROGRESS_NAME).write_text(json.dumps(progress))
+            partial.rename(final)
+            for old in sorted(folder.glob("step_*"))[:-_CHECKPOINTS_KEPT]:
+                shutil.rmtree(old)
+        self.state.wait_for_everyone()
+
+    def _load(self, folder: Path) -> None:
+        tensors = self._tensors()
+        optimizers = {"optimizers": tensors.pop("optimizers")}
+        with self._checkpointing() as options:
+            load(tensors, checkpoint_id=folder, **options)
+            # What has had no gradient yet has no state either.
+            planner = DefaultLoadPlanner(allow_partial_load=True)
+            load(optimizers, checkpoint_id=folder, planner=planner, **options)
+        set_state_dict(
+            self.trainee.module,
+            self.optimizers,
+            model_state_dict=tensors["module"],
+            optim_state_dict=optimizers["optimizers"],
+        )
+        progress = json.loads((folder / _PROGRESS_NAME).read_text())
+        self.step, self.seconds = progress["step"], progress["seconds"]
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[dict[str, bool]]:
+        """Options for reading and writing; a process that is alone has no group, and need not be told so."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            yield {"no_dist": self.state.num_processes == 1}
+
+    def _tensors(self) -> dict[str, Any]:
+        """What a checkpoint holds; shards know of which whole they are, so that any number of them fits."""
+        module, optimizers = get_state_dict(self.trainee.module, self.optimizers)
+        return {"module": module, "optimizers": optimizers, "average": self.average}
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each once."""
+    processes.reshard(module)
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _replace(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put a whole weight in the place of a sharded one, wherever it is used."""
+    sharded = module.get_parameter(name)
+    for part in module.modules():
+        for own, weight in list(part.named_parameters(recurse=False)):
+            if weight is sharded:
+                setattr(part, own, nn.Parameter(value, requires_grad=weight.requires_grad))
 
 
 def _optimizers(
@@ -291,12 +366,12 @@ def _optimizers(
 
 
 def _groups(weights: Mapping[str, Tensor], factors: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Parameter groups of an optimiser, one for each factor on the learning rate."""
-    groups: dict[float, list[Tensor]] = {}
+    """Parameter groups of an optimiser, one for each factor on the learning rate; shards are kept apart."""
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, weight in weights.items():
         factor = next((factor for start, factor in factors.items() if name.startswith(start)), 1.0)
-        groups.setdefault(factor, []).append(weight)
-    return [{"params": group, "rate_factor": factor} for factor, group in groups.items()]
+        groups.setdefault((factor, isinstance(weight, DTensor)), []).append(weight)
+    return [{"params": group, "rate_factor": factor} for (factor, _), group in groups.items()]
 
 
 def _block_matrices(module: nn.Module) -> set[int]:
@@ -310,11 +385,6 @@ def _means(rows: list[dict[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for row in rows for name in row)
     values = {name: [row[name] for row in rows if name in row] for name in names}
     return {name: sum(each) / len(each) for name, each in values.items()}
-
-
-def _save_weights(module: nn.Module, path: Path) -> None:
-    # A copy of its own for each name: safetensors refuses tied weights, such as a text encoder's embedding.
-    save_file({name: value.clone().contiguous() for name, value in module.state_dict().items()}, path)
 
 
 def _append_row(path: Path, row: dict[str, float]) -> None:

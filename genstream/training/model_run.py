@@ -13,7 +13,6 @@ from typing import Generic, Literal, TypeVar
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from genstream.data import vocabulary
@@ -23,8 +22,9 @@ from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.training.clips import SWITCHED_EVERY, ClipSet, encode_clips
 from genstream.training.denoiser import Denoiser, DenoiserSettings, copy_weights, for_training
-from genstream.training.loop import LoopSettings, load_average, run, steps_taken
-from genstream.training.record import RECORD_FOLDER, SETTINGS_NAME, Training, claim_run, write_record
+from genstream.training.loop import LoopSettings, run, steps_taken
+from genstream.training.processes import once, own_rng, process, shared_rng
+from genstream.training.record import RECORD_FOLDER, Training, claim_run, write_record
 from genstream.vae.tiny import TinyVideoVAE
 
 logger = logging.getLogger(__name__)
@@ -126,50 +126,52 @@ class ModelTrainee(ABC, Generic[S]):
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of the velocity."""
-        rng = np.random.default_rng((self.settings.seed, step))
-        return self._loss(self.module, rng, range(self.settings.clips)), {}
+        seed = self.settings.seed
+        return self._loss(shared_rng(seed, step), own_rng(seed, step), range(self.settings.clips)), {}
 
     @torch.no_grad()
-    def evaluate(self, module: nn.Module) -> dict[str, float]:
-        """Loss of the averaged weights on fixed batches of clips that are never trained on."""
-        assert isinstance(module, Denoiser)
+    def evaluate(self) -> dict[str, float]:
+        """Loss on fixed batches of clips that are never trained on."""
         torch.manual_seed(self.settings.seed)
         among = range(self.settings.clips, self.clips.count)
-        rngs = [np.random.default_rng((self.settings.seed, batch)) for batch in range(_EVALUATION_BATCHES)]
-        return {"loss": float(np.mean([self._loss(module, rng, among).item() for rng in rngs]))}
+        losses = []
+        for batch in range(_EVALUATION_BATCHES):
+            shared, own = (np.random.default_rng((self.settings.seed, batch, kind)) for kind in range(2))
+            losses.append(self._loss(shared, own, among).item())
+        return {"loss": float(np.mean(losses))}
 
     @abstractmethod
-    def _loss(self, module: Denoiser, rng: np.random.Generator, among: range) -> Tensor:
-        """Loss on a random batch of the clips `among`."""
+    def _loss(self, shared: np.random.Generator, own: np.random.Generator, among: range) -> Tensor:
+        """Loss on a random batch of the clips `among`; `shared` numbers decide how many passes are made."""
 
 
 def train_model(
     settings: S,
     output: Path,
     build: Callable[[S, ClipSet, Tensor], ModelTrainee[S]],
-    export: Callable[[Path, Path], None],
+    export: Callable[[Denoiser, S, Path], None],
 ) -> None:
     """Train what `build` makes of the clips' latents, continuing what `output` already holds.
 
-    The result is `output`/model, written by `export` from the run's folder.
+    The result is `output`/model, written by `export` from the model, its settings and the run's folder.
     """
     if not (Path(settings.vae) / "config.json").is_file():
         raise ValueError(f"vae must be the folder of a trained VAE, got {settings.vae!r}")
     initial = None if settings.initial is None else Denoiser.of(load_model("initial", settings.initial))
-    claim_run(output, settings)
+    once(lambda: claim_run(output, settings))
     clips, latents = load_latents(settings, output)
     torch.manual_seed(settings.seed)
     trainee = build(settings, clips, latents)
     if initial is not None:
         copy_weights(initial, trainee.module)
     run(settings.loop, trainee, output)
-    export(output, output / RESULT_FOLDER)
+    once(lambda: export(trainee.module, settings, output))
     logger.info("trained model in %s", output / RESULT_FOLDER)
 
 
 def load_latents(settings: ModelRunSettings, output: Path) -> tuple[ClipSet, Tensor]:
     """The clips of a run and their latents `[clips, C, T, h, w]`, encoded once for all runs beside it."""
-    vae = TinyVideoVAE.from_pretrained(settings.vae, dtype=torch.float32).to(PartialState().device)
+    vae = TinyVideoVAE.from_pretrained(settings.vae, dtype=torch.float32).to(process().device)
     clips = settings.clip_set(vae.spec.temporal_ratio)
     return clips, encode_clips(clips, vae, output.parent / LATENTS_FOLDER, settings.precision)
 
@@ -188,36 +190,28 @@ def load_model(name: str, given: str) -> CausalVideoPipeline:
     return CausalVideoPipeline.from_pretrained(model_folder(name, given), dtype=torch.float32)
 
 
-def saved_settings(run_folder: Path, kind: type[S]) -> S:
-    """The settings of a run."""
-    values = json.loads((run_folder / SETTINGS_NAME).read_text())
-    for name, value in values.items():
-        values[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
-
-
 def save_trained(
-    run_folder: Path,
+    trained: Denoiser,
     settings: ModelRunSettings,
+    run_folder: Path,
     part: str,
     scheduler: FewStepScheduler | FlowEulerScheduler,
-    folder: Path,
     **stream: object,
 ) -> None:
-    """Write the averaged model of a run as a pipeline folder, with its VAE and the record of its training.
+    """Write the model of a run as a pipeline folder, with its VAE and the record of its training.
 
     Args:
-        run_folder: of the run.
+        trained: the model.
         settings: of the run.
+        run_folder: of the run.
         part: what was trained, as in `genstream train PART`.
         scheduler: the model's denoising steps.
-        folder: to write to; replaced if it is there.
         **stream: how it streams, as in `CausalVideoPipeline`.
     """
     vae_folder = Path(settings.vae)
     vae = TinyVideoVAE.from_pretrained(vae_folder, dtype=torch.float32)
     denoiser = Denoiser.new(settings, vae.spec.latent_channels)
-    load_average(denoiser, run_folder)
+    copy_weights(trained, denoiser)
     pipe = CausalVideoPipeline(
         denoiser.tokenizer,
         denoiser.text_encoder,
@@ -241,7 +235,7 @@ def save_trained(
         logs={name: run_folder / "log.csv"},
         steps=steps_taken(run_folder),
     )
-    save_model(pipe, folder, [vae_folder, *earlier], training)
+    save_model(pipe, run_folder / RESULT_FOLDER, [vae_folder, *earlier], training)
 
 
 def save_model(

@@ -15,7 +15,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
@@ -25,9 +24,10 @@ from genstream.streaming.noise import SeededNoise
 from genstream.streaming.request import StreamRequest
 from genstream.training.clips import ClipSet, encode_clips
 from genstream.training.correctors import Adversarial, Corrector, Discriminator, Matching, NoiseLevels
-from genstream.training.denoiser import Denoiser, for_training
+from genstream.training.denoiser import Denoiser, copy_weights, for_training
 from genstream.training.loop import LoopSettings, run, steps_taken
 from genstream.training.model_run import LATENTS_FOLDER, RESULT_FOLDER, load_model, model_folder, save_model
+from genstream.training.processes import once, own_rng, process, shared_rng
 from genstream.training.prompts import Asked, ClipPieces, PromptSource, prompts_from
 from genstream.training.record import Training, claim_run
 from genstream.training.rollout import RolloutEngine, rollout
@@ -184,40 +184,44 @@ class SelfForcingTrainee:
         """Of the critic."""
         return {"critic.": self.settings.critic_rate}
 
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """The teacher."""
+        return [self.corrector.teacher] if isinstance(self.corrector, Matching) else []
+
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Loss of the critic, and in every step that is the student's turn of both, on the same pieces."""
-        rng = np.random.default_rng((self.settings.seed, step))
+        shared, rng = shared_rng(self.settings.seed, step), own_rng(self.settings.seed, step)
         asked = self.prompts.draw(self.settings.batch_size, rng)
         corrector, critic = self.corrector, self.module.critic
         if step % (self.settings.critic_steps + 1):
             self.module.let_learn("critic")
             with torch.no_grad():
-                piece = self._piece(self.module.student, asked, rng)
+                piece = self._piece(asked, shared, rng)
             loss = corrector.critic_loss(critic, piece, asked, rng)
             return loss, {"critic": loss.item()}
         # The student's gradient goes through the critic, and must not train it.
         self.module.let_learn("student")
-        piece = self._piece(self.module.student, asked, rng)
+        piece = self._piece(asked, shared, rng)
         students = corrector.student_loss(critic, piece, asked, rng)
         self.module.let_learn("student", "critic")
         critics = corrector.critic_loss(critic, piece.detach(), asked, rng)
         return students + critics, {"student": students.item(), "critic": critics.item()}
 
     @torch.no_grad()
-    def evaluate(self, module: nn.Module) -> dict[str, float]:
-        """How far the averaged student is from where it should be, as far as the averaged critic knows."""
-        assert isinstance(module, Distillation)
+    def evaluate(self) -> dict[str, float]:
+        """How far the student is from where it should be, as far as the critic knows."""
         torch.manual_seed(self.settings.seed)
         rng = np.random.default_rng((self.settings.seed, self.settings.total_steps))
         asked = self.prompts.draw(_EVALUATION_STREAMS, rng)
-        piece = self._piece(module.student, asked, rng)
-        return {"distance": self.corrector.distance(module.critic, piece, asked, rng)}
+        piece = self._piece(asked, rng, rng)
+        return {"distance": self.corrector.distance(self.module.critic, piece, asked, rng)}
 
-    def _piece(self, student: Denoiser, asked: Asked, rng: np.random.Generator) -> Tensor:
+    def _piece(self, asked: Asked, shared: np.random.Generator, own: np.random.Generator) -> Tensor:
         """The last horizon of a stream for each prompt, `[B, C, T, h, w]`."""
-        pipe, schedule = self.pipe, self.pipe.scheduler.schedule()
-        chunks = int(rng.integers(self.horizon_chunks, self.settings.stream_chunks + 1))
-        exit_step = int(rng.integers(len(schedule.timesteps)))
+        pipe, schedule, student = self.pipe, self.pipe.scheduler.schedule(), self.module.student
+        chunks = int(shared.integers(self.horizon_chunks, self.settings.stream_chunks + 1))
+        exit_step = int(shared.integers(len(schedule.timesteps)))
         chunk = pipe.settings.chunk_frames
         first, last = (chunks - self.horizon_chunks) * chunk, chunks * chunk
         with torch.no_grad():
@@ -227,7 +231,7 @@ class SelfForcingTrainee:
                 height=pipe.config.default_height,
                 width=pipe.config.default_width,
                 num_frames=frames_of(last, pipe.streaming_vae.spec.temporal_ratio),
-                noise=SeededNoise(tuple(rng.integers(_SEEDS, size=len(asked.captions)).tolist())),
+                noise=SeededNoise(tuple(own.integers(_SEEDS, size=len(asked.captions)).tolist())),
                 schedule=schedule,
                 settings=replace(pipe.settings, guidance_scale=1.0),
                 decode=False,
@@ -241,11 +245,9 @@ class SelfForcingTrainee:
 
 def distill_student(settings: SelfForcingSettings, output: Path) -> None:
     """Distil, continuing what `output` already holds; the result is `output`/model."""
-    device = PartialState().device
+    device = process().device
     taught, critic_pipe = (load_model("teacher", settings.teacher) for _ in range(2))
-    pipe = load_model("initial", settings.initial)
-    if settings.shift is not None:
-        pipe.scheduler = FewStepScheduler.from_config(pipe.scheduler.config, shift=settings.shift)
+    pipe = _load_initial(settings)
     teacher, critic, student = (for_training(Denoiser.of(each)) for each in (taught, critic_pipe, pipe))
     horizon, chunk = taught.settings.chunk_frames, pipe.settings.chunk_frames
     if horizon % chunk:
@@ -260,12 +262,18 @@ def distill_student(settings: SelfForcingSettings, output: Path) -> None:
         pipe,
         horizon // chunk,
     )
-    claim_run(output, settings)
-    average = run(settings.loop, trainee, output)
-    assert isinstance(average, Distillation)
-    student.load_state_dict(average.student.state_dict())
-    export(pipe, settings, output)
+    once(lambda: claim_run(output, settings))
+    run(settings.loop, trainee, output)
+    once(lambda: export(student, settings, output))
     logger.info("distilled student in %s", output / RESULT_FOLDER)
+
+
+def _load_initial(settings: SelfForcingSettings) -> CausalVideoPipeline:
+    """The student as it is before, with the shift that it is to have."""
+    pipe = load_model("initial", settings.initial)
+    if settings.shift is not None:
+        pipe.scheduler = FewStepScheduler.from_config(pipe.scheduler.config, shift=settings.shift)
+    return pipe
 
 
 def _prompts(
@@ -286,8 +294,10 @@ def _prompts(
     return ClipPieces(clips, latents, frames, range(clips.count))
 
 
-def export(pipe: CausalVideoPipeline, settings: SelfForcingSettings, output: Path) -> None:
+def export(student: Denoiser, settings: SelfForcingSettings, output: Path) -> None:
     """Write a distilled student as a pipeline folder; it needs no guidance."""
+    pipe = _load_initial(settings)
+    copy_weights(student, Denoiser.of(pipe))
     pipe.register_to_config(guidance_scale=1.0)
     name = output.name
     training = Training(

@@ -23,7 +23,6 @@ from genstream.training.model_run import (
     ModelRunSettings,
     ModelTrainee,
     save_trained,
-    saved_settings,
     train_model,
 )
 from genstream.training.objectives import add_noise, clean_from, flow_loss
@@ -99,8 +98,9 @@ class StudentTrainingSettings(ModelRunSettings):
 class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
     """The student with its objective."""
 
-    def _loss(self, module: Denoiser, rng: np.random.Generator, among: range) -> Tensor:
-        sequence, clips, caption = self._draw(rng, among)
+    def _loss(self, shared: np.random.Generator, own: np.random.Generator, among: range) -> Tensor:
+        module, rng = self.module, own
+        sequence, clips, caption = self._draw(shared, own, among)
         if self.settings.forcing == "diffusion":
             sequence = with_noisy_context(sequence)
         device = module.transformer.device
@@ -110,7 +110,7 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
         told = [text if kept else "" for text, kept in zip(captions, prompted, strict=True)]
         text = module.embed(told)
         context = clean[:, :, sequence.clean_frames]
-        if sequence.clean and rng.random() < self.settings.redrawn:
+        if sequence.clean and shared.random() < self.settings.redrawn:
             context = _redraw(module, context, sequence, text.detach())
         disturbance = torch.rand(len(clean), 1, 1, 1, 1, device=device) * self.settings.context_noise
         context = context + disturbance * torch.randn_like(context)
@@ -122,28 +122,30 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
         predicted = _velocity(module, torch.cat([context, noisy], dim=2), levels, text, sequence)
         return flow_loss(predicted[:, :, context.shape[2] :], target, noise)
 
-    def _draw(self, rng: np.random.Generator, among: range) -> tuple[ForcedSequence, list[int], Caption]:
+    def _draw(
+        self, shared: np.random.Generator, own: np.random.Generator, among: range
+    ) -> tuple[ForcedSequence, list[int], Caption]:
         """The sequence of a step, its clips out of `among`, and what gives the caption of its targets."""
-        settings, clips, kind = self.settings, self.clips, rng.random()
+        settings, clips, kind = self.settings, self.clips, shared.random()
         if kind < settings.first:
-            chosen = [clip for _ in range(settings.first_chunks) for clip in self._choose(among, rng)]
+            chosen = [clip for _ in range(settings.first_chunks) for clip in self._choose(among, own)]
             return from_start([settings.chunk_frames], settings.window_chunks), chosen, clips.caption
         kind -= settings.first
         window, sink = settings.window_chunks, True
         if settings.random_masks:
-            window, sink = int(rng.integers(1, window + 1)), bool(rng.random() < _WITH_SINK)
+            window, sink = int(shared.integers(1, window + 1)), bool(shared.random() < _WITH_SINK)
         if kind < settings.switched:
-            chosen = self._choose([clip for clip in among if clips.switches(clip)], rng)
-            return self._after_switch(rng, window), chosen, clips.caption_after_switch
+            chosen = self._choose([clip for clip in among if clips.switches(clip)], own)
+            return self._after_switch(shared, window), chosen, clips.caption_after_switch
         kind -= settings.switched
         if kind < settings.middle:
-            chosen = self._choose([clip for clip in among if not clips.switches(clip)], rng)
-            return self._middle(rng, window, sink=sink), chosen, clips.caption
+            chosen = self._choose([clip for clip in among if not clips.switches(clip)], own)
+            return self._middle(shared, window, sink=sink), chosen, clips.caption
         kind -= settings.middle
         chunks = [settings.chunk_frames] * (window + 2)
         if kind < settings.image_start:
             chunks[0] = 1
-        return from_start(chunks, window, sink=sink), self._choose(among, rng), clips.caption
+        return from_start(chunks, window, sink=sink), self._choose(among, own), clips.caption
 
     def _choose(self, clips: Sequence[int], rng: np.random.Generator) -> list[int]:
         weights = np.array([self.settings.hard_weight if self.clips.is_hard(clip) else 1 for clip in clips])
@@ -202,15 +204,14 @@ def train_student(settings: StudentTrainingSettings, output: Path) -> None:
     train_model(settings, output, StudentTrainee, export)
 
 
-def export(run_folder: Path, folder: Path) -> None:
-    """Write the averaged student of a run as a pipeline folder."""
-    settings = saved_settings(run_folder, StudentTrainingSettings)
+def export(student: Denoiser, settings: StudentTrainingSettings, run_folder: Path) -> None:
+    """Write the student of a run as a pipeline folder."""
     save_trained(
-        run_folder,
+        student,
         settings,
+        run_folder,
         "student",
         FewStepScheduler(steps=settings.steps, shift=settings.shift),
-        folder,
         chunk_frames=settings.chunk_frames,
         sink_frames=settings.chunk_frames,
         window_frames=settings.window_chunks * settings.chunk_frames,

@@ -20,7 +20,6 @@ from genstream.training.model_run import (
     ModelRunSettings,
     ModelTrainee,
     save_trained,
-    saved_settings,
     train_model,
 )
 from genstream.training.objectives import add_noise, flow_loss, logit_normal_sigmas
@@ -68,12 +67,12 @@ class TeacherTrainingSettings(ModelRunSettings):
 class TeacherTrainee(ModelTrainee[TeacherTrainingSettings]):
     """The teacher with its objective."""
 
-    def _loss(self, module: Denoiser, rng: np.random.Generator, among: range) -> Tensor:
-        pieces = self._pieces(among)
-        settings, asked = self.settings, pieces.draw(self.settings.batch_size, rng)
+    def _loss(self, shared: np.random.Generator, own: np.random.Generator, among: range) -> Tensor:
+        settings, module = self.settings, self.module
+        asked = self._pieces(among).draw(settings.batch_size, own)
         assert asked.pieces is not None
         clean = asked.pieces.to(module.transformer.device)
-        told = [caption if rng.random() >= settings.without_text else "" for caption in asked.captions]
+        told = [caption if own.random() >= settings.without_text else "" for caption in asked.captions]
         levels = logit_normal_sigmas(len(clean), settings.shift, settings.time_mean, settings.time_std)
         sigma = levels.to(clean.device)[:, None].expand(-1, clean.shape[2])
         noise = torch.randn_like(clean)
@@ -90,18 +89,17 @@ def train_teacher(settings: TeacherTrainingSettings, output: Path) -> None:
     train_model(settings, output, TeacherTrainee, export)
 
 
-def export(run_folder: Path, folder: Path) -> None:
-    """Write the averaged teacher of a run as a pipeline folder.
+def export(teacher: Denoiser, settings: TeacherTrainingSettings, run_folder: Path) -> None:
+    """Write the teacher of a run as a pipeline folder.
 
     Its videos are a single chunk; longer ones go on chunk by chunk without a past.
     """
-    settings = saved_settings(run_folder, TeacherTrainingSettings)
     save_trained(
-        run_folder,
+        teacher,
         settings,
+        run_folder,
         "teacher",
         FlowEulerScheduler(num_steps=settings.sampling_steps, shift=settings.shift),
-        folder,
         chunk_frames=settings.horizon_frames,
         window_frames=0,
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from genstream.schedulers.schedule import shifted
 from genstream.training.denoiser import Denoiser
 from genstream.training.objectives import guided
+from genstream.training.processes import own_share, process
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +88,11 @@ def collect(sample: Callable[[int, int], Trajectories], count: int, folder: Path
         folder: of the shards.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    captions: list[str] = []
-    states = []
+    shards = {}
     for first in range(0, count, _SHARD):
         last = min(first + _SHARD, count)
-        path = folder / f"{first:06d}-{last:06d}.safetensors"
+        shards[folder / f"{first:06d}-{last:06d}.safetensors"] = (first, last)
+    for path, (first, last) in own_share(list(shards.items())):
         if not path.is_file():
             made = sample(first, last - first)
             partial = path.with_suffix(".partial")
@@ -99,6 +100,10 @@ def collect(sample: Callable[[int, int], Trajectories], count: int, folder: Path
             save_file({"states": made.states.half().cpu().contiguous()}, partial, told)
             partial.rename(path)
             logger.info("sampled path %d of %d", last, count)
+    process().wait_for_everyone()
+    captions: list[str] = []
+    states = []
+    for path in shards:
         with safe_open(path, "pt") as file:
             captions += file.metadata()[_CAPTIONS].split(_SEPARATOR)
         states.append(load_file(path)["states"])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from genstream.data.scene import Scene
 from genstream.data.toyworld import ToyWorld
@@ -21,7 +21,8 @@ from genstream.data.vocabulary import BACKGROUND_RGB
 from genstream.training.clips import to_tensor
 from genstream.training.components import save_component, with_statistics
 from genstream.training.initialisation import PASSED_CHANNELS, initialise
-from genstream.training.loop import LoopSettings, load_average, run, steps_taken
+from genstream.training.loop import LoopSettings, run, steps_taken
+from genstream.training.processes import once, own_rng
 from genstream.training.record import Training, claim_run, write_record
 from genstream.training.vae_losses import psnr_db
 from genstream.vae.tiny import TinyVideoVAE
@@ -117,26 +118,24 @@ class VAETrainingSettings:
 
 def train_vae(settings: VAETrainingSettings, output: Path) -> None:
     """Train both phases, continuing what `output` already holds; the result is the component `output`/vae."""
-    claim_run(output, settings)
+    once(lambda: claim_run(output, settings))
     torch.manual_seed(settings.seed)
     frozen_folder = output / FROZEN_ENCODER_FOLDER
     if not frozen_folder.is_dir():
         joint = VAETrainee(settings, _new_vae(settings))
-        average = run(settings.loop("joint"), joint, output / _JOINT_FOLDER)
-        assert isinstance(average, TinyVideoVAE)
-        save_component(normalise_latents(average, settings), frozen_folder)
+        run(settings.loop("joint"), joint, output / _JOINT_FOLDER)
+        once(lambda: save_component(normalise_latents(joint.module, settings), frozen_folder))
         logger.info("encoder frozen in %s", frozen_folder)
     vae: TinyVideoVAE = TinyVideoVAE.from_pretrained(frozen_folder)
     vae.encoder.requires_grad_(requires_grad=False)
     run(settings.loop("decoder"), VAETrainee(settings, vae), output / _DECODER_FOLDER)
-    export(settings, output, output / _RESULT_FOLDER)
+    once(lambda: export(vae, settings, output))
     logger.info("trained VAE in %s", output / _RESULT_FOLDER)
 
 
-def export(settings: VAETrainingSettings, run_folder: Path, folder: Path) -> None:
-    """Write the VAE of a run's newest decoder checkpoint as a diffusers component, in half precision."""
-    vae: TinyVideoVAE = TinyVideoVAE.from_pretrained(run_folder / FROZEN_ENCODER_FOLDER)
-    load_average(vae, run_folder / _DECODER_FOLDER)
+def export(vae: TinyVideoVAE, settings: VAETrainingSettings, run_folder: Path) -> None:
+    """Write a trained VAE as a diffusers component, in half precision."""
+    folder = run_folder / _RESULT_FOLDER
     save_component(vae.half(), folder)
     logs = {f"vae_{phase}": run_folder / phase / "log.csv" for phase in (_JOINT_FOLDER, _DECODER_FOLDER)}
     steps = sum(steps_taken(run_folder / phase) for phase in (_JOINT_FOLDER, _DECODER_FOLDER))
@@ -168,9 +167,9 @@ class VAETrainee:
         return distance + settings.moments_weight * moments, parts
 
     @torch.no_grad()
-    def evaluate(self, module: nn.Module) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """PSNR in dB on whole clips that were never trained on: all pixels, and those of objects."""
-        assert isinstance(module, TinyVideoVAE)
+        module = self.module
         total, objects = [], []
         for index in range(_EVALUATION_CLIPS):
             scene = self.world.scene(index, "eval")
@@ -192,7 +191,7 @@ class VAETrainee:
         parts, num_frames = _CLIP_SHAPES[step % len(_CLIP_SHAPES)]
         side = settings.size_px // parts
         batch_size = max(1, settings.clips * 9 * parts**2 // (num_frames * 4))
-        rng = np.random.default_rng((settings.seed, self._trains_encoder, step))
+        rng = own_rng(2 * settings.seed + self._trains_encoder, step)
         clips, weights = [], []
         for _ in range(batch_size):
             clip, background = self._crop(num_frames, side, rng)

@@ -15,6 +15,7 @@ from genstream.data.toyworld import ToyWorld
 from genstream.io.reader import VideoFile, find_videos, inspect_video, read_clip
 from genstream.shapes import check_divides
 from genstream.training.clips import to_tensor
+from genstream.training.processes import process
 from genstream.training.vae import LATEST_START_FRAME, crop_around_object
 from genstream.training.vae_windows import ClipSource
 from genstream.vae.protocol import VAESpec
@@ -85,7 +86,8 @@ def clip_source(settings: ClipSettings, spec: VAESpec) -> ClipSource:
         turn, place = divmod(step, len(settings.crop_px))
         side, count = settings.crop_px[place], lengths[turn % len(lengths)]
         batch_size = max(1, settings.batch_pixels // (count * side**2))
-        seeds = [(settings.seed, step, index) for index in range(batch_size)]
+        first = batch_size * process().process_index
+        seeds = [(settings.seed, step, first + index) for index in range(batch_size)]
         # Threads: most of the time goes by in ffmpeg and numpy.
         with ThreadPoolExecutor() as threads:
             clips = list(threads.map(lambda seed: pool.draw(count, side, np.random.default_rng(seed)), seeds))

@@ -152,14 +152,13 @@ class DecoderDistillation:
         return total, {name: part.item() for name, part in parts.items()}
 
     @torch.no_grad()
-    def evaluate(self, module: nn.Module) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """PSNR in dB on clips that were never trained on.
 
         Of the student and of its teacher on the teacher's latents, and of the student on its own where its
         encoder is trained.
         """
-        assert isinstance(module, Distilled)
-        student, figures = module.student, []
+        student, figures = self.module.student, []
         for clip in self.clips.evaluation:
             frames = clip.to(student.device)
             latents = self.teacher.encode(frames)

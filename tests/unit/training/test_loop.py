@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from genstream.training.loop import LoopSettings, learning_rate_at, load_average, newest_checkpoint, run
+from genstream.training.loop import LoopSettings, learning_rate_at, newest_checkpoint, run
 
 SETTINGS = {
     "total_steps": 12,
@@ -36,8 +36,8 @@ class Line:
             loss = loss * self.value
         return loss, {"error": loss.item()}
 
-    def evaluate(self, module: nn.Module) -> dict[str, float]:
-        return {"weight": module.weight.mean().item()}
+    def evaluate(self) -> dict[str, float]:
+        return {"weight": self.module.weight.mean().item()}
 
 
 class Blocks(Line):
@@ -50,8 +50,8 @@ class Blocks(Line):
             OrderedDict(ends=nn.Linear(2, 2), blocks=_Chain(blocks), head=nn.Linear(2, 1))
         )
 
-    def evaluate(self, module: nn.Module) -> dict[str, float]:
-        return {"weight": module.head.weight.mean().item()}
+    def evaluate(self) -> dict[str, float]:
+        return {"weight": self.module.head.weight.mean().item()}
 
 
 class _Chain(nn.Module):
@@ -81,6 +81,12 @@ def killed(kind: type[Line], at: int) -> Line:
     return KilledTrainee()
 
 
+def trained(settings: LoopSettings, trainee: Line, output: Path) -> nn.Module:
+    """The module with its averaged weights."""
+    run(settings, trainee, output)
+    return trainee.module
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open() as file:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
@@ -90,10 +96,10 @@ def rows(path: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize(("kind", "optimizer"), [(Line, "adamw"), (Blocks, "muon")])
 def test_killed_run_continues_as_if_unbroken(tmp_path, killed_at, kind, optimizer):
     settings = LoopSettings(**SETTINGS, optimizer=optimizer)
-    unbroken = run(settings, kind(), tmp_path / "unbroken")
+    unbroken = trained(settings, kind(), tmp_path / "unbroken")
     with pytest.raises(Killed):
         run(settings, killed(kind, killed_at), tmp_path / "killed")
-    continued = run(settings, kind(), tmp_path / "killed")
+    continued = trained(settings, kind(), tmp_path / "killed")
     assert all(map(torch.equal, continued.parameters(), unbroken.parameters()))
     for name in ("log.csv", "evaluation.csv"):
         assert rows(tmp_path / "killed" / name) == rows(tmp_path / "unbroken" / name)
@@ -109,11 +115,28 @@ def test_half_written_checkpoint_is_ignored(tmp_path):
 
 
 def test_finished_run_returns_its_weights_again(tmp_path):
-    first = run(LoopSettings(**SETTINGS), Line(), tmp_path)
-    assert torch.equal(run(LoopSettings(**SETTINGS), Line(), tmp_path).weight, first.weight)
-    loaded = nn.Linear(2, 1)
-    load_average(loaded, tmp_path)
-    assert torch.equal(loaded.weight, first.weight)
+    first = trained(LoopSettings(**SETTINGS), Line(), tmp_path)
+    assert torch.equal(trained(LoopSettings(**SETTINGS), Line(), tmp_path).weight, first.weight)
+
+
+def test_weights_are_averaged_over_the_steps(tmp_path):
+    seen = []
+
+    class Watched(Line):
+        def loss(self, step: int):
+            seen.append(self.module.weight.detach().clone())
+            return super().loss(step)
+
+    settings = LoopSettings(**{**SETTINGS, "ema_decay": 0.5})
+    last = trained(LoopSettings(**{**SETTINGS, "ema_decay": 0.0}), Line(), tmp_path / "last")
+    averaged = trained(settings, Watched(), tmp_path / "average")
+    expected = seen[0]
+    for step, value in enumerate([*seen[1:], last.weight.detach()]):
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+    torch.testing.assert_close(averaged.weight.detach(), expected)
+    (evaluated,) = rows(tmp_path / "average" / "evaluation.csv")[-1:]
+    assert float(evaluated["weight"]) == pytest.approx(expected.mean().item(), rel=1e-4)
 
 
 def test_loss_that_is_not_finite_names_the_last_good_checkpoint(tmp_path):
@@ -128,9 +151,8 @@ def test_frozen_weights_stay(tmp_path):
     line = Line()
     line.module.bias.requires_grad_(requires_grad=False)
     before = line.module.bias.clone()
-    average = run(LoopSettings(**SETTINGS), line, tmp_path)
+    run(LoopSettings(**SETTINGS), line, tmp_path)
     assert torch.equal(line.module.bias, before)
-    assert torch.equal(average.bias, before)
 
 
 def test_muon_turns_the_matrices_of_blocks_and_leaves_the_rest_to_adamw(tmp_path):
@@ -139,7 +161,8 @@ def test_muon_turns_the_matrices_of_blocks_and_leaves_the_rest_to_adamw(tmp_path
         trainee = Blocks()
         before = {name: weight.detach().clone() for name, weight in trainee.module.named_parameters()}
         once = {**SETTINGS, "total_steps": 1, "warmup_steps": 1}
-        run(LoopSettings(**once, weight_decay=0.0, optimizer=optimizer), trainee, tmp_path / optimizer)
+        settings = LoopSettings(**once, weight_decay=0.0, ema_decay=0.0, optimizer=optimizer)
+        run(settings, trainee, tmp_path / optimizer)
         after = dict(trainee.module.named_parameters())
         steps[optimizer] = {name: after[name].detach() - before[name] for name in before}
     for name, step in steps["muon"].items():
@@ -195,14 +218,16 @@ class Pair(Line):
         loss = (self.module[name].weight - 1).sum() + 0 * self.module["still"].weight.sum()
         return loss, {name: loss.item()}
 
-    def evaluate(self, module: nn.Module) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         return {}
 
 
 @pytest.mark.parametrize("log_steps", [2, 3])
 def test_parts_that_take_turns_have_their_own_rates_and_columns(tmp_path, log_steps):
     settings = LoopSettings(
-        **{**SETTINGS, "log_steps": log_steps, "learning_rate": 1e-3, "gradient_clip": 1e9}, weight_decay=0.0
+        **{**SETTINGS, "log_steps": log_steps, "learning_rate": 1e-3, "gradient_clip": 1e9},
+        weight_decay=0.0,
+        ema_decay=0.0,
     )
     pair = Pair()
     run(settings, pair, tmp_path)

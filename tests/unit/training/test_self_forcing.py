@@ -147,7 +147,8 @@ def test_pieces_are_the_ends_of_streams_of_all_lengths(monkeypatch):
 
     monkeypatch.setattr(self_forcing, "rollout", rolled)
     for step in range(800):
-        piece = trainee._piece(trainee.module.student, Asked(["a", "b"]), np.random.default_rng(step))
+        rng = np.random.default_rng(step)
+        piece = trainee._piece(Asked(["a", "b"]), rng, rng)
         assert piece.shape[2] == HORIZON
         assert torch.equal(piece[0, 0, :, 0, 0].diff(), torch.ones(HORIZON - 1))
     assert {key[:2] for key in seen} == {(3, 0), (4, 1), (5, 2), (6, 3)}

@@ -51,14 +51,14 @@ def vae_folder(build_pipeline, tmp_path_factory):
 def test_loss_falls():
     torch.manual_seed(0)
     trainee = trainee_for(torch.randn(9, 4, 1, 1, 1).expand(9, 4, 5, 4, 4), batch_size=4)
-    before = trainee.evaluate(trainee.module)["loss"]
+    before = trainee.evaluate()["loss"]
     optimizer = torch.optim.AdamW(trainee.module.parameters(), lr=5e-3)
     for step in range(15):
         torch.manual_seed(step)
         optimizer.zero_grad()
         trainee.loss(step)[0].backward()
         optimizer.step()
-    assert trainee.evaluate(trainee.module)["loss"] < 0.8 * before
+    assert trainee.evaluate()["loss"] < 0.8 * before
     assert all(weight.grad is not None for weight in trainee.module.transformer.parameters())
 
 
@@ -90,9 +90,9 @@ def test_clips_are_cut_out_anywhere_and_show_one_scene():
 
 def test_evaluation_knows_no_clip_of_the_training():
     trainee = trainee_for()
-    before = trainee.evaluate(trainee.module)["loss"]
+    before = trainee.evaluate()["loss"]
     trainee.latents[:5] = torch.nan
-    assert trainee.evaluate(trainee.module)["loss"] == before
+    assert trainee.evaluate()["loss"] == before
     assert trainee.loss(0)[0].isnan()
 
 

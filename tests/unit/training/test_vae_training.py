@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from genstream.training.initialisation import initialise
-from genstream.training.vae import VAETrainee, VAETrainingSettings, export, train_vae
+from genstream.training.vae import VAETrainee, VAETrainingSettings, train_vae
 from genstream.vae.tiny import TinyVideoVAE
 
 SETTINGS = VAETrainingSettings(
@@ -23,15 +23,14 @@ SETTINGS = VAETrainingSettings(
 def test_train_freeze_and_export(tmp_path):
     torch.set_num_threads(1)
     train_vae(SETTINGS, tmp_path / "run")
-    export(SETTINGS, tmp_path / "run", tmp_path / "vae")
     frozen = TinyVideoVAE.from_pretrained(tmp_path / "run" / "frozen_encoder")
-    exported = TinyVideoVAE.from_pretrained(tmp_path / "vae")
+    exported = TinyVideoVAE.from_pretrained(tmp_path / "run" / "vae")
     assert exported.config.latents_mean == frozen.config.latents_mean is not None
     for name, value in frozen.encoder.state_dict().items():
         assert torch.equal(exported.encoder.state_dict()[name].float(), value.half().float())
     frames = torch.zeros((1, 3, 5, 64, 64))
     assert exported.float()(frames).shape == frames.shape
-    assert not (tmp_path / "vae.partial").exists()
+    assert not (tmp_path / "run" / "vae.partial").exists()
     assert sorted(path.name for path in (tmp_path / "run" / "vae" / "training").iterdir()) == [
         "vae.json",
         "vae_decoder.csv",

@@ -1,0 +1,126 @@
+"""Training on two processes: the same as one with their data together, whole or in shards."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from processes_worker import Velocities, settings_for
+
+from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.training import processes
+from genstream.training.loop import run
+
+ROOT = Path(__file__).resolve().parents[3]
+WORKER = ROOT / "tests" / "processes_worker.py"
+MODEL = "--width 48 --layers 1 --ffn-width 48 --text-width 16 --text-layers 1 --patch-size 1".split()
+CLIPS = "--clips 4 --evaluation-clips 4 --clip-chunks 6 --chunk-frames 1 --size-px 64".split()
+SHORT = "--total-steps 2 --batch-size 2 --precision fp32".split()
+
+
+def launch(*words: str, shards: bool) -> None:
+    """Run a python command line in two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "ACCELERATE_USE_FSDP": str(shards).lower(),
+        "FSDP_VERSION": "2",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(str(path) for path in (ROOT, ROOT / "tests")),
+    }
+    options = ["--nproc-per-node", "2", "--master-port", str(port)]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["whole", "shards"])
+def two(request, tmp_path_factory):
+    """Folder of a run of two processes."""
+    output = tmp_path_factory.mktemp("two")
+    launch(str(WORKER), str(output), shards=request.param)
+    return output
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_their_data_together(two, tmp_path):
+    together = Velocities(ranks=2)
+    run(settings_for(), together, tmp_path)
+    expected = together.module.state_dict()
+    for process in range(2):
+        assert json.loads((two / f"state_{process}.json").read_text()) == {"processes": 2}
+        weights = torch.load(two / f"weights_{process}.pt", weights_only=True)
+        assert weights.keys() == expected.keys()
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=2e-5)
+    losses = [
+        [float(row.split(",")[1]) for row in (folder / name).read_text().splitlines()[1:]]
+        for folder in (two, tmp_path)
+        for name in ("log.csv", "evaluation.csv")
+    ]
+    assert losses[0] == pytest.approx(losses[2], rel=1e-4)
+    assert losses[1] == pytest.approx(losses[3], rel=1e-4)
+    assert len(losses[0]) == 4
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(two):
+    weights = torch.load(two / "weights_0.pt", weights_only=True)
+    alone = Velocities()
+    run(settings_for(), alone, two)  # finished: nothing is left but to read its checkpoint
+    for name, weight in alone.module.state_dict().items():
+        torch.testing.assert_close(weight, weights[name], rtol=0, atol=0)
+    rows = (two / "log.csv").read_text().splitlines()
+    run(settings_for(total_steps=6), Velocities(), two)
+    assert len((two / "log.csv").read_text().splitlines()) == len(rows) + 2
+
+
+@pytest.mark.slow
+def test_a_student_is_distilled_in_shards(build_pipeline, tmp_path):
+    build_pipeline().vae.save_pretrained(tmp_path / "vae")
+    common = [*MODEL, *CLIPS, *SHORT, "--vae", str(tmp_path / "vae")]
+    for part, options in (("student", ["--window-chunks", "1"]), ("teacher", ["--horizon-chunks", "3"])):
+        words = ["-m", "genstream.cli", "train", part, *common, *options, "--output", str(tmp_path / part)]
+        launch(*words, shards=True)
+    places = ["--teacher", str(tmp_path / "teacher"), "--initial", str(tmp_path / "student")]
+    options = ["--stream-chunks", "4", "--critic-steps", "1", "--output", str(tmp_path / "distilled")]
+    launch("-m", "genstream.cli", "distill", "student", *SHORT, *places, *options, shards=True)
+    pipe = CausalVideoPipeline.from_pretrained(tmp_path / "distilled" / "model", dtype=torch.float32)
+    before = CausalVideoPipeline.from_pretrained(tmp_path / "student" / "model", dtype=torch.float32)
+    own, old = pipe.transformer.state_dict(), before.transformer.state_dict()
+    assert all(weight.isfinite().all() for weight in own.values())
+    assert not all(torch.equal(own[name], old[name]) for name in own)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red circle", num_frames=9, output_type="pt").frames.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("variables", "error"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "distributed_type must be .*, got DEEPSPEED: use FSDP"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version must be 2, got 1"),
+    ],
+)
+def test_what_is_not_followed_is_refused(monkeypatch, variables, error):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=error):
+        processes.check_launch()
+
+
+@pytest.mark.parametrize("largest", [0.5, 1e6])
+def test_gradients_are_clipped_like_torch_does(largest):
+    weights, others = ([torch.nn.Parameter(torch.ones(3)) for _ in range(2)] for _ in range(2))
+    for weight, other in zip(weights, others, strict=True):
+        weight.grad = torch.randn(3)
+        other.grad = weight.grad.clone()
+    processes.clip_gradients(weights, largest)
+    torch.nn.utils.clip_grad_norm_(others, largest)
+    for weight, other in zip(weights, others, strict=True):
+        torch.testing.assert_close(weight.grad, other.grad, rtol=1e-4, atol=1e-6)
