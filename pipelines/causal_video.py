@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from genstream.cache.layout import PositionPolicy
 from genstream.conditioning.image import Picture, as_pixels, check_pixels, image_tokens
 from genstream.conditioning.text import check_prompts, encode_prompts, unknown_words
 from genstream.io.checkpoint import naming, open_checkpoint
@@ -49,7 +48,7 @@ from genstream.streaming.noise import NoiseSource, SeededNoise
 from genstream.streaming.presets import EngineKind, Preset, find_preset
 from genstream.streaming.queue_engine import QueueEngine
 from genstream.streaming.request import StreamRequest
-from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSettings
+from genstream.streaming.settings import StreamSettings
 from genstream.streaming.snapshot import load_state, model_fingerprint, save_state
 from genstream.streaming.source import FrameSource, as_source
 from genstream.streaming.state import StreamState
@@ -61,6 +60,8 @@ from genstream.vae.wrapping import as_streaming, module_of, streams
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DEFAULT_SECONDS = 4.0
+DEFAULT_STRENGTH = 0.85
+"""Above a trained step of every published student: with four at shift 5 the lower two are made."""
 ENGINES: dict[str, type[CacheEngine]] = {EngineKind.CACHE: CacheEngine, EngineKind.QUEUE: QueueEngine}
 _STEADY_LATENT_FRAMES = 32
 """Wan's encoder reaches back 28 latent frames: behind an image and so many empty ones nothing changes."""
@@ -175,6 +176,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             default_width=default_width,
             default_fps=default_fps,
         )
+        _ = self.settings  # checks them
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:  # noqa: ANN401
@@ -283,10 +285,10 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             chunk_frames=self.config.chunk_frames,
             sink_frames=self.config.sink_frames,
             window_frames=self.config.window_frames,
-            positions=PositionPolicy(self.config.positions),
-            context=ContextPolicy(self.config.context),
+            positions=self.config.positions,
+            context=self.config.context,
             context_timestep=self.config.context_timestep,
-            recache=RecachePolicy(self.config.recache),
+            recache=self.config.recache,
             past_weight=self.config.past_weight,
             independent_first_frame=self.config.independent_first_frame,
             guidance_scale=self.config.guidance_scale,
@@ -529,85 +531,35 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     def stream(
         self,
         prompt: str | list[str] | None = None,
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        num_frames: int | None = None,
-        seconds: float | None = None,
-        fps: float | None = None,
-        seed: int | list[int] | None = None,
-        image: Image.Image | Tensor | None = None,
-        guidance_scale: float | None = None,
-        negative_prompt: str | None = None,
+        **arguments: Any,  # noqa: ANN401
     ) -> Iterator[Chunk]:
-        """Chunks of frames as they are generated; arguments as for `request`, endless without a length.
+        """Chunks of frames as they are generated; arguments are those of `request`, endless without a length.
 
         To send controls while it runs, use `state = pipe.start(pipe.request(...))` and `pipe.run(state)`.
         """
-        return self.run(
-            self.start(
-                self.request(
-                    prompt,
-                    height=height,
-                    width=width,
-                    num_frames=num_frames,
-                    seconds=seconds,
-                    fps=fps,
-                    seed=seed,
-                    image=image,
-                    guidance_scale=guidance_scale,
-                    negative_prompt=negative_prompt,
-                )
-            )
-        )
+        return self.run(self.start(self.request(prompt, **arguments)))
 
     def transform(
         self,
         source: FrameSource | Iterable[Picture],
         prompt: str | list[str] | None = None,
         *,
-        strength: float = 0.6,
-        motion: MotionNoise | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_frames: int | None = None,
-        seed: int | list[int] | None = None,
-        image: Image.Image | Tensor | None = None,
-        guidance_scale: float | None = None,
-        negative_prompt: str | None = None,
+        strength: float = DEFAULT_STRENGTH,
+        **arguments: Any,  # noqa: ANN401
     ) -> Iterator[Chunk]:
         """Video to video: chunks of as many frames as the source has, made from its frames and the prompt.
 
         To send controls while it runs, use
-        `state = pipe.start(pipe.request(prompt, strength=0.6), source=frames)` and `pipe.run(state)`.
+        `state = pipe.start(pipe.request(prompt, strength=0.85), source=frames)` and `pipe.run(state)`.
 
         Args:
             source: an iterable of frames, or `LiveFrames`; PIL images, uint8 `[H, W, 3]` or tensors
                 `[3, H, W]` in [-1, 1], of exactly the asked size.
             prompt: one, or several for one video of the source each.
-            strength: as for `request`, like all that follows.
-            motion: less noise where the source moves.
-            height: pixels.
-            width: pixels.
-            num_frames: where to end at the latest, any number.
-            seed: of the noise.
-            image: for transformers with channels or tokens for one.
-            guidance_scale: of classifier-free guidance.
-            negative_prompt: what guidance leads away from.
+            strength: noise level that the frames are brought to, as for `request`.
+            **arguments: those of `request`.
         """
-        request = self.request(
-            prompt,
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            seed=seed,
-            image=image,
-            strength=strength,
-            motion=motion,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-        )
-        return self.run(self.start(request, source=source))
+        return self.run(self.start(self.request(prompt, strength=strength, **arguments), source=source))
 
     def run(self, state: StreamState) -> Iterator[Chunk]:
         """The chunks that are left of a running stream."""
@@ -718,7 +670,8 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
-            decode=output_type != "latent",
+            # Where the context comes from decoded pixels, latents cannot do without them.
+            decode=output_type != "latent" or self.settings.reencodes,
         )
         chunks: list[Tensor] = []
         self._interrupt = False

@@ -78,15 +78,6 @@ def student(name: str) -> CausalDiT:
     return model.requires_grad_(requires_grad=False)
 
 
-class EmbeddedPrompts(CausalVideoPipeline):
-    """The prompts of the sets are embeddings only: a prompt is the number of one of them."""
-
-    prompts: torch.Tensor
-
-    def encode_prompt(self, prompt):
-        return self.prompts[[int(number) for number in prompt]]
-
-
 @dataclass(frozen=True)
 class Rollout:
     """One scenario of one set."""
@@ -137,7 +128,7 @@ class Rollout:
         """Denoising steps before the shift."""
         return self.scenario.get("steps") or self.values["denoising_step_list"]
 
-    def pipeline(self) -> EmbeddedPrompts:
+    def pipeline(self) -> CausalVideoPipeline:
         """The pipeline that runs like the published code did."""
         scenario, config = self.scenario, self.values["model_config"]
         chunk = scenario.get("frame_per_block") or self.values["frames_per_block"]
@@ -151,7 +142,7 @@ class Rollout:
             ).eval(),
             scheduler=FewStepScheduler(steps=self.steps, shift=shift, warped=scenario.get("warp", True)),
         )
-        return EmbeddedPrompts(
+        return CausalVideoPipeline(
             **loaded.components,
             chunk_frames=chunk,
             sink_frames=sink,
@@ -163,7 +154,7 @@ class Rollout:
             text_tokens=loaded.config.text_tokens,
         )
 
-    def run(self, pipe: EmbeddedPrompts) -> tuple[torch.Tensor, StreamState]:
+    def run(self, pipe: CausalVideoPipeline) -> tuple[torch.Tensor, StreamState]:
         """Latents `[B, C, T, h, w]` and the state behind the last chunk."""
         switches, prompts = self.scenario.get("switch", ()), self.tensor("prompt_embeds")
         batch = len(self.tensor("noise"))
@@ -177,10 +168,9 @@ class Rollout:
             initial_latents=self.given,
             decode=False,
         )
-        pipe.prompts = prompts
         state = pipe.start(request)
         for number, frame in enumerate(switches, start=1):
-            state.submit(PromptControl(prompt=str(number)), not_before=1 + 4 * (frame - 1))
+            state.submit(PromptControl(prompt_embeds=prompts[[number]]), not_before=1 + 4 * (frame - 1))
         return torch.cat([chunk.latents for chunk in pipe.run(state)], dim=2), state
 
 
@@ -205,7 +195,7 @@ def error_shares(rollout: Rollout, dtypes: Sequence[torch.dtype]) -> list[float]
     with tempfile.TemporaryDirectory() as folder:
         pipe.save_pretrained(folder)
         for dtype in dtypes:
-            latents, _ = rollout.run(EmbeddedPrompts.from_pretrained(folder, dtype=dtype))
+            latents, _ = rollout.run(CausalVideoPipeline.from_pretrained(folder, dtype=dtype))
             assert latents.dtype == dtype
             error = (latents.float() - exact).square().mean() / exact.square().mean()
             shares.append(float(error.sqrt()))

@@ -16,7 +16,7 @@ from genstream.io.model_folder import ModelCard, find_model, read_card
 if TYPE_CHECKING:
     from genstream.io.reader import VideoFile
 
-DEFAULT_STRENGTH = 0.6
+DEFAULT_STRENGTH = 0.85
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

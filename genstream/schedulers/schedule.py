@@ -11,6 +11,8 @@ from torch import Tensor
 
 TRAIN_TIMESTEPS = 1000
 _SAME_SIGMA = 1e-6
+_CLEANING_SIGMA = 0.01
+"""Largest noise that the tables of students hold for timestep 0."""
 
 
 def shifted(sigma: float, shift: float) -> float:
@@ -86,9 +88,11 @@ class FewStepSchedule(Schedule):
     def entry(self, level: float) -> float:
         """The first trained step at or below `level`, since the student knows no others.
 
-        Below all of them it is `level` itself, so that it can be as low as is wanted.
+        Below all of them it is `level` itself, so that it can be as low as is wanted. A last step at timestep
+        0 only cleans up: nothing starts there.
         """
-        return next((sigma for sigma in self.sigmas if sigma <= level + _SAME_SIGMA), level)
+        starts = (sigma for sigma in self.sigmas if sigma > _CLEANING_SIGMA)
+        return next((sigma for sigma in starts if sigma <= level + _SAME_SIGMA), level)
 
 
 class EulerSchedule(Schedule):

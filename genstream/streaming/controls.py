@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from base64 import b64decode, b64encode
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from genstream.streaming.settings import RecachePolicy
 
@@ -26,19 +30,28 @@ class PromptControl(Control):
     """Continue with another prompt.
 
     Attributes:
-        prompt: the new prompt, for every element of the batch.
+        prompt: the new prompt, for every element of the batch; empty where its embeddings are given.
+        prompt_embeds: `[1 or B, text_tokens, text_dim]` instead.
         recache: what happens to the kept keys and values, so that the past no longer speaks for the old
             prompt; the model's own way when None.
         blend_chunks: chunks over which the prompt embedding moves from the old to the new; 1 switches
             at once.
     """
 
-    prompt: str
+    prompt: str = ""
+    prompt_embeds: Tensor | None = field(default=None, compare=False)
     recache: RecachePolicy | None = None
     blend_chunks: int = 1
 
     def __post_init__(self) -> None:
-        if not self.prompt.strip():
+        if self.prompt_embeds is not None:
+            if self.prompt:
+                raise ValueError("prompt and prompt_embeds exclude each other, got both")
+            if self.prompt_embeds.ndim != 3 or not bool(self.prompt_embeds.isfinite().all()):
+                raise ValueError(
+                    f"prompt_embeds must be finite [B, tokens, C], got {list(self.prompt_embeds.shape)}"
+                )
+        elif not self.prompt.strip():
             raise ValueError("prompt must not be empty")
         if self.blend_chunks < 1:
             raise ValueError(f"blend_chunks must be at least 1, got {self.blend_chunks}")
@@ -140,7 +153,12 @@ class Applied:
 
 def to_json(control: Control) -> dict[str, Any]:
     """A control as plain values."""
-    return {"kind": type(control).__name__, **asdict(control)}
+    values = {each.name: getattr(control, each.name) for each in fields(control)}
+    embeds = values.get("prompt_embeds")
+    if embeds is not None:
+        data = embeds.detach().float().cpu().contiguous().numpy().tobytes()
+        values["prompt_embeds"] = {"shape": list(embeds.shape), "float32": b64encode(data).decode()}
+    return {"kind": type(control).__name__, **values}
 
 
 def from_json(values: dict[str, Any]) -> Control:
@@ -155,4 +173,7 @@ def from_json(values: dict[str, Any]) -> Control:
     given = {name: value for name, value in values.items() if name != "kind"}
     if given.get("recache") is not None:
         given["recache"] = RecachePolicy(given["recache"])
+    if (embeds := given.get("prompt_embeds")) is not None:
+        data = torch.frombuffer(bytearray(b64decode(embeds["float32"])), dtype=torch.float32)
+        given["prompt_embeds"] = data.view(embeds["shape"])
     return _KINDS[kind](**given)

@@ -356,7 +356,7 @@ class CacheEngine:
     def _apply(self, control: Control, state: StreamState) -> None:
         match control:
             case PromptControl():
-                target = self.encode_prompt([control.prompt] * state.request.batch_size)
+                target = self._embeds(control, state)
                 state.blend = Blend(
                     source=state.prompt_embeds,
                     target=target.to(state.prompt_embeds),
@@ -376,6 +376,16 @@ class CacheEngine:
                 self._reset(control, state)
             case _:
                 raise ValueError(f"control must be one of genstream's, got {control!r}")
+
+    def _embeds(self, control: PromptControl, state: StreamState) -> Tensor:
+        if control.prompt_embeds is None:
+            return self.encode_prompt([control.prompt] * state.request.batch_size)
+        told, given = state.prompt_embeds.shape, control.prompt_embeds.shape
+        if given[1:] != told[1:] or given[0] not in (1, told[0]):
+            raise ValueError(
+                f"prompt_embeds must be [1 or {told[0]}, {told[1]}, {told[2]}], got {list(given)}"
+            )
+        return control.prompt_embeds.expand(told[0], -1, -1)
 
     def _reset(self, control: ResetControl, state: StreamState) -> None:
         request = state.request

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeVar
 
 from genstream.cache.layout import CacheLayout, PositionPolicy
+
+P = TypeVar("P", bound=StrEnum)
 
 
 class ContextPolicy(StrEnum):
@@ -34,9 +38,16 @@ class RecachePolicy(StrEnum):
     """They are rebuilt with the new prompt, and the window's first frames become the new sinks."""
 
 
+_POLICIES: Mapping[str, type[StrEnum]] = {
+    "positions": PositionPolicy,
+    "context": ContextPolicy,
+    "recache": RecachePolicy,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class StreamSettings:
-    """How a model is run; fixed by how it was trained.
+    """How a model is run; fixed by how it was trained. Policies may be given by their names.
 
     Attributes:
         chunk_frames: latent frames generated together.
@@ -65,6 +76,8 @@ class StreamSettings:
     guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        for name, kind in _POLICIES.items():
+            object.__setattr__(self, name, _policy(name, kind, getattr(self, name)))
         if not 0 <= self.context_timestep <= 1000:
             raise ValueError(f"context_timestep must be in [0, 1000], got {self.context_timestep}")
         if not 0 < self.past_weight <= 1:
@@ -111,3 +124,11 @@ class StreamSettings:
             window_frames=window,
             positions=self.positions,
         )
+
+
+def _policy(name: str, kind: type[P], value: str) -> P:
+    """A policy by its own value or its name."""
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"{name} must be one of {[str(each) for each in kind]}, got {value!r}") from None

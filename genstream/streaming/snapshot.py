@@ -17,14 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from genstream.cache.layout import PositionPolicy
 from genstream.schedulers import schedule as schedules
 from genstream.streaming.controls import Applied, Submitted, from_json, to_json
 from genstream.streaming.engine import CacheEngine
 from genstream.streaming.intake import Intake, MotionNoise, TransformSettings
 from genstream.streaming.noise import restore_noise
 from genstream.streaming.request import StreamRequest
-from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSettings
+from genstream.streaming.settings import RecachePolicy, StreamSettings
 from genstream.streaming.state import Blend, StreamState
 from genstream.transformer.adapters import LoraUse, adapter_of, base_name, check_loaded, loras_in_use
 from genstream.vae.protocol import VAEState
@@ -228,8 +227,7 @@ def _restore(meta: dict[str, Any], tensors: dict[str, Tensor], engine: CacheEngi
 
 
 def _restore_request(meta: dict[str, Any], tensors: dict[str, Tensor]) -> StreamRequest:
-    policies = {"positions": PositionPolicy, "context": ContextPolicy, "recache": RecachePolicy}
-    settings = {**meta["settings"], **{name: kind(meta["settings"][name]) for name, kind in policies.items()}}
+    settings = meta["settings"]
     levels = meta["schedule"]
     schedule = getattr(schedules, levels["kind"])(tuple(levels["timesteps"]), tuple(levels["sigmas"]))
     return StreamRequest(

@@ -299,8 +299,11 @@ class CausalDiT(
 
 
 def _beside(x: Tensor, weight: Tensor) -> Tensor:
-    """`x` where a weight is: group offloading brings blocks to the GPU for their own `forward` only."""
-    return x.to(weight.device)
+    """`x` where a weight is: group offloading brings blocks to the GPU for their own `forward` only.
+
+    A weight that accelerate has put away is nowhere; it comes to `x` by itself.
+    """
+    return x if weight.is_meta else x.to(weight.device)
 
 
 def _to(device: torch.device, tensors: KeysValues) -> KeysValues:

@@ -210,3 +210,13 @@ def test_a_student_enters_at_a_trained_step(level):
     at_or_below = [sigma for sigma in schedule.sigmas if sigma <= level]
     assert schedule.entry(level) == (max(at_or_below) if at_or_below else level)
     assert EulerSchedule(STEPS).entry(level) == level
+
+
+@pytest.mark.parametrize("level", [0.5, 0.6, 0.8, 1.0])
+def test_nothing_starts_at_a_step_that_only_cleans_up(level):
+    steps = few_step_timesteps((1000.0, 750.0, 500.0, 250.0, 0.0), 5.0)
+    sigmas = (*(step / 1000 for step in steps[:-1]), table_sigma(0.0, 5.0))
+    schedule = FewStepSchedule(steps, sigmas)
+    entry = schedule.entry(level)
+    assert entry == (level if level < 0.625 else max(sigma for sigma in sigmas if sigma <= level))
+    assert schedule.starting_at(entry).timesteps[-1] == 0.0

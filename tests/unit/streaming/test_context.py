@@ -297,8 +297,33 @@ def test_recomputing_needs_decoded_frames(plain):
         ({"past_weight": float("nan")}, "past_weight must be above 0 and at most 1"),
         ({"context": ContextPolicy.FUSED, "guidance_scale": 2.0}, "guidance_scale must be 1, got 2"),
         ({"context": ContextPolicy.RECOMPUTE, "window_frames": 0}, "window_frames must be above 0, got 0"),
+        ({"context": "old"}, r"context must be one of \['clean', 'fused', .*\], got 'old'"),
+        ({"positions": None}, "positions must be one of .*, got None"),
+        ({"recache": "some"}, "recache must be one of .*, got 'some'"),
     ],
 )
 def test_settings_that_contradict_each_other(arguments, message):
     with pytest.raises(ValueError, match=message):
         StreamSettings(**arguments)
+
+
+def test_policies_may_be_given_by_name(build_pipeline):
+    named = StreamSettings(positions="window", context="recompute", recache="window", window_frames=3)
+    assert (named.positions, named.context) == (PositionPolicy.WINDOW, ContextPolicy.RECOMPUTE)
+    assert named.recache is RecachePolicy.WINDOW
+    with pytest.raises(ValueError, match=r"context must be one of .*, got 'old'"):
+        build_pipeline(context="old")
+
+
+def test_a_clip_s_latents_where_the_past_is_encoded_again(build_pipeline):
+    pipe = build_pipeline(context="recompute", sink_frames=0, window_frames=3)
+    pipe.set_progress_bar_config(disable=True)
+    expected = torch.cat([chunk.latents for chunk in pipe.stream(RED, num_frames=45, seed=2)], dim=2)
+    assert_same(pipe(RED, num_frames=45, seed=2, output_type="latent").frames, expected)
+
+
+def test_a_stream_takes_all_that_a_request_takes(plain):
+    embeds, settings = plain.encode_prompt(BLUE), StreamSettings(window_frames=6)
+    expected = latents_of(plain, settings, prompts=(BLUE,))
+    chunks = plain.stream(prompt_embeds=embeds, settings=settings, num_frames=FRAMES, seed=5, decode=False)
+    assert_same(torch.cat([chunk.latents for chunk in chunks], dim=2), expected)

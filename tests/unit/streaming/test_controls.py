@@ -1,5 +1,6 @@
 """When controls take effect, what they change, and what they leave alone."""
 
+import json
 from threading import Thread
 
 import pytest
@@ -25,6 +26,26 @@ ALL = (
     StopControl(),
     ResetControl(seed=3),
 )
+
+
+def test_a_prompt_may_be_switched_by_its_embeddings(pipe, ask, collect, tmp_path):
+    told, given = pipe.start(ask(num_frames=45)), pipe.start(ask(num_frames=45))
+    embeds = pipe.encode_prompt(BLUE)
+    told.submit(PromptControl(prompt=BLUE), not_before=21)
+    given.submit(PromptControl(prompt_embeds=embeds), not_before=21)
+    pipe.save_state(given, tmp_path / "state.safetensors")
+    expected = collect(told)
+    assert_same(collect(given), expected)
+    assert_same(collect(pipe.load_state(tmp_path / "state.safetensors")), expected)
+    copy = from_json(json.loads(json.dumps(to_json(PromptControl(prompt_embeds=embeds.bfloat16())))))
+    assert_same(copy.prompt_embeds, embeds.bfloat16().float())
+
+
+def test_embeddings_of_another_shape_are_refused(pipe, ask):
+    state = pipe.start(ask(num_frames=45))
+    state.submit(PromptControl(prompt_embeds=torch.zeros(1, 3, 16)))
+    with pytest.raises(ValueError, match=r"prompt_embeds must be \[1 or 1, 12, 16\], got \[1, 3, 16\]"):
+        pipe.step(state)
 
 
 def assert_same(actual, expected):
@@ -277,10 +298,18 @@ def test_bad_seed(seed):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"prompt": " "}, {"prompt": RED, "blend_chunks": 0}, {"prompt": RED, "recache": "window"}],
+    [
+        {"prompt": " "},
+        {},
+        {"prompt": RED, "blend_chunks": 0},
+        {"prompt": RED, "recache": "window"},
+        {"prompt": RED, "prompt_embeds": torch.zeros(1, 12, 16)},
+        {"prompt_embeds": torch.zeros(12, 16)},
+        {"prompt_embeds": torch.full((1, 12, 16), torch.nan)},
+    ],
 )
 def test_bad_prompt_control(arguments):
-    with pytest.raises(ValueError, match=r"prompt must|blend_chunks must|recache must"):
+    with pytest.raises(ValueError, match=r"prompt must|blend_chunks must|recache must|prompt_embeds"):
         PromptControl(**arguments)
 
 

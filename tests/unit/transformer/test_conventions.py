@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.hooks import apply_group_offloading
 from diffusers.training_utils import EMAModel
@@ -195,3 +196,16 @@ def test_blocks_compile_without_a_break(model, inputs):
     expected = model(*inputs).sample
     model.compile_repeated_blocks(fullgraph=True, backend="eager")
     close(model(*inputs).sample, expected)
+
+
+def test_weights_may_wait_in_memory_or_on_the_disk(model, inputs, tmp_path):
+    expected = model(*inputs).sample
+    close(
+        disk_offload(copy.deepcopy(model), tmp_path / "moved", execution_device="cpu")(*inputs).sample,
+        expected,
+    )
+    model.save_pretrained(tmp_path / "model")
+    folder = tmp_path / "offloaded"
+    on_disk = CausalDiT.from_pretrained(tmp_path / "model", device_map={"": "disk"}, offload_folder=folder)
+    close(on_disk(*inputs).sample, expected)
+    close(cpu_offload(model, execution_device="cpu")(*inputs).sample, expected)
