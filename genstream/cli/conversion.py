@@ -15,12 +15,13 @@ from genstream.cli.components import Parts, PartSources, find_parts
 from genstream.cli.conversion_index import ACCEPTED_PARTS, streaming_of
 from genstream.cli.conversion_lora import ADAPTER, LoRA, open_lora
 from genstream.io.checkpoint import Checkpoint, naming, open_checkpoint, sha256
-from genstream.io.hub_card import ConversionCard, Origin, find_license
+from genstream.io.hub_card import ConversionCard, Origin, find_license, license_of
 from genstream.io.model_folder import INDEX_NAME, check_model_folder, check_weights, read_object
 from genstream.io.shards import PlannedTensor, check_new_folder, new_folder, write_json, write_shards
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.transformer.conversion import WAN_HEAD_WIDTH, infer_config, places, read_config
 
+_TRANSFORMER = "transformer"
 _STEM = "diffusion_pytorch_model"
 _GIGABYTE = 10**9
 _WAN_TEXT_TOKENS = 512
@@ -48,7 +49,8 @@ class ConversionSettings:
         text_encoder: folder or file of the text encoder.
         tokenizer: its folder, where it is not beside the text encoder.
         vae: folder or file of the VAE.
-        preset: how the model streams; None keeps what a model folder says, else "self-forcing".
+        preset: how the model streams; None keeps what a model folder says, takes other pipelines for the
+            many-step models that they are, and all else for "self-forcing".
         dtype: of the weights; None keeps theirs.
         max_shard_gb: size of a weight file in 10^9 bytes, above 0.
         license: the Hub's name of the weights' licence; None for what stands beside the source.
@@ -178,7 +180,7 @@ def _plan_transformer(settings: ConversionSettings) -> _Plan:
         config=config,
         tensors=[_cast(tensor, settings.dtype) for tensor in tensors],
         text_tokens=content.get("text_len", _WAN_TEXT_TOKENS),
-        files=[(f"transformer{weights}", file) for file in checkpoint.files],
+        files=[(f"{_TRANSFORMER}{weights}", file) for file in checkpoint.files],
         notes=notes,
     )
 
@@ -284,10 +286,20 @@ def _card(settings: ConversionSettings, plan: _Plan, parts: Parts) -> Conversion
         library=settings.kind,
         usage=_usage(settings),
         notes=[*plan.notes, *parts.notes, f"converted by genstream {genstream.__version__}"],
-        origins=[Origin(part=part, file=file.name, sha256=sha256(file)) for part, file in files],
+        origins=[
+            Origin(part=part, file=file.name, sha256=sha256(file), license=_license(settings, part, file))
+            for part, file in files
+        ],
         terms=find_license(settings.license, settings.source),
         source=settings.source,
     )
+
+
+def _license(settings: ConversionSettings, part: str, file: Path) -> str | None:
+    """The licence of a file; that of the transformer's weights may be given."""
+    if part.startswith(_TRANSFORMER) and settings.license is not None:
+        return settings.license
+    return license_of(file)
 
 
 def _usage(settings: ConversionSettings) -> str:

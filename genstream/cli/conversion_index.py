@@ -12,11 +12,14 @@ import diffusers
 from genstream.cli.components import Component, copied
 from genstream.io.model_folder import INDEX_NAME, read_object
 from genstream.pipelines.causal_video import CausalVideoPipeline
-from genstream.schedulers.few_step import FewStepScheduler
+from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.streaming.presets import find_preset
 from genstream.transformer.causal_dit import CausalDiT
 
 DEFAULT_PRESET = "self-forcing"
+_SCHEDULER_CONFIG = "scheduler_config.json"
+# How Wan 2.1 is sampled by its own code: 81 frames, 50 steps, guidance 5.
+_WAN_LATENT_FRAMES, _WAN_STEPS, _WAN_GUIDANCE = 21, 50, 5.0
 _PARAMETERS = inspect.signature(CausalVideoPipeline.__init__).parameters
 _OPTIONAL_PARTS = CausalVideoPipeline._optional_components
 ACCEPTED_PARTS = frozenset(_PARAMETERS)
@@ -55,7 +58,7 @@ def streaming_of(source: Path, preset: str | None, text_tokens: int, config: Map
 
     Args:
         source: file or folder of the weights.
-        preset: name; None for what a folder of ours says, else the default.
+        preset: name; None for what a folder of ours or another pipeline says, else the default.
         text_tokens: prompt length, unless a folder of ours says another.
         config: arguments of `CausalDiT`.
     """
@@ -73,9 +76,26 @@ def streaming_of(source: Path, preset: str | None, text_tokens: int, config: Map
         library, kind = index["scheduler"]
         scheduler = copied("scheduler", library, kind, source / "scheduler")
         return Streaming(values=values, scheduler=scheduler, note=f"streams as {source.name} does")
+    if preset is None and not is_own and (source / "scheduler" / _SCHEDULER_CONFIG).is_file():
+        return _many_steps(source, values)
     name = preset or DEFAULT_PRESET
     scheduler = _apply(name, values, config)
-    return Streaming(values=values, scheduler=scheduler, note=f"streams by the preset {name!r}")
+    note = f"streams by the preset {name!r}" + ("" if preset else ", as none was given (--preset)")
+    return Streaming(values=values, scheduler=scheduler, note=note)
+
+
+def _many_steps(source: Path, values: dict[str, Any]) -> Streaming:
+    """A pipeline of diffusers is no student: it makes whole clips in many guided steps."""
+    content = read_object(source / "scheduler" / _SCHEDULER_CONFIG)
+    shift = float(content.get("flow_shift", content.get("shift", 1.0)))
+    values |= {"chunk_frames": _WAN_LATENT_FRAMES, "window_frames": 0, "guidance_scale": _WAN_GUIDANCE}
+    note = (
+        f"makes clips of {_WAN_LATENT_FRAMES} latent frames in {_WAN_STEPS} steps at shift {shift:g} with "
+        f"guidance {_WAN_GUIDANCE:g}, as its {content.get('_class_name', 'scheduler')} is no student's; "
+        "--preset makes it a student"
+    )
+    scheduler = FlowEulerScheduler(num_steps=_WAN_STEPS, shift=shift)
+    return Streaming(values=values, scheduler=_part(scheduler), note=note)
 
 
 def _apply(name: str, values: dict[str, Any], config: Mapping[str, Any]) -> Component:
@@ -88,11 +108,14 @@ def _apply(name: str, values: dict[str, Any], config: Mapping[str, Any]) -> Comp
             raise ValueError(f"preset {name!r} sets {setting.name}, which the pipeline does not keep")
         values[setting.name] = value.value if isinstance(value, Enum) else value
     values["engine"] = preset.engine.value
-    scheduler = FewStepScheduler(steps=list(preset.steps), shift=preset.shift, warped=preset.warped)
+    return _part(FewStepScheduler(steps=list(preset.steps), shift=preset.shift, warped=preset.warped))
+
+
+def _part(scheduler: FewStepScheduler | FlowEulerScheduler) -> Component:
     return Component(
         name="scheduler",
         library="genstream",
-        kind=FewStepScheduler.__name__,
+        kind=type(scheduler).__name__,
         config={},
         files=(),
         write=scheduler.save_pretrained,

@@ -1,14 +1,15 @@
 """A LoRA file on its way into a model folder: merged into the weights, or as an adapter beside them."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from genstream.io.checkpoint import Checkpoint, naming, open_checkpoint
+from genstream.io.checkpoint import SAFETENSORS, Checkpoint, naming, open_checkpoint
 from genstream.io.hub_card import ADAPTER_FOLDER
-from genstream.io.model_folder import read_object
+from genstream.io.model_folder import read_header, read_object
 from genstream.io.shards import PlannedTensor, write_safetensors
 from genstream.transformer.lora import LoRALayer, diffusers_name, lora_layers, merged
 from genstream.transformer.matching import Shapes
@@ -16,6 +17,7 @@ from genstream.transformer.matching import Shapes
 ADAPTER = Path(ADAPTER_FOLDER) / "pytorch_lora_weights.safetensors"
 _USUAL_WEIGHTS = ("generator_lora", "model", "state_dict")
 _PEFT_CONFIG = "adapter_config.json"
+_METADATA = "lora_adapter_metadata"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class LoRA:
             for part, stored in (("lora_A", layer.down), ("lora_B", layer.up))
         ]
         (folder / ADAPTER).parent.mkdir()
-        write_safetensors(folder / ADAPTER, tensors, {"lora_adapter_metadata": json.dumps(self._metadata())})
+        write_safetensors(folder / ADAPTER, tensors, {_METADATA: json.dumps(self._metadata())})
 
     def _metadata(self) -> dict[str, object]:
         """PEFT's configuration, under the prefix that diffusers expects in a file."""
@@ -87,26 +89,34 @@ def open_lora(path: Path, config: Mapping[str, Any], weights: Shapes, alpha: flo
     checkpoint = open_checkpoint(path, None, usual=_USUAL_WEIGHTS)
     with naming(path):
         layers = lora_layers(checkpoint.shapes, config, weights)
-        beside = _alpha_beside(path)
-        alphas = {name: _alpha(layer, checkpoint, beside, alpha) for name, layer in layers.items()}
+        said = _said_by_peft(path)
+        alphas = {name: _alpha(name, layer, checkpoint, said, alpha) for name, layer in layers.items()}
     return LoRA(checkpoint=checkpoint, layers=layers, alphas=alphas)
 
 
-def _alpha_beside(path: Path) -> float | None:
+def _said_by_peft(path: Path) -> Mapping[str, Any]:
+    """PEFT's configuration: in the metadata of the file, as diffusers writes it, or beside it."""
+    content = {}
+    if path.suffix == SAFETENSORS:
+        metadata = read_header(path)[0].get("__metadata__", {})
+        stored = json.loads(metadata.get(_METADATA, "{}"))
+        content = {name.rpartition(".")[2]: value for name, value in stored.items()}
     beside = path.parent / _PEFT_CONFIG
-    if not beside.is_file():
-        return None
-    content = read_object(beside)
-    for name in ("use_rslora", "use_dora", "alpha_pattern"):
+    if not content and beside.is_file():
+        content = read_object(beside)
+    for name in ("use_rslora", "use_dora"):
         if content.get(name):
-            raise ValueError(f"{_PEFT_CONFIG} sets {name}, which cannot be converted")
-    alpha = content.get("lora_alpha")
-    return None if alpha is None else float(alpha)
+            raise ValueError(f"the LoRA's configuration sets {name}, which cannot be converted")
+    return content
 
 
-def _alpha(layer: LoRALayer, checkpoint: Checkpoint, beside: float | None, given: float | None) -> float:
-    """Alpha of a layer: as its file says, else as PEFT's configuration does, else as given."""
-    told = beside if layer.alpha is None else float(checkpoint.tensors[layer.alpha].read())
+def _alpha(
+    name: str, layer: LoRALayer, checkpoint: Checkpoint, said: Mapping[str, Any], given: float | None
+) -> float:
+    """Alpha of a layer: as its tensor says, else as PEFT's configuration does, else as given."""
+    told = _alpha_said(name, layer, said)
+    if layer.alpha is not None:
+        told = float(checkpoint.tensors[layer.alpha].read())
     if told is not None and given is not None and told != given:
         raise ValueError(f"lora_alpha (--lora-alpha) must be {told:g}, as the LoRA says, got {given:g}")
     alpha = given if told is None else told
@@ -115,3 +125,13 @@ def _alpha(layer: LoRALayer, checkpoint: Checkpoint, beside: float | None, given
             f"lora_alpha (--lora-alpha) must be given, as no file tells it; it is often the rank {layer.rank}"
         )
     return alpha
+
+
+def _alpha_said(name: str, layer: LoRALayer, said: Mapping[str, Any]) -> float | None:
+    """PEFT looks for the end of a module's name among its patterns first."""
+    modules = (name.removesuffix(".weight"), layer.down.partition(".lora_")[0])
+    for pattern, alpha in said.get("alpha_pattern", {}).items():
+        if any(re.match(rf"(.*\.)?({pattern})$", module) for module in modules):
+            return float(alpha)
+    alpha = said.get("lora_alpha")
+    return None if alpha is None else float(alpha)

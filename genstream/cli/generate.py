@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from genstream.pipelines.causal_video import CausalVideoPipeline
 
 EXIT_INTERRUPTED = 130
+_STREAM_OPTIONS = (
+    ("--window", "window_frames", "latest latent frames that are kept"),
+    ("--sink", "sink_frames", "first latent frames that are kept for ever"),
+    ("--guidance-scale", "guidance_scale", "of classifier-free guidance; 1 is off"),
+)
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -49,6 +54,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         help="run the model like a published student: "
         f"{', '.join(PRESETS)}; `genstream models` describes them (the model's own way)",
     )
+    for option, name, text in _STREAM_OPTIONS:
+        kind = float if name == "guidance_scale" else int
+        parser.add_argument(option, dest=name, type=kind, help=f"{text} (the model's own)")
     parser.add_argument(
         "--lora",
         type=parse_lora,
@@ -120,6 +128,9 @@ def load(folder: Path, arguments: argparse.Namespace) -> "CausalVideoPipeline":
     )
     if arguments.preset is not None:
         pipe.apply_preset(arguments.preset)
+    given = {name: getattr(arguments, name) for _, name, _ in _STREAM_OPTIONS}
+    pipe.register_to_config(**{name: value for name, value in given.items() if value is not None})
+    _ = pipe.settings  # checks them together
     return pipe
 
 

@@ -1,5 +1,6 @@
 """Loading the pipeline, and its frames as bytes."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
 from genstream.cli.clip import LoraFile
+from genstream.io.hub_card import ADAPTER_FOLDER
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.pipelines.memory import TextEncoderOffload
 from genstream.pipelines.quantization import WeightFormat, quantization
@@ -39,6 +41,9 @@ def load_pipeline(
         dtype=pick_dtype(dtype, target),
         quantization_config=_quantization(quantize),
     )
+    adapter = folder / ADAPTER_FOLDER
+    if adapter.is_dir() and not loras:
+        print(f"the model holds a LoRA that is not in use: --lora {adapter}", file=sys.stderr)
     _use_loras(pipe, loras)
     match TextEncoderOffload(offload):
         case TextEncoderOffload.NONE:

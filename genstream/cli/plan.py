@@ -63,8 +63,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--json", action="store_true", help="print the figures as json, in bytes")
     parser.epilog = (
-        "generate takes --size, --preset, --dtype, --quantize and --offload. In Python the others are "
-        "settings of a request, and pipe.vae = load_taehv(FILE)."
+        "generate takes --size, --preset, --sink, --window, --guidance-scale, --dtype, --quantize and "
+        "--offload. In Python chunk and batch belong to a request, and pipe.vae = load_taehv(FILE)."
     )
     parser.set_defaults(run=run)
 

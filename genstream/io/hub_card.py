@@ -39,11 +39,13 @@ class Origin:
         part: of the model, in words.
         file: its name.
         sha256: of its content.
+        license: the Hub's name of its licence, or of the file that holds it; None where nobody says.
     """
 
     part: str
     file: str
     sha256: str
+    license: str | None = None
 
 
 def find_license(given: str | None, source: Path) -> License | None:
@@ -62,6 +64,14 @@ def find_license(given: str | None, source: Path) -> License | None:
     return None if text is None else License(name=None, text=text, found=text.name)
 
 
+def license_of(file: Path) -> str | None:
+    """What stands beside a weight file or in the model folder above it: the Hub's name, or a file's."""
+    for folder in (file.parent, file.parent.parent):
+        if (found := find_license(None, folder)) is not None:
+            return found.name or found.found
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConversionCard:
     """What the card says.
@@ -72,7 +82,7 @@ class ConversionCard:
         usage: Python code that loads it.
         notes: what was done, a sentence each.
         origins: of all parts.
-        terms: licence; None where it is not known.
+        terms: licence of the transformer; None where it is not known.
         source: file or folder of the weights; the origins that its own card tells are told here too.
     """
 
@@ -86,12 +96,15 @@ class ConversionCard:
 
     def write(self, folder: Path) -> None:
         """Write README.md into `folder`, and the text of the licence beside it."""
-        header = "| part | file | sha256 |\n|---|---|---|\n"
-        rows = [f"| {origin.part} | `{origin.file}` | `{origin.sha256}` |" for origin in self.origins]
+        header = "| part | file | licence | sha256 |\n|---|---|---|---|\n"
+        rows = [
+            f"| {origin.part} | `{origin.file}` | {origin.license or 'not known'} | `{origin.sha256}` |"
+            for origin in self.origins
+        ]
         parts = [
             f"# {self.title}",
             f"```python\n{self.usage}\n```",
-            f"## Licence\n\n{_told(self.terms)}.",
+            f"## Licence\n\n{self._terms_in_words()}.",
             _ORIGIN + "\n\n" + header + "\n".join(rows),
             "\n".join(f"- {note}" for note in self.notes),
             *_origin_before(self.source),
@@ -100,10 +113,25 @@ class ConversionCard:
         if self.terms is not None and self.terms.text is not None:
             shutil.copyfile(self.terms.text, folder / _LICENSE_NAMES[0])
 
+    @property
+    def _others(self) -> list[str]:
+        """Licences of parts that are not the transformer's."""
+        own = None if self.terms is None else self.terms.name or self.terms.found
+        told = dict.fromkeys(origin.license for origin in self.origins if origin.license is not None)
+        return [name for name in told if name != own]
+
+    def _terms_in_words(self) -> str:
+        if not self._others:
+            return _told(self.terms)
+        return f"Several: {_told(self.terms)} for the transformer; for other parts {', '.join(self._others)}"
+
     def _header(self) -> str:
         """The Hub takes licences from its list; any other one is "other", with its text linked."""
         data = ModelCardData(library_name=self.library, pipeline_tag="text-to-video", tags=["genstream"])
-        if self.terms is not None:
+        if self._others:
+            data.license, data.license_name = _OTHER, "several"
+            data.license_link = CARD_NAME
+        elif self.terms is not None:
             data.license = self.terms.name or _OTHER
             if self.terms.name is None:
                 data.license_name = "see-license-file"

@@ -99,7 +99,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             ),
         ),
         "motionstream": Preset(
-            summary="MotionStream: 3 steps, shift 6, 3 sink frames and 3 in the window; image and tracks",
+            summary="MotionStream: 3 steps, shift 6, 3 sink frames and 3 in the window; starts from an image",
             steps=(1000.0, 2000 / 3, 1000 / 3),
             shift=6.0,
             settings=StreamSettings(sink_frames=3, window_frames=3, positions=PositionPolicy.WINDOW),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from genstream.transformer.causal_dit import CausalDiT
-from genstream.transformer.matching import Shapes, check_tensors, count_blocks, plain_names, shape_of
+from genstream.transformer.matching import Shapes, check_tensors, count_blocks, plain_names, shape_of, some
 
 WAN_HEAD_WIDTH = 128
 """Channels of an attention head in every published Wan model; no tensor's shape tells it."""
@@ -60,7 +60,14 @@ _IN_BLOCK = {
 
 # Wan's configuration -> ours, where the names differ; the width is told by heads times head width.
 _WAN_CONFIG = {"in_dim": "in_channels", "out_dim": "out_channels", "num_heads": "num_attention_heads"}
-_CONFIG = tuple(name for name in inspect.signature(CausalDiT.__init__).parameters if name != "self")
+_CONFIG = {
+    name: argument.default
+    for name, argument in inspect.signature(CausalDiT.__init__).parameters.items()
+    if name != "self"
+}
+"""Arguments of `CausalDiT` with their defaults."""
+
+_TYPES: Mapping[type, tuple[type, ...]] = {bool: (bool,), int: (int, float), float: (int, float)}
 
 # Argument of `CausalDiT` -> the tensor whose shape tells it.
 _EVIDENCE = {
@@ -141,7 +148,14 @@ def infer_config(shapes: Shapes, known: Mapping[str, Any]) -> dict[str, Any]:
     """
     plain = {name: shapes[given] for name, given in plain_names(shapes).items()}
     theirs = _naming(plain)
-    found = _inferred({ours: plain.get(theirs(ours)) for ours in _EVIDENCE.values()}, theirs)
+    evidence = {ours: plain.get(theirs(ours)) for ours in _EVIDENCE.values()}
+    if not any(evidence.values()):
+        wanted = theirs(_EVIDENCE["in_channels"])
+        raise ValueError(
+            f"checkpoint lacks {wanted!r} and is no model of this kind; it holds "
+            f"{some(sorted(plain)) or 'no tensors'}"
+        )
+    found = _inferred(evidence, theirs)
     found["num_layers"] = count_blocks(plain)
     found |= _heads(plain[theirs("patch_embedding.weight")][0], known)
     for name in found.keys() & known.keys():
@@ -172,7 +186,12 @@ def read_config(content: Mapping[str, Any]) -> dict[str, Any]:
     }
     if "dim" in content and "num_heads" in content:
         known["attention_head_dim"] = content["dim"] / content["num_heads"]
-    return {name: value for name, value in known.items() if name in _CONFIG}
+    taken = {name: value for name, value in known.items() if name in _CONFIG}
+    for name, value in taken.items():
+        kind = type(_CONFIG[name])
+        if kind in _TYPES and not isinstance(value, _TYPES[kind]):
+            raise ValueError(f"config says {name} {value!r}, which must be of type {kind.__name__}")
+    return taken
 
 
 def _inferred(evidence: Mapping[str, tuple[int, ...] | None], theirs: Callable[[str], str]) -> dict[str, Any]:

@@ -242,6 +242,31 @@ def test_alpha_beside_the_lora(source, tmp_path):
     check_same(tmp_path / "told" / "transformer", weights_of(tmp_path / "given" / "transformer"))
 
 
+def test_a_kept_lora_tells_its_alpha(source, tmp_path, capsys):
+    save_file(lora(), tmp_path / "lora.safetensors")
+    options = ("--lora", tmp_path / "lora.safetensors", "--lora-alpha", 1.5)
+    convert(source, "-o", tmp_path / "kept", *options, "--lora-mode", "adapter")
+    convert(source, "-o", tmp_path / "given", *options)
+    adapter = ("--lora", tmp_path / "kept" / "lora" / "pytorch_lora_weights.safetensors")
+    convert(source, "-o", tmp_path / "told", *adapter)
+    check_same(tmp_path / "told" / "transformer", weights_of(tmp_path / "given" / "transformer"))
+    capsys.readouterr()
+    words = ["convert", source, "-o", tmp_path / "no", *adapter, "--lora-alpha", 7]
+    assert main([str(word) for word in words]) == 2
+    assert "lora_alpha (--lora-alpha) must be 1.5, as the LoRA says, got 7" in capsys.readouterr().err
+
+
+def test_patterns_of_alphas(source, tmp_path):
+    save_file(lora(), tmp_path / "lora.safetensors")
+    config = {"r": 3, "lora_alpha": 9.0, "alpha_pattern": {"ffn.0": 1.5, "self_attn.q": 1.5}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    convert(source, "-o", tmp_path / "told", "--lora", tmp_path / "lora.safetensors")
+    (tmp_path / "adapter_config.json").unlink()
+    options = ("--lora", tmp_path / "lora.safetensors", "--lora-alpha", 1.5)
+    convert(source, "-o", tmp_path / "given", *options)
+    check_same(tmp_path / "told" / "transformer", weights_of(tmp_path / "given" / "transformer"))
+
+
 def test_kept_lora_acts_as_the_merged_one(source, tmp_path):
     pytest.importorskip("peft")
     save_file(lora(), tmp_path / "lora.safetensors")
@@ -299,6 +324,22 @@ def test_licence_and_origin_are_in_the_card(source, tmp_path, said):
     assert hashlib.sha256(source.read_bytes()).hexdigest() in card.text
     assert ("Not known" in card.text) == (said == "nowhere")
     assert (tmp_path / "out" / "LICENSE").is_file() == (said == "text")
+
+
+@pytest.mark.parametrize("own", ["mit", "cc-by-nc-sa-4.0"])
+def test_the_licence_of_a_lora_is_told_too(source, tmp_path, own):
+    other = "cc-by-nc-sa-4.0"
+    (tmp_path / "lora").mkdir()
+    save_file(lora(), tmp_path / "lora" / "lora.safetensors")
+    (tmp_path / "lora" / "README.md").write_text(f"---\nlicense: {other}\n---\nWeights.\n")
+    options = ("--lora", tmp_path / "lora" / "lora.safetensors", "--lora-alpha", 3, "--license", own)
+    convert(source, "-o", tmp_path / "out", *options)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == (own if own == other else "other")
+    rows = [row for row in card.text.splitlines() if row.startswith("| ")]
+    assert any(row.startswith("| transformer") and f"| {own} |" in row for row in rows)
+    assert any(row.startswith("| LoRA") and f"| {other} |" in row for row in rows)
+    assert (f"Several: {own} for the transformer; for other parts {other}" in card.text) == (own != other)
 
 
 def test_push_to_hub(source, vae, tmp_path, monkeypatch):
@@ -481,6 +522,29 @@ def _published_text_encoder(config):
         for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
     } | {"relative_attention_num_buckets": config.relative_attention_num_buckets}
     return {theirs: shape for theirs, (_, shape) in umt5_tensors(arguments).items()}, arguments
+
+
+@pytest.mark.parametrize("preset", [None, "longlive"])
+def test_another_pipeline_stays_the_many_step_model_that_it_is(source, vae, tmp_path, capsys, preset):
+    convert(source, "-o", tmp_path / "first", "--vae", vae)
+    index = json.loads((tmp_path / "first" / "model_index.json").read_text())
+    index |= {"_class_name": "WanPipeline", "scheduler": ["diffusers", "UniPCMultistepScheduler"]}
+    (tmp_path / "first" / "model_index.json").write_text(json.dumps(index))
+    scheduler = diffusers.UniPCMultistepScheduler(flow_shift=3.0, use_flow_sigmas=True)
+    scheduler.save_pretrained(tmp_path / "first" / "scheduler")
+    options = () if preset is None else ("--preset", preset)
+    convert(tmp_path / "first", "-o", tmp_path / "second", *options)
+    pipe = CausalVideoPipeline.from_pretrained(tmp_path / "second")
+    told = capsys.readouterr().out
+    if preset is None:
+        assert (
+            "in 50 steps at shift 3 with guidance 5, as its UniPCMultistepScheduler is no student's" in told
+        )
+        assert (pipe.settings.chunk_frames, pipe.settings.window_frames) == (21, 0)
+        assert (pipe.scheduler.config.shift, len(pipe.scheduler.schedule().timesteps)) == (3.0, 50)
+        assert pipe.settings.guidance_scale == 5.0
+    else:
+        assert pipe.settings == find_preset(preset).settings
 
 
 def test_parts_that_the_pipeline_does_not_take_are_told(source, vae, tmp_path, capsys):

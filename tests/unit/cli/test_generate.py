@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,26 @@ def test_preset(model: str, tmp_path: Path):
     state.submit(PromptControl(prompt="a blue square moving left"), not_before=16)
     expected = np.concatenate([to_uint8(chunk.frames) for chunk in pipe.run(state)])
     np.testing.assert_array_equal(np.stack(list(read_video(tmp_path / "frames"))), expected)
+
+
+def test_window_sinks_and_guidance(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--frames", "69", "--window", "0", "--sink", "6", "--guidance-scale", "2.5"]
+    assert generate(model, "-o", str(tmp_path / "frames"), *options) == 0
+    pipe = CausalVideoPipeline.from_pretrained(model)
+    settings = replace(pipe.settings, window_frames=0, sink_frames=6, guidance_scale=2.5)
+    chunks = pipe.stream("a red circle moving right", num_frames=69, settings=settings)
+    expected = np.concatenate([to_uint8(chunk.frames) for chunk in chunks])
+    np.testing.assert_array_equal(np.stack(list(read_video(tmp_path / "frames"))), expected)
+    assert generate(model, "-o", str(tmp_path / "out.mp4"), "--window", "-1") == 2
+    assert "window_frames must be at least 0, got -1" in error_of(capsys)
+
+
+def test_a_lora_in_the_folder_is_told(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "lora").mkdir()
+    assert generate(str(tmp_path / "model"), "-o", str(tmp_path / "out.mp4"), "--frames", "9") == 0
+    told = f"the model holds a LoRA that is not in use: --lora {tmp_path / 'model' / 'lora'}"
+    assert told in capsys.readouterr().err
 
 
 def test_a_preset_that_the_model_cannot_run(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

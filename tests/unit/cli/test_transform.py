@@ -127,6 +127,7 @@ def test_a_switch_and_the_figures(
         (["a.mp4", "--strength", "nan"], ["strength must be above 0 and at most 1, got nan"]),
         (["a.mp4", "--frames", "0"], ["num_frames (--frames) must be at least 1, got 0"]),
         (["missing.mp4"], ["missing.mp4' does not exist"]),
+        (["a.mp4", "--preset", "rolling-forcing"], ["starts all chunks as noise and cannot follow a video"]),
         (["text.mp4"], ["text.mp4' cannot be read"]),
         (["empty"], ["empty' is a folder without any"]),
         (["a.mp4", "--lora", "none:0.5"], ["--lora: must be a file or folder", "got 'none:0.5', which does"]),

@@ -170,5 +170,13 @@ def test_configuration_under_our_own_names():
 
 
 def test_what_is_no_transformer():
-    with pytest.raises(ValueError, match=r"lacks 'patch_embedding.weight' and is no model of this kind"):
+    error = r"lacks 'patch_embedding.weight' and is no model of this kind; it holds 'encoder.conv1.weight'"
+    with pytest.raises(ValueError, match=error):
         infer_config({"encoder.conv1.weight": (4, 4)}, {})
+
+
+@pytest.mark.parametrize("wrong", [{"eps": "x"}, {"num_layers": [2]}, {"cross_attn_norm": 1}])
+def test_a_configuration_of_nonsense_is_refused(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"config says {name} .*, which must be of type"):
+        read_config({**CONFIG, **wrong})
