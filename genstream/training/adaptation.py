@@ -63,6 +63,7 @@ class AdaptationSettings:
         evaluate_steps: steps between evaluations.
         seed: of prompts and noise.
         precision: "bf16" is faster where the processor has it.
+        gradient_checkpointing: compute what lies between blocks twice in place of keeping it.
     """
 
     teacher: str = "runs/teacher"
@@ -84,6 +85,7 @@ class AdaptationSettings:
     evaluate_steps: int = 500
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         _ = self.loop  # checks its part
@@ -192,7 +194,8 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
     prompts = prompts_from(settings.prompts)
     once(lambda: claim_run(output, settings))
     torch.manual_seed(settings.seed)
-    denoiser = for_training(Denoiser.of(pipe)).to(process().device)
+    denoiser = for_training(Denoiser.of(pipe), checkpointing=settings.gradient_checkpointing)
+    denoiser.to(process().device)
     sampling = Sampling(
         num_steps=settings.num_steps,
         substeps=settings.substeps,

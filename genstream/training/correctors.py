@@ -50,8 +50,13 @@ class NoiseLevels:
 class Corrector(Protocol):
     """Losses of a student and of the critic that is trained beside it, on pieces of its streams.
 
-    The critic is passed in, since evaluation takes the averaged one.
+    The critic is passed in: it belongs to what is trained.
     """
+
+    @property
+    def through_critic(self) -> bool:
+        """Whether the student's gradient goes through the critic, which must not learn from it."""
+        ...
 
     def student_loss(
         self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator
@@ -91,6 +96,11 @@ class Matching:
         self.objective = objective
         self.guidance = guidance
         self.alpha = alpha
+
+    @property
+    def through_critic(self) -> bool:
+        """Whether the student's gradient goes through the critic."""
+        return self.objective == "sid"
 
     def student_loss(
         self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator
@@ -169,6 +179,11 @@ class Adversarial:
         self.levels = levels
         self.smoothness = smoothness
         self.step = step
+
+    @property
+    def through_critic(self) -> bool:
+        """It does."""
+        return True
 
     def student_loss(
         self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator

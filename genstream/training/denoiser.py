@@ -124,10 +124,15 @@ class Denoiser(nn.Module):
         return velocity.float()
 
 
-def for_training(denoiser: Denoiser) -> Denoiser:
-    """The same model, with the attention that is fastest with gradient on this machine."""
+def for_training(denoiser: Denoiser, *, checkpointing: bool = False) -> Denoiser:
+    """The same model, with the attention that is fastest with gradient on this machine.
+
+    With `checkpointing`, what lies between blocks is computed twice in place of being kept.
+    """
     if not torch.cuda.is_available():
         _set_attention(denoiser, MatmulAttention())
+    if checkpointing:
+        denoiser.transformer.enable_gradient_checkpointing()
     return denoiser
 
 

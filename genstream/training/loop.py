@@ -166,7 +166,7 @@ class _Training:
         processes.check_launch()
         trainee.module.to(self.state.device)
         processes.shard([trainee.module, *getattr(trainee, "frozen", ())])
-        self.average = {name: value.detach().clone() for name, value in _weights(trainee.module).items()}
+        self.average = {name: value.detach().clone() for name, value in _trained(trainee.module).items()}
         factors: Mapping[str, float] = getattr(trainee, "rate_factors", {})
         self.optimizers = _optimizers(trainee.module, settings, factors)
         self.step = 0
@@ -211,12 +211,11 @@ class _Training:
     @torch.no_grad()
     def finish(self) -> None:
         """Leave the averaged weights in the module, whole."""
-        average = {name: processes.whole(value) for name, value in self.average.items()}
-        for name, value in _weights(self.trainee.module).items():
-            if isinstance(value, DTensor):
-                _replace(self.trainee.module, name, average[name])
-            else:
-                value.copy_(average[name])
+        module = self.trainee.module
+        self._swap()
+        for name, weight in list(module.named_parameters()):
+            if isinstance(weight, DTensor):
+                _replace(module, name, processes.whole(weight))
 
     def _optimise(self) -> dict[str, float]:
         settings, module = self.settings, self.trainee.module
@@ -246,8 +245,10 @@ class _Training:
     @torch.no_grad()
     def _update_average(self) -> None:
         decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
-        for name, value in _weights(self.trainee.module).items():
-            self.average[name].lerp_(value, 1 - decay)
+        processes.reshard(self.trainee.module)
+        values = _values(self.trainee.module)
+        for name, average in self.average.items():
+            average.lerp_(values[name], 1 - decay)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -260,10 +261,12 @@ class _Training:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, value in _weights(self.trainee.module).items():
-            kept = value.clone()
-            value.copy_(self.average[name])
-            self.average[name].copy_(kept)
+        processes.reshard(self.trainee.module)
+        values = _values(self.trainee.module)
+        for name, average in self.average.items():
+            kept = values[name].clone()
+            values[name].copy_(average)
+            average.copy_(kept)
 
     def _due(self, interval: int) -> bool:
         return self.step % interval == 0 or self.step == self.settings.total_steps
@@ -329,10 +332,18 @@ class _Training:
         return {"module": module, "optimizers": optimizers, "average": self.average}
 
 
-def _weights(module: nn.Module) -> dict[str, Tensor]:
+def _values(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, each once."""
-    processes.reshard(module)
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _trained(module: nn.Module) -> dict[str, Tensor]:
+    """Those that training changes."""
+    return {
+        name: value
+        for name, value in _values(module).items()
+        if value.requires_grad or not isinstance(value, nn.Parameter)
+    }
 
 
 def _replace(module: nn.Module, name: str, value: Tensor) -> None:

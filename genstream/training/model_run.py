@@ -58,6 +58,7 @@ class ModelRunSettings(DenoiserSettings):
         evaluate_steps: steps between evaluations.
         seed: of weights, scenes and noise.
         precision: "bf16" is faster where the processor has it.
+        gradient_checkpointing: compute what lies between blocks twice in place of keeping it.
     """
 
     vae: str = "runs/vae/vae"
@@ -78,6 +79,7 @@ class ModelRunSettings(DenoiserSettings):
     evaluate_steps: int = 500
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,7 +124,9 @@ class ModelTrainee(ABC, Generic[S]):
         self.settings = settings
         self.clips = clips
         self.latents = latents
-        self.module = for_training(Denoiser.new(settings, latents.shape[1]))
+        self.module = for_training(
+            Denoiser.new(settings, latents.shape[1]), checkpointing=settings.gradient_checkpointing
+        )
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of the velocity."""

@@ -82,7 +82,8 @@ def shard(modules: Iterable[nn.Module]) -> None:
     if not (_wants_shards() and state.num_processes > 1):
         return
     mesh = init_device_mesh(state.device.type, (state.num_processes,))
-    for model in [model for module in modules for model in _outermost(module, _SHARDED)]:
+    models = {id(model): model for module in modules for model in _outermost(module, _SHARDED)}
+    for model in models.values():
         for block in [block for blocks in _outermost(model, nn.ModuleList) for block in blocks]:
             for part in block.modules():
                 if isinstance(part, CrossAttention):

@@ -25,31 +25,26 @@ _CONTEXTS = (ContextPolicy.CLEAN, ContextPolicy.RECOMPUTE)
 class GradientCache:
     """A stream's cache for one pass with gradient: the pass sees all it would write, but writes nothing.
 
-    Later passes overwrite the cache in place, which a graph that has seen it would not survive.
+    Later passes overwrite the cache in place, which a graph that has seen it would not survive. What the pass
+    has seen of the past is kept, since gradient checkpointing makes the pass again when all is overwritten.
     """
 
     def __init__(self, past: KVCache) -> None:
         self.past = past
-
-    @property
-    def parts(self) -> list[CachePart]:
-        """Of the current pass."""
-        return self.past.parts
+        self.parts: list[CachePart] = []
+        self._seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by part and layer
 
     def begin(self, start: int, frames: int, *, finished_frames: int = 0, past_weight: float = 1.0) -> None:
         """Prepare a pass over `frames` frames from absolute frame `start`."""
         self.past.begin(start, frames, finished_frames=finished_frames, past_weight=past_weight)
+        self.parts = list(self.past.parts)
 
     def write(
         self, part: CachePart, layer: int, keys: Tensor, rotated_keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
         """All that the part attends to: a copy of the past, and its own keys and values with gradient."""
         del keys
-        past, sinks = self.past, self.past.sinks[layer]
-        seen_keys = past.keys[layer][:, part.visible].clone()
-        seen_values = past.values[layer][:, part.visible].clone()
-        if part.sinks_at is not None:
-            seen_keys[:, : sinks.shape[1]] = rotate(sinks, part.sinks_at)
+        seen_keys, seen_values = self._past(part, layer)
         own_keys, own_values = rotated_keys[:, part.tokens], values[:, part.tokens]
         first = part.visible.start or 0
         for slots, tokens in part.runs:
@@ -57,6 +52,18 @@ class GradientCache:
             seen_keys = _replaced(seen_keys, place, own_keys[:, tokens])
             seen_values = _replaced(seen_values, place, own_values[:, tokens])
         return seen_keys, seen_values
+
+    def _past(self, part: CachePart, layer: int) -> tuple[Tensor, Tensor]:
+        key = (id(part), layer)
+        if key not in self._seen:
+            past, sinks = self.past, self.past.sinks[layer]
+            keys, values = (
+                each[layer][:, part.visible].detach().clone() for each in (past.keys, past.values)
+            )
+            if part.sinks_at is not None:
+                keys[:, : sinks.shape[1]] = rotate(sinks, part.sinks_at)
+            self._seen[key] = keys, values
+        return self._seen[key]
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ class SelfForcingSettings:
         prompts: text file with a prompt on each line; captions of random scenes when None. "gan" takes those
             of its clips.
         clips: clips of the toy world that "gan" encodes.
-        total_steps: optimiser steps; the critic learns in all of them.
-        critic_steps: steps of the critic alone for each one of both.
+        total_steps: optimiser steps; with "dmd" the critic learns in all of them.
+        critic_steps: steps of the critic alone for each one of the student.
         learning_rate: peak of the student's.
         critic_rate: factor on it for the critic.
         batch_size: streams of a step.
@@ -69,6 +69,7 @@ class SelfForcingSettings:
         log_steps: steps averaged into one row of log.csv.
         seed: of prompts and noise.
         precision: "bf16" is faster where the processor has it.
+        gradient_checkpointing: compute what lies between blocks twice in place of keeping it.
     """
 
     teacher: str = "runs/teacher"
@@ -94,6 +95,7 @@ class SelfForcingSettings:
     log_steps: int = 30
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         _ = self.loop  # checks its part
@@ -190,7 +192,10 @@ class SelfForcingTrainee:
         return [self.corrector.teacher] if isinstance(self.corrector, Matching) else []
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Loss of the critic, and in every step that is the student's turn of both, on the same pieces."""
+        """Loss of the critic, or of the student where it is its turn.
+
+        Where the student's gradient does not go through the critic, that learns from the same pieces too.
+        """
         shared, rng = shared_rng(self.settings.seed, step), own_rng(self.settings.seed, step)
         asked = self.prompts.draw(self.settings.batch_size, rng)
         corrector, critic = self.corrector, self.module.critic
@@ -200,10 +205,11 @@ class SelfForcingTrainee:
                 piece = self._piece(asked, shared, rng)
             loss = corrector.critic_loss(critic, piece, asked, rng)
             return loss, {"critic": loss.item()}
-        # The student's gradient goes through the critic, and must not train it.
         self.module.let_learn("student")
         piece = self._piece(asked, shared, rng)
         students = corrector.student_loss(critic, piece, asked, rng)
+        if corrector.through_critic:
+            return students, {"student": students.item()}
         self.module.let_learn("student", "critic")
         critics = corrector.critic_loss(critic, piece.detach(), asked, rng)
         return students + critics, {"student": students.item(), "critic": critics.item()}
@@ -248,7 +254,12 @@ def distill_student(settings: SelfForcingSettings, output: Path) -> None:
     device = process().device
     taught, critic_pipe = (load_model("teacher", settings.teacher) for _ in range(2))
     pipe = _load_initial(settings)
-    teacher, critic, student = (for_training(Denoiser.of(each)) for each in (taught, critic_pipe, pipe))
+    teacher, critic, student = (
+        for_training(Denoiser.of(each), checkpointing=settings.gradient_checkpointing)
+        for each in (taught, critic_pipe, pipe)
+    )
+    # It is not trained, and may be larger than all else.
+    critic.text_encoder = teacher.text_encoder
     horizon, chunk = taught.settings.chunk_frames, pipe.settings.chunk_frames
     if horizon % chunk:
         raise ValueError(f"initial must have chunks that divide {horizon}, the teacher's frames, got {chunk}")
