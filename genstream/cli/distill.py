@@ -16,7 +16,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "distill", help="make a model smaller and faster", description=__doc__, allow_abbrev=False
     )
-    parser.add_argument("--recipe", help="toyworld, demo, or a folder with a recipe.json")
+    parser.add_argument("--recipe", help="toyworld, or a folder with a recipe.json")
     parser.add_argument("--output", type=Path, help="folder of the recipe's runs (runs/RECIPE)")
     parser.set_defaults(run=run_chain)
     parts = parser.add_subparsers(metavar="PART")
