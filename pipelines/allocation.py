@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,23 @@ class _FusedAttention(TorchFunctionMode):
         given |= dict(zip(("query", "key", "value"), args, strict=False))
         query, value = given["query"], given["value"]
         return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+class AttentionResult(torch.autograd.Function):
+    """What such kernels keep for a gradient: what they were given, and the result."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # noqa: ANN401
+        """An empty result."""
+        result = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        ctx.save_for_backward(query, key, value, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401
+        """Empty gradients."""
+        query, key, value, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 class _Meter(TorchDispatchMode):
@@ -69,16 +87,37 @@ class _Meter(TorchDispatchMode):
         self.live_bytes -= size_bytes
 
 
-def peak_bytes(run: Callable[[], object], given: Iterable[Tensor]) -> int:
-    """Most bytes that `run` holds at once, its result included.
+@dataclass(frozen=True)
+class Allocated:
+    """Bytes that a pass took.
+
+    Attributes:
+        peak_bytes: most at once, its result included.
+        held_bytes: by its result, with what a gradient would need.
+    """
+
+    peak_bytes: int
+    held_bytes: int
+
+
+def allocated(run: Callable[[], object], given: Iterable[Tensor], *, gradient: bool = False) -> Allocated:
+    """What `run` takes.
 
     Workspaces of libraries and what an allocator loses to gaps are not in it.
 
     Args:
         run: works on meta tensors.
         given: tensors that are there before, such as weights and caches; they do not count.
+        gradient: keep what a gradient needs.
     """
     meter = _Meter(given)
-    with torch.no_grad(), _FusedAttention(), meter:
-        run()
-    return meter.peak_bytes
+    with torch.set_grad_enabled(gradient), _FusedAttention(), meter:
+        result = run()
+    held_bytes = meter.live_bytes
+    del result
+    return Allocated(meter.peak_bytes, held_bytes)
+
+
+def peak_bytes(run: Callable[[], object], given: Iterable[Tensor]) -> int:
+    """Most bytes that `run` holds at once, its result included, without gradient."""
+    return allocated(run, given).peak_bytes

@@ -422,20 +422,27 @@ def _image_encoder_bytes(plan: StreamPlan) -> int:
 def _vae(plan: StreamPlan) -> StreamingVAE:
     """The VAE without weights, in the dtypes that it is loaded with."""
     with torch.device("meta"):
-        vae: Any = TinyVideoVAE() if plan.tiny_vae else _own_vae(plan)
+        vae: Any = TinyVideoVAE() if plan.tiny_vae else _own_vae(plan.folder)
     _cast(vae, plan.dtype)
     return vae if streams(vae) else adapter_of(vae)
 
 
-def _own_vae(plan: StreamPlan) -> ModelMixin:
-    if not _has("vae", plan):
+def bare_vae(folder: Path) -> StreamingVAE:
+    """The VAE of a model folder without weights."""
+    with torch.device("meta"):
+        vae: Any = _own_vae(folder)
+    return vae if streams(vae) else adapter_of(vae)
+
+
+def _own_vae(folder: Path) -> ModelMixin:
+    library, kind = read_object(folder / INDEX_NAME).get("vae", [None, None])
+    if library is None:
         raise ValueError(
-            f"model folder {str(plan.folder)!r} has no vae: plan with another one (--tiny-vae), or make a "
-            f"folder that has one with genstream convert {plan.folder} --vae PATH -o NEW_FOLDER"
+            f"model folder {str(folder)!r} has no vae: plan with another one (--tiny-vae), or make a "
+            f"folder that has one with genstream convert {folder} --vae PATH -o NEW_FOLDER"
         )
-    library, kind = _component(plan, "vae")
     cls: Any = getattr({"genstream": genstream, "diffusers": diffusers}[library], kind)
-    vae: ModelMixin = cls.from_config(cls.load_config(plan.folder / "vae"))
+    vae: ModelMixin = cls.from_config(cls.load_config(folder / "vae"))
     return vae
 
 

@@ -8,7 +8,9 @@ nothing to a model, and a report of it.
 import argparse
 from pathlib import Path
 
-from genstream.cli.trainers import parts_of, run_training, show_training
+from genstream.cli.settings import parse_settings
+from genstream.cli.trainers import TRAINERS, parts_of, run_training, show_training
+from genstream.cli.units import gpu_memory
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -23,13 +25,39 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     for name, trainer in parts_of("distill").items():
         part = parts.add_parser(name, help=trainer.text, add_help=False, allow_abbrev=False)
         part.set_defaults(run=run, command=f"distill {name}", takes_more=True)
+        if name == "student":
+            part.add_argument("--dry-run", action="store_true", help="print the memory that each GPU takes")
+            part.add_argument("--processes", type=int, default=1, help="GPUs of the dry run, with FSDP (1)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Distil the part."""
     if arguments.recipe is not None:
         raise ValueError(f"--recipe runs a whole chain, without a part, got {arguments.command}")
+    if getattr(arguments, "dry_run", False):
+        return dry_run(arguments)
     return run_training(arguments.command, arguments.more)
+
+
+def dry_run(arguments: argparse.Namespace) -> int:
+    """Print what the distillation would take; nothing is loaded or written."""
+    from genstream.training.memory import distillation_memory
+
+    kind, _ = TRAINERS[arguments.command].load()
+    settings, _ = parse_settings(f"genstream {arguments.command}", kind, arguments.more)
+    memory = distillation_memory(settings, arguments.processes)
+    rows = {
+        "student and critic: weights, gradients, moments, average": memory.trained_bytes,
+        "teacher and text encoders": memory.frozen_bytes,
+        "blocks that are whole while they are computed": memory.gathered_bytes,
+        "keys and values of the streams": memory.cache_bytes,
+        "besides, while the student learns": memory.student_bytes,
+        "besides, while the critic learns": memory.critic_bytes,
+        "most at once": memory.peak_bytes,
+    }
+    print(f"on each of {arguments.processes} GPUs, in float32, {settings.batch_size} streams each:")
+    print("\n".join(f"{gpu_memory(taken):>12}  {text}" for text, taken in rows.items()))
+    return 0
 
 
 def run_chain(arguments: argparse.Namespace) -> int:

@@ -130,7 +130,7 @@ def for_training(denoiser: Denoiser, *, checkpointing: bool = False) -> Denoiser
     With `checkpointing`, what lies between blocks is computed twice in place of being kept.
     """
     if not torch.cuda.is_available():
-        _set_attention(denoiser, MatmulAttention())
+        set_attention(denoiser, MatmulAttention())
     if checkpointing:
         denoiser.transformer.enable_gradient_checkpointing()
     return denoiser
@@ -150,7 +150,8 @@ def copy_weights(source: Denoiser, target: Denoiser) -> None:
         raise ValueError(f"initial must be a model of the same widths and layers: {error}") from error
 
 
-def _set_attention(module: nn.Module, processor: AttentionProcessor) -> None:
+def set_attention(module: nn.Module, processor: AttentionProcessor) -> None:
+    """Let all attention inside be computed by `processor`."""
     for part in module.modules():
         if isinstance(part, SelfAttention | CrossAttention):
             part.processor = processor

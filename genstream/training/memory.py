@@ -1,0 +1,244 @@
+"""What a distillation takes of each GPU, found without weights and GPUs: a dry run on meta tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from genstream.cache.kv_cache import KVCache
+from genstream.cache.layout import CacheLayout
+from genstream.io.model_folder import INDEX_NAME, read_object
+from genstream.pipelines.allocation import Allocated, AttentionResult, allocated
+from genstream.pipelines.memory import bare_vae
+from genstream.training.denoiser import set_attention
+from genstream.training.model_run import model_folder
+from genstream.training.rollout import GradientCache
+from genstream.training.self_forcing import SelfForcingSettings
+from genstream.transformer.attention import AttentionProcessor
+from genstream.transformer.causal_dit import CausalDiT
+from genstream.transformer.conversion import read_config
+from genstream.vae.protocol import StreamingVAE
+
+_FLOAT = 4
+_TRAINED_COPIES = 5
+"""Weights, gradients, the two moments of AdamW, and the average."""
+_GATHERED_BLOCKS = 2
+"""The one that is computed, and the next."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationMemory:
+    """Bytes on each GPU.
+
+    Attributes:
+        trained_bytes: of student and critic with all that belongs to them.
+        frozen_bytes: of the teacher and the text encoders.
+        gathered_bytes: of blocks that are whole while they are computed.
+        cache_bytes: of the stream's keys and values.
+        student_bytes: besides, while the student learns: its chunks with gradient, teacher and critic.
+        critic_bytes: besides, while the critic learns.
+    """
+
+    trained_bytes: int
+    frozen_bytes: int
+    gathered_bytes: int
+    cache_bytes: int
+    student_bytes: int
+    critic_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most at once."""
+        kept = self.trained_bytes + self.frozen_bytes + self.gathered_bytes + self.cache_bytes
+        return kept + max(self.student_bytes, self.critic_bytes)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model folder's configuration."""
+
+    index: Mapping[str, Any]
+    transformer: Mapping[str, Any]
+    folder: Path
+
+    @classmethod
+    def of(cls, name: str, given: str) -> _Model:
+        folder = model_folder(name, given)
+        index = read_object(folder / INDEX_NAME)
+        return cls(index, read_config(read_object(folder / "transformer" / "config.json")), folder)
+
+    def build(self, layers: int | None = None) -> CausalDiT:
+        """The transformer without weights."""
+        known = dict(self.transformer) if layers is None else {**self.transformer, "num_layers": layers}
+        with torch.device("meta"):
+            return CausalDiT(**known)
+
+    def text_encoder(self) -> nn.Module | None:
+        """Likewise."""
+        entry = self.index.get("text_encoder", [None, None])
+        if entry[1] is None:
+            return None
+        with torch.device("meta"):
+            built: nn.Module = getattr(transformers, entry[1])(
+                AutoConfig.from_pretrained(self.folder / "text_encoder")
+            )
+        return built
+
+
+def distillation_memory(settings: SelfForcingSettings, processes: int) -> DistillationMemory:
+    """Memory of `distill_student` with "dmd", in float32, on each of so many GPUs with FSDP.
+
+    Workspaces of libraries and what an allocator loses to gaps are not in it.
+
+    Args:
+        settings: of the run; teacher and initial need no weights.
+        processes: GPUs; everything is whole on a single one.
+
+    Raises:
+        ValueError: a folder is no model, or the settings do not fit them.
+    """
+    if settings.objective != "dmd":
+        raise ValueError(f"objective must be 'dmd' for a dry run, got {settings.objective!r}")
+    if processes < 1:
+        raise ValueError(f"processes (--processes) must be at least 1, got {processes}")
+    student, teacher = _Model.of("initial", settings.initial), _Model.of("teacher", settings.teacher)
+    built, taught = student.build(), teacher.build()
+    encoders = [encoder for model in (student, teacher) if (encoder := model.text_encoder()) is not None]
+    trained = _TRAINED_COPIES * (_count(built) + _count(taught))  # the critic is as large as its teacher
+    frozen = _count(taught) + sum(map(_count, encoders))
+    largest = max(_count(block) for block in (*built.blocks, *taught.blocks))
+    passes = _Passes(settings, student, teacher, bare_vae(student.folder))
+    chunk, critic = passes.chunk(), passes.critic()
+    graphs = passes.horizon_chunks * chunk.held_bytes
+    return DistillationMemory(
+        trained_bytes=_FLOAT * trained // processes,
+        frozen_bytes=_FLOAT * frozen // processes,
+        gathered_bytes=0 if processes == 1 else _FLOAT * _GATHERED_BLOCKS * largest,
+        cache_bytes=passes.cache_bytes,
+        # Both learn in one step: the graphs of the student's chunks wait while the critic is computed.
+        student_bytes=graphs + max(critic.peak_bytes, chunk.peak_bytes - chunk.held_bytes),
+        critic_bytes=critic.peak_bytes,
+    )
+
+
+class _FusedAttention(AttentionProcessor):
+    """Attention as the kernels of GPUs compute it: without a matrix of scores."""
+
+    def __call__(
+        self, attention: nn.Module, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attend on `[B, L, N, D]`."""
+        del attention, mask
+        result: Tensor = AttentionResult.apply(query, keys, values)  # type: ignore[no-untyped-call]
+        return result.flatten(2)
+
+
+class _Passes:
+    """The passes of a step through models of one and of two blocks; the others take as much as the second."""
+
+    def __init__(
+        self, settings: SelfForcingSettings, student: _Model, teacher: _Model, vae: StreamingVAE
+    ) -> None:
+        self.settings, self.student, self.teacher = settings, student, teacher
+        index = student.index
+        self.chunk_frames = int(index["chunk_frames"])
+        self.horizon = int(teacher.index["chunk_frames"])
+        self.horizon_chunks = self.horizon // self.chunk_frames
+        ratio = vae.spec.spatial_ratio
+        self.size = (index["default_height"] // ratio, index["default_width"] // ratio)
+        window = index.get("window_frames")
+        sinks = index.get("sink_frames", 0)
+        longest = settings.stream_chunks * self.chunk_frames
+        self.layout = CacheLayout(
+            chunk_frames=self.chunk_frames,
+            sink_frames=sinks,
+            window_frames=longest - sinks - self.chunk_frames if window is None else window,
+        )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of all blocks."""
+        layers: int = self.student.transformer["num_layers"]
+        return layers * self._cache(self.student.build(1)).nbytes
+
+    def chunk(self) -> Allocated:
+        """The pass of a chunk with gradient, in full context, and its gradient."""
+        return self._of_all_layers(self._chunk, self.student)
+
+    def critic(self) -> Allocated:
+        """The pass of critic or teacher over a whole piece, and its gradient."""
+        return self._of_all_layers(self._piece, self.teacher)
+
+    def _chunk(self, transformer: CausalDiT) -> Allocated:
+        cache = self._cache(transformer)
+        x, frames = self._latents(transformer, self.chunk_frames), self.chunk_frames
+        start = 2 * self.chunk_frames * cache.layout.capacity_frames
+
+        def velocity() -> Tensor:
+            context = GradientCache(cache)
+            context.begin(start, frames)
+            return self._velocity(transformer, x, range(start, start + frames), context)
+
+        return self._with_gradient(velocity, transformer, [x, *cache.tensors().values()])
+
+    def _piece(self, transformer: CausalDiT) -> Allocated:
+        x = self._latents(transformer, self.horizon)
+        return self._with_gradient(
+            partial(self._velocity, transformer, x, range(self.horizon), None), transformer, [x]
+        )
+
+    def _velocity(
+        self, transformer: CausalDiT, x: Tensor, positions: range, context: GradientCache | None
+    ) -> Tensor:
+        times = x.new_zeros(len(x), x.shape[2])
+        tokens = int(self.student.index.get("text_tokens", 512))
+        text = x.new_zeros(len(x), tokens, transformer.config.text_dim)
+        velocity: Tensor = transformer(
+            x, times, text, frame_positions=positions, kv_cache=context, return_dict=False
+        )[0]
+        return velocity
+
+    def _with_gradient(
+        self, velocity: Callable[[], Tensor], transformer: CausalDiT, others: Iterable[Tensor]
+    ) -> Allocated:
+        given = [*transformer.parameters(), *transformer.buffers(), *others]
+        held = allocated(velocity, given, gradient=True).held_bytes
+        gradients = [torch.empty_like(weight) for weight in transformer.parameters()]
+        for weight, gradient in zip(transformer.parameters(), gradients, strict=True):
+            weight.grad = gradient
+        taken = allocated(lambda: velocity().sum().backward(), [*given, *gradients], gradient=True)  # type: ignore[no-untyped-call]
+        return Allocated(max(taken.peak_bytes, held), held)
+
+    def _of_all_layers(self, measure: Callable[[CausalDiT], Allocated], model: _Model) -> Allocated:
+        one, two = (measure(self._build(model, layers)) for layers in (1, 2))
+        others = model.transformer["num_layers"] - 1
+        return Allocated(
+            one.peak_bytes + others * (two.peak_bytes - one.peak_bytes),
+            one.held_bytes + others * (two.held_bytes - one.held_bytes),
+        )
+
+    def _build(self, model: _Model, layers: int) -> CausalDiT:
+        transformer = model.build(layers).train()
+        set_attention(transformer, _FusedAttention())
+        if self.settings.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        return transformer
+
+    def _cache(self, transformer: CausalDiT) -> KVCache:
+        return transformer.kv_cache(self.layout, self.settings.batch_size, *self.size)
+
+    def _latents(self, transformer: CausalDiT, frames: int) -> Tensor:
+        shape = (self.settings.batch_size, transformer.config.in_channels, frames, *self.size)
+        return torch.empty(shape, device="meta")
+
+
+def _count(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
