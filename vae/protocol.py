@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -120,12 +120,19 @@ class VAEState:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "VAEState":
-        """Read a state that `save` wrote."""
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if _METADATA_KEY not in metadata:
-                raise ValueError(f"path must be a file written by VAEState.save, got {str(path)!r}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        """Read a state that `save` wrote.
+
+        Raises:
+            ValueError: it is another file, or cut off.
+        """
+        try:
+            with safe_open(str(path), framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"path must be a whole safetensors file, got {str(path)!r}: {error}") from error
+        if _METADATA_KEY not in metadata:
+            raise ValueError(f"path must be a file written by VAEState.save, got {str(path)!r}")
         return cls.restore(tensors, json.loads(metadata[_METADATA_KEY]))
 
 

@@ -224,8 +224,7 @@ def _warmed_up(vae: StreamingVAE, state: VAEState, chunk: Tensor) -> Callable[[T
 
     def step(part: Tensor) -> None:
         run(part, state)
-        if part.device.type == "cuda":
-            torch.cuda.synchronize(part.device)
+        _wait(part.device)
 
     frames = spec.temporal_ratio if state.direction == "encode" else 1
     surplus = spec.temporal_ratio - spec.first_frames if state.direction == "encode" else 0
@@ -244,10 +243,17 @@ def _matmul_peak(like: Tensor) -> float:
     for _ in range(_MATMUL_RUNS):
         begun = time.perf_counter()
         torch.mm(a, a)
-        if like.device.type == "cuda":
-            torch.cuda.synchronize(like.device)
+        _wait(like.device)
         seconds.append(time.perf_counter() - begun)
     return 2 * size**3 / min(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    """Until a GPU has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def _memory(device: torch.device) -> int:
@@ -284,12 +290,23 @@ def table(rows: Sequence[VAEFigures]) -> str:
             "of the ceiling | state | peak memory |",
             "|---|---|---|---|---|---|---|---|---|---|",
             *(_speed(row, name, stream) for row in rows for name, stream in _streams(row)),
+            *(
+                f"\n{row.vae} does not stream exactly: {row.exactness}."
+                for row in rows
+                if row.exactness != "exact"
+            ),
             "",
-            "Medians of the first and of the last tenth of the chunks:",
+            f"Medians of the first and of the last tenth of the chunks, where there were {_PARTS} at least in"
+            " the time that was given:",
             "",
             "| VAE | direction | chunks | ms per frame, first | last | memory, first | last |",
             "|---|---|---|---|---|---|---|",
-            *(_steadiness(row, name, stream) for row in rows for name, stream in _streams(row)),
+            *(
+                _steadiness(row, name, stream)
+                for row in rows
+                for name, stream in _streams(row)
+                if stream.chunks >= _PARTS
+            ),
         ]
     )
 

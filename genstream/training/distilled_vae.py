@@ -1,8 +1,8 @@
 """Distils the decoder of a VAE on disk into a smaller one, also on disk.
 
 `genstream distill vae --teacher toyworld --output runs/distilled` gives the embedded model's VAE a decoder of
-widths 64, 32, 16 and 16 in place of 80, 64, 48 and 32. Encoder and statistics of the latents stay, so that
-the result stands in for its teacher in any pipeline.
+widths 64, 48, 28 and 16 and five blocks, in place of 80, 64, 48 and 32 and nine. Encoder and statistics of
+the latents stay, so that the result stands in for its teacher in any pipeline.
 """
 
 import logging

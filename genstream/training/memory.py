@@ -79,7 +79,8 @@ class _Model:
         """The transformer without weights."""
         known = dict(self.transformer) if layers is None else {**self.transformer, "num_layers": layers}
         with torch.device("meta"):
-            return CausalDiT(**known)
+            transformer: CausalDiT = CausalDiT(**known)
+        return transformer
 
     def text_encoder(self) -> nn.Module | None:
         """Likewise."""
@@ -214,7 +215,7 @@ class _Passes:
         gradients = [torch.empty_like(weight) for weight in transformer.parameters()]
         for weight, gradient in zip(transformer.parameters(), gradients, strict=True):
             weight.grad = gradient
-        taken = allocated(lambda: velocity().sum().backward(), [*given, *gradients], gradient=True)  # type: ignore[no-untyped-call]
+        taken = allocated(lambda: velocity().sum().backward(), [*given, *gradients], gradient=True)
         return Allocated(max(taken.peak_bytes, held), held)
 
     def _of_all_layers(self, measure: Callable[[CausalDiT], Allocated], model: _Model) -> Allocated:
@@ -226,7 +227,7 @@ class _Passes:
         )
 
     def _build(self, model: _Model, layers: int) -> CausalDiT:
-        transformer = model.build(layers).train()
+        transformer: CausalDiT = model.build(layers).train()
         set_attention(transformer, _FusedAttention())
         if self.settings.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()

@@ -197,8 +197,8 @@ def test_the_picture_shows_frames_and_errors(clip):
     exact = dataclasses.replace(reconstruct(clip, "x", vae, vae), frames=clip)
     wrong = dataclasses.replace(exact, frames=clip - 10)
     sheet = np.asarray(picture(clip, [exact, wrong]))
-    height, width = 18 + 64, 64 + 4
-    rows = [sheet[index * height + 18 : (index + 1) * height] for index in range(3)]
+    height, width = 18 + 64 + 4, 64 + 4
+    rows = [sheet[index * height + 18 : (index + 1) * height - 4] for index in range(3)]
     assert np.array_equal(rows[0][:, :64], clip[0])
     assert np.array_equal(rows[0][:, 3 * width : 3 * width + 64], clip[8])
     assert np.array_equal(rows[1][:, : 4 * width], rows[0][:, : 4 * width])
@@ -289,7 +289,7 @@ def test_compare_prints_writes_and_draws(tiny_folder, wan_folder, tmp_path, caps
     assert all(f"| {name} | " in printed for name in names)
     assert f"## Quality\n\n{printed.strip()}" in output.read_text()
     with Image.open(sheet) as image:
-        assert image.size == (2 * 4 * (64 + 4), 4 * (18 + 32))
+        assert image.size == (2 * 4 * (64 + 4) - 4, 4 * (18 + 32 + 4) - 4)
     assert main([*arguments, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [item["vae"] for item in rows] == names

@@ -236,3 +236,14 @@ def test_state_file_of_something_else_is_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"written by VAEState.save"):
         VAEState.load(tmp_path / "other.safetensors")
+
+
+def test_a_state_file_that_is_cut_off_is_refused(tmp_path):
+    vae, path = small_vae(), tmp_path / "state.safetensors"
+    vae.init_state("decode", 1, 32, 32).save(path)
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(ValueError, match=r"path must be a whole safetensors file, got .*state\.safetensors"):
+        VAEState.load(path)
+    path.write_text("no state at all")
+    with pytest.raises(ValueError, match="path must be a whole safetensors file"):
+        VAEState.load(path)
