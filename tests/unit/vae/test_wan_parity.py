@@ -24,7 +24,7 @@ def parity_folder() -> Path:
 def parity_sets() -> list:
     """Sets without weights are of the released size."""
     sets = []
-    for path in sorted(parity_folder().glob("wan2*_dev.io.json")):
+    for path in sorted(parity_folder().glob("wan2*.io.json")):
         name = path.name.removesuffix(".io.json")
         has_weights = (parity_folder() / f"{name}.weights_encoder.safetensors").is_file()
         sets.append(pytest.param(name, marks=[] if has_weights else [pytest.mark.slow]))
