@@ -42,8 +42,8 @@ def frames_of(
 def main() -> None:
     """Generate all rows and write the picture."""
     pipe = genstream.CausalVideoPipeline.from_pretrained("toyworld")
-    rows = {prompt: frames_of(pipe, prompt) for prompt in PROMPTS}
-    rows[f"{SWITCHED[0]}, then: {SWITCHED[1]}"] = frames_of(pipe, *SWITCHED)
+    rows = [(prompt, frames_of(pipe, prompt)) for prompt in PROMPTS]
+    rows.append((f"{SWITCHED[0]}, then: {SWITCHED[1]}", frames_of(pipe, *SWITCHED)))
     _TARGET.parent.mkdir(exist_ok=True)
     contact_sheet(rows).save(_TARGET, optimize=True)
 

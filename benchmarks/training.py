@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -222,7 +223,7 @@ def share(windows: Sequence[dict[str, Any]], name: str) -> Proportion:
 
 def write_page(scores: dict[str, list[dict[str, Any]]], minutes: dict[str, float], scale: Scale) -> None:
     """Tables and plots of all trials."""
-    where = f"{scale.size_px}x{scale.size_px}; {hardware_name()}"
+    where = f"{scale.size_px}x{scale.size_px}; {hardware_name(torch.device('cpu'))}"
     rows = [f"| {name} | {taken:.0f} |" for name, taken in minutes.items()]
     write_section(PAGE, "Runs", "\n".join([where, "", "| run | minutes |", "|---|---|", *rows]))
     groups = {

@@ -1,6 +1,6 @@
 """A picture of many frames: rows of them, each under its caption."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,14 +11,14 @@ _CAPTION_PX = 18
 _FONT_PX = 12
 
 
-def contact_sheet(rows: Mapping[str, NDArray[np.uint8]]) -> Image.Image:
+def contact_sheet(rows: Iterable[tuple[str, NDArray[np.uint8]]]) -> Image.Image:
     """Captions with their frames `[N, H, W, 3]` below, side by side; every row as long as it needs."""
-    strips = {caption: _strip(frames) for caption, frames in rows.items()}
-    width = max(strip.shape[1] for strip in strips.values())
-    height = sum(strip.shape[0] + _CAPTION_PX + _GAP_PX for strip in strips.values()) - _GAP_PX
+    strips = [(caption, _strip(frames)) for caption, frames in rows]
+    width = max(strip.shape[1] for _, strip in strips)
+    height = sum(strip.shape[0] + _CAPTION_PX + _GAP_PX for _, strip in strips) - _GAP_PX
     sheet = Image.new("RGB", (width, height), "white")
     draw, top = ImageDraw.Draw(sheet), 0
-    for caption, strip in strips.items():
+    for caption, strip in strips:
         draw.text((2, top + 2), caption, fill="black", font_size=_FONT_PX)
         sheet.paste(Image.fromarray(strip), (0, top + _CAPTION_PX))
         top += _CAPTION_PX + strip.shape[0] + _GAP_PX

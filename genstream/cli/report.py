@@ -83,7 +83,7 @@ def _section(name: str, pipe: CausalVideoPipeline, output: Path) -> list[str]:
     scores = judge_together(pipe, prompts, _SECONDS, _SECONDS, seed=0)
     adherence = Adherence.of([score for stream in scores for score in stream])
     picture = f"{name}.png"
-    strips = {prompt.caption: _frames(pipe, prompt.caption) for prompt in prompts[:_STRIPS]}
+    strips = [(prompt.caption, _frames(pipe, prompt.caption)) for prompt in prompts[:_STRIPS]]
     contact_sheet(strips).save(output / picture, optimize=True)
     return [
         f"## {name}",

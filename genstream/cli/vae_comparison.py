@@ -133,10 +133,10 @@ def table(clip: str, rows: Sequence[Reconstruction]) -> str:
 def picture(clip: Frames, rows: Sequence[Reconstruction]) -> Image.Image:
     """Frames from the clip's start to its end: the original, then each reconstruction and its error."""
     times = np.linspace(0, len(clip) - 1, min(_TIMES, len(clip))).round().astype(int)
-    lines = {f"original, frames {', '.join(map(str, times))}": clip[times]}
+    lines = [(f"original, frames {', '.join(map(str, times))}", clip[times])]
     for row in rows:
         error = row.frames[times].astype(np.int16) - clip[times]
         shown = np.clip(_GREY + _ERROR_GAIN * error, 0, 255).astype(np.uint8)
         caption = f"{row.vae}: {row.psnr_db:.2f} dB, SSIM {row.ssim:.4f}; right: error x{_ERROR_GAIN}"
-        lines[caption] = np.concatenate([row.frames[times], shown])
+        lines.append((caption, np.concatenate([row.frames[times], shown])))
     return contact_sheet(lines)

@@ -45,8 +45,8 @@ def test_from_nothing_to_a_video(tmp_path, monkeypatch, caplog):
     assert (tmp_path / "out.mp4").stat().st_size > 0
     record = sorted(path.name for path in (tmp_path / "runs/student/model/training").iterdir())
     assert record == [
-        "student_1.csv",
-        "student_1.json",
+        "student.csv",
+        "student.json",
         "vae.json",
         "vae_decoder.csv",
         "vae_joint.csv",
