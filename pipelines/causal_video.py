@@ -48,7 +48,7 @@ from genstream.streaming.noise import NoiseSource, SeededNoise
 from genstream.streaming.presets import EngineKind, Preset, find_preset
 from genstream.streaming.queue_engine import QueueEngine
 from genstream.streaming.request import StreamRequest
-from genstream.streaming.settings import StreamSettings
+from genstream.streaming.settings import DEFAULT_STRENGTH, StreamSettings
 from genstream.streaming.snapshot import load_state, model_fingerprint, save_state
 from genstream.streaming.source import FrameSource, as_source
 from genstream.streaming.state import StreamState
@@ -60,8 +60,6 @@ from genstream.vae.wrapping import as_streaming, module_of, streams
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DEFAULT_SECONDS = 4.0
-DEFAULT_STRENGTH = 0.85
-"""Above a trained step of every published student: with four at shift 5 the lower two are made."""
 ENGINES: dict[str, type[CacheEngine]] = {EngineKind.CACHE: CacheEngine, EngineKind.QUEUE: QueueEngine}
 _STEADY_LATENT_FRAMES = 32
 """Wan's encoder reaches back 28 latent frames: behind an image and so many empty ones nothing changes."""

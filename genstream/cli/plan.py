@@ -11,20 +11,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genstream.cache.layout import PositionPolicy
 from genstream.cli.clip import parse_size
 from genstream.cli.units import gpu_memory
 from genstream.io.model_folder import INDEX_NAME, find_model, read_card, read_object
 from genstream.shapes import frames_for_seconds
 from genstream.streaming.presets import PRESETS, EngineKind, Preset, find_preset
-from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSettings
+from genstream.streaming.settings import StreamSettings
 
 if TYPE_CHECKING:
     from genstream.pipelines.memory import MemoryEstimate, Proposal, StreamPlan
 
 _GIB = 2**30
 _RESERVE_GIB = 1.0
-_POLICIES = {"positions": PositionPolicy, "context": ContextPolicy, "recache": RecachePolicy}
 _SETTINGS = ("sink_frames", "window_frames", "chunk_frames", "guidance_scale")
 
 
@@ -131,7 +129,6 @@ def _settings(arguments: argparse.Namespace, folder: Path) -> StreamSettings:
     else:
         fields = dataclasses.fields(StreamSettings)
         values: dict[str, Any] = {field.name: index[field.name] for field in fields if field.name in index}
-        values |= {name: kind(values[name]) for name, kind in _POLICIES.items() if name in values}
         settings = StreamSettings(**values)
     given = {name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None}
     return dataclasses.replace(settings, **given)

@@ -15,13 +15,13 @@ import genstream.training
 from genstream.cli.settings import parse_settings
 from genstream.cli.trainers import TRAINERS
 from genstream.io.model_folder import INDEX_NAME, read_object
+from genstream.training.model_run import RESULT_FOLDER
 
 logger = logging.getLogger(__name__)
 
 _RECIPES = Path(genstream.training.__file__).parent / "recipes"
 _INDEX = "recipe.json"
 _PLACES = ("vae", "initial", "teacher")
-RESULT_FOLDER = "model"
 
 
 @dataclass(frozen=True, kw_only=True)

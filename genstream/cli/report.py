@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 
 from genstream.cli.contact_sheet import contact_sheet, evenly
 from genstream.cli.pipeline import load_pipeline, to_uint8
-from genstream.cli.recipe import RESULT_FOLDER, Stage
+from genstream.cli.recipe import Stage
 from genstream.cli.window_judge import judge_together
 from genstream.data.prompts import evaluation_prompts
 from genstream.evaluation.judge import Adherence
 from genstream.io.model_folder import INDEX_NAME
 from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.training.model_run import RESULT_FOLDER
 
 REPORT_NAME = "report.md"
 _CURVES_NAME = "curves.png"

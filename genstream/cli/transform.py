@@ -13,11 +13,10 @@ from genstream.cli.clip import GeneratePlan, check_single_image, make_plan
 from genstream.cli.generate import add_run_options, load, write
 from genstream.io.model_folder import ModelCard, find_model, read_card
 from genstream.streaming.presets import EngineKind, find_preset
+from genstream.streaming.settings import DEFAULT_STRENGTH
 
 if TYPE_CHECKING:
     from genstream.io.reader import VideoFile
-
-DEFAULT_STRENGTH = 0.85
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

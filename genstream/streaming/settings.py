@@ -12,6 +12,9 @@ from genstream.cache.layout import CacheLayout, PositionPolicy
 
 P = TypeVar("P", bound=StrEnum)
 
+DEFAULT_STRENGTH = 0.85
+"""Above a trained step of every published student: with four at shift 5 the lower two are made."""
+
 
 class ContextPolicy(StrEnum):
     """Where the keys and values of finished chunks come from."""
