@@ -20,6 +20,9 @@ from genstream.transformer.causal_dit import CausalDiT
 
 HEAD_WIDTH = 48
 _ENDS = ("transformer.patch_embedding.", "transformer.proj_out.")
+_BLOCKS = "transformer.blocks."
+_ADDED = ("attn1.to_out.", "attn2.to_out.", "ffn.net.2.")
+"""What ends the three parts of a block, each of which adds to the stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,15 +142,36 @@ def for_training(denoiser: Denoiser, *, checkpointing: bool = False) -> Denoiser
 def copy_weights(source: Denoiser, target: Denoiser) -> None:
     """Where the patches of both are of another size, both ends of `target` stay as they are.
 
+    A `target` with more blocks computes the same as `source` at first: a new block is a copy of the one in
+    front of it whose layers that add to the stream add nothing.
+
     Raises:
         ValueError: anything else differs in shape.
     """
-    own, weights = target.state_dict(), source.state_dict()
+    own, weights = target.state_dict(), _deepened(source, target.transformer.config.num_layers)
     ends = {name for name in weights if name.startswith(_ENDS) and weights[name].shape != own[name].shape}
     try:
         target.load_state_dict({name: own[name] if name in ends else weights[name] for name in weights})
     except RuntimeError as error:
-        raise ValueError(f"initial must be a model of the same widths and layers: {error}") from error
+        raise ValueError(f"initial must be a model of the same widths, and no deeper: {error}") from error
+
+
+def _deepened(denoiser: Denoiser, layers: int) -> dict[str, Tensor]:
+    """Its weights, with new blocks spread evenly among its own if it has fewer than `layers`."""
+    weights: dict[str, Tensor] = denoiser.state_dict()
+    present = denoiser.transformer.config.num_layers
+    if layers <= present:
+        return weights
+    deeper = {name: weight for name, weight in weights.items() if not name.startswith(_BLOCKS)}
+    for layer in range(layers):
+        origin = layer * present // layers
+        is_new = layer > 0 and origin == (layer - 1) * present // layers
+        prefix = f"{_BLOCKS}{origin}."
+        for name in [name for name in weights if name.startswith(prefix)]:
+            adds_nothing = is_new and name.removeprefix(prefix).startswith(_ADDED)
+            weight = torch.zeros_like(weights[name]) if adds_nothing else weights[name]
+            deeper[f"{_BLOCKS}{layer}.{name.removeprefix(prefix)}"] = weight
+    return deeper
 
 
 def set_attention(module: nn.Module, processor: AttentionProcessor) -> None:

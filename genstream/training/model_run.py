@@ -40,8 +40,8 @@ class ModelRunSettings(DenoiserSettings):
 
     Attributes:
         vae: folder of the VAE whose latents it learns.
-        initial: model to start from, or the run that made it; its patches may be of another size. Random
-            weights when None.
+        initial: model to start from, or the run that made it; its patches may be of another size, and it may
+            have fewer layers. Random weights when None.
         total_steps: optimiser steps.
         learning_rate: peak.
         optimizer: "muon" needs fewer steps, each of them a little longer.

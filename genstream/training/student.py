@@ -32,8 +32,6 @@ Caption = Callable[[int, int], str]
 
 _SHARED_LEVELS = 0.5
 """Share of noisy chunks at the sampling steps' own noise levels; the others are anywhere between."""
-_REDRAWN_LEVEL = 0.8
-"""Largest noise under which a context is redrawn."""
 _TARGET_COPIES = 3
 _WITH_SINK = 0.5
 """Share of random masks with a sink."""
@@ -58,6 +56,8 @@ class StudentTrainingSettings(ModelRunSettings):
         first_chunks: first chunks of such a step, in batch sizes.
         redrawn: share of steps whose context the student draws itself, from the true one under noise, so that
             it learns to mend what it gets wrong while streaming.
+        redrawn_level: largest noise under which it does so. From 0.6 on objects come out somewhere else, and
+            what follows no longer fits the context.
         image_start: share of steps with a single first frame, so that a stream can start from an image.
         middle: share of steps with a target far from the start.
         switched: share of steps with a target behind a prompt switch.
@@ -72,6 +72,7 @@ class StudentTrainingSettings(ModelRunSettings):
     first: float = 0.35
     first_chunks: int = 4
     redrawn: float = 0.35
+    redrawn_level: float = 0.8
     image_start: float = 0.05
     middle: float = 0.3
     switched: float = 0.1
@@ -84,7 +85,7 @@ class StudentTrainingSettings(ModelRunSettings):
         least = 2 * (self.window_chunks + 2)
         if self.clip_chunks < least:
             raise ValueError(f"clip_chunks must be at least {least}, got {self.clip_chunks}")
-        for name in ("first", "redrawn", "image_start", "middle", "switched"):
+        for name in ("first", "redrawn", "redrawn_level", "image_start", "middle", "switched"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if not self.hard_weight > 0:
@@ -111,7 +112,7 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
         text = module.embed(told)
         context = clean[:, :, sequence.clean_frames]
         if sequence.clean and shared.random() < self.settings.redrawn:
-            context = _redraw(module, context, sequence, text.detach())
+            context = _redraw(module, context, sequence, text.detach(), self.settings.redrawn_level)
         disturbance = torch.rand(len(clean), 1, 1, 1, 1, device=device) * self.settings.context_noise
         context = context + disturbance * torch.randn_like(context)
         target = clean[:, :, sequence.noisy_frames]
@@ -191,9 +192,11 @@ def _velocity(module: Denoiser, x: Tensor, sigma: Tensor, text: Tensor, sequence
 
 
 @torch.no_grad()
-def _redraw(module: Denoiser, context: Tensor, sequence: ForcedSequence, text: Tensor) -> Tensor:
+def _redraw(
+    module: Denoiser, context: Tensor, sequence: ForcedSequence, text: Tensor, level: float
+) -> Tensor:
     """The context as the student predicts it in one step from its noisy version."""
-    sigma = torch.rand(len(context), 1, device=context.device) * _REDRAWN_LEVEL
+    sigma = torch.rand(len(context), 1, device=context.device) * level
     sigma = sigma.expand(-1, context.shape[2])
     noisy = add_noise(context, torch.randn_like(context), sigma)
     return clean_from(noisy, _velocity(module, noisy, sigma, text, sequence), sigma)

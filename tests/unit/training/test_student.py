@@ -97,7 +97,9 @@ def test_a_redrawn_context_is_near_the_true_one_and_carries_no_gradient():
     trainee = trainee_for(first=0.0, middle=1.0, switched=0.0, image_start=0.0)
     sequence, clips, _ = drawn(trainee, np.random.default_rng(0), range(5))
     context = trainee.latents[clips][:, :, sequence.clean_frames]
-    redrawn = _redraw(trainee.module, context, sequence, trainee.module.embed(["a red circle"] * len(clips)))
+    redrawn = _redraw(
+        trainee.module, context, sequence, trainee.module.embed(["a red circle"] * len(clips)), 0.8
+    )
     assert redrawn.shape == context.shape
     assert not redrawn.requires_grad
     assert 0 < (redrawn - context).square().mean() < 4 * context.square().mean()
@@ -298,10 +300,25 @@ def test_a_run_goes_on_from_one_with_larger_patches():
         assert torch.equal(weight, before[name] if is_end else weights[name])
 
 
+@pytest.mark.parametrize("layers", [3, 4, 7])
+def test_a_run_goes_on_from_one_with_fewer_layers(layers):
+    shallow, deep = trainee_for(layers=2).module, trainee_for(layers=layers).module
+    with torch.no_grad():
+        for weight in shallow.parameters():
+            weight.add_(torch.randn_like(weight) * 0.1)
+    copy_weights(shallow, deep)
+    x, sigma = torch.randn(2, 4, 3, 4, 4), torch.rand(2, 3)
+    prompts = ["a red circle moving right", "a blue square"]
+    expected = shallow.velocity(x, sigma, shallow.embed(prompts))
+    torch.testing.assert_close(deep.velocity(x, sigma, deep.embed(prompts)), expected)
+    with pytest.raises(ValueError, match="no deeper"):
+        copy_weights(deep, shallow)
+
+
 def test_initial_must_be_a_model_of_the_same_size(trained, tmp_path):
     settings, folder = trained
     wrong = settings_for(vae=settings.vae, initial=str(folder), width=96)
-    with pytest.raises(ValueError, match="initial must be a model of the same widths and layers"):
+    with pytest.raises(ValueError, match="initial must be a model of the same widths, and no deeper"):
         train_student(wrong, tmp_path / "run")
     for place in ("nowhere", tmp_path):
         with pytest.raises(
