@@ -24,6 +24,7 @@ from genstream.vae.checks import (
     latent_statistics,
 )
 from genstream.vae.chunks import cut_clip, decoding_state
+from genstream.vae.identity import describe
 from genstream.vae.layers import CausalConv3d, CausalInterpolation, FrameConv, Memory, remembering_layers
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 
@@ -176,7 +177,11 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
         """State of a stream that has not started; `height` and `width` in pixels."""
         check_start(direction, batch_size, height, width, self.spec.spatial_ratio)
         state = VAEState(
-            direction=direction, vae=self._describe(), batch_size=batch_size, height=height, width=width
+            direction=direction,
+            vae=describe(self),
+            batch_size=batch_size,
+            height=height,
+            width=width,
         )
         like = self._weight
         network = self.encoder if direction == "encode" else self.decoder
@@ -361,18 +366,8 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
     def _per_channel(self, values: Tensor) -> Tensor:
         return values.view(1, -1, 1, 1, 1)
 
-    def _describe(self) -> str:
-        """Names the architecture, so that a state tells which VAE it belongs to."""
-        skipped = ("latents_mean", "latents_std")
-        parts = [
-            f"{name}={list(value) if isinstance(value, tuple) else value}"
-            for name, value in sorted(self.config.items())
-            if not name.startswith("_") and name not in skipped
-        ]
-        return f"{type(self).__name__}({', '.join(parts)})"
-
     def _check_state(self, state: VAEState, direction: Direction) -> None:
-        check_state(state, direction, self._describe(), self._weight)
+        check_state(state, direction, describe(self), self._weight)
 
 
 def detach_state(state: VAEState) -> None:

@@ -70,7 +70,7 @@ def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
 
 
 def check_owner(state: VAEState, direction: Direction, vae: str) -> None:
-    """Refuse a state of the other direction or of another architecture than `vae`."""
+    """Refuse a state of the other direction or of another VAE than `vae`."""
     if state.direction != direction:
         raise ValueError(f"state must be for {direction!r}, got one for {state.direction!r}")
     if state.vae != vae:

@@ -50,7 +50,7 @@ class VAEState:
 
     Attributes:
         direction: what the state is for.
-        vae: description of the VAE that made it; another architecture refuses the state.
+        vae: class, settings and weights of the VAE that made it; any other refuses the state.
         batch_size: streams side by side.
         height: pixels.
         width: pixels.

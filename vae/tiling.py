@@ -19,6 +19,7 @@ from genstream.vae.chunks import decoding_state
 from genstream.vae.protocol import Direction, StreamingVAE, VAESpec, VAEState
 
 _SEPARATOR = "/"
+_TILING_OF = " of "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,6 @@ class TiledVAE:
                 raise ValueError(f"tiling.{name} must be a multiple of {ratio}, got {value}")
         self.vae = vae
         self.tiling = tiling
-        self._inner = vae.init_state("decode", 1, ratio, ratio).vae
-        self._description = f"{tiling} of {self._inner}"
 
     @property
     def spec(self) -> VAESpec:
@@ -78,12 +77,11 @@ class TiledVAE:
     def init_state(self, direction: Direction, batch_size: int, height: int, width: int) -> VAEState:
         """State of a stream that has not started; size in pixels."""
         check_start(direction, batch_size, height, width, self.spec.spatial_ratio)
-        state = VAEState(
-            direction=direction, vae=self._description, batch_size=batch_size, height=height, width=width
-        )
+        state = VAEState(direction=direction, vae="", batch_size=batch_size, height=height, width=width)
         size = min(height, self.tiling.height_px), min(width, self.tiling.width_px)
         for name, _, _ in self._tiles(state, 1):
             inner = self.vae.init_state(direction, batch_size, *size)
+            state.vae = self._describe(inner.vae)
             state.slots.update(_prefixed(name, inner.slots))
         return state
 
@@ -99,7 +97,7 @@ class TiledVAE:
 
     def flush(self, state: VAEState) -> Tensor:
         """What still waits in `state`."""
-        check_owner(state, state.direction, self._description)
+        self._check_owner(state, state.direction)
         return self._run(state, lambda inner, part: self.vae.flush(inner))
 
     def encode(self, frames: Tensor) -> Tensor:
@@ -135,7 +133,7 @@ class TiledVAE:
             key.removeprefix(prefix): slot for key, slot in state.slots.items() if key.startswith(prefix)
         }
         height, width = min(state.height, self.tiling.height_px), min(state.width, self.tiling.width_px)
-        return replace(state, vae=self._inner, height=height, width=width, slots=slots)
+        return replace(state, vae=_inner_vae(state), height=height, width=width, slots=slots)
 
     def _tiles(self, state: VAEState, unit: int) -> Iterator[tuple[str, _Tile, _Tile]]:
         """Name, place along the height and place along the width of each tile, `unit` pixels per element."""
@@ -146,8 +144,17 @@ class TiledVAE:
             for j, column in enumerate(columns):
                 yield f"{i}.{j}", row, column
 
+    def _describe(self, inner: str) -> str:
+        return f"{self.tiling}{_TILING_OF}{inner}"
+
+    def _check_owner(self, state: VAEState, direction: Direction) -> None:
+        """Only the tiling is checked here; the VAE does the same for the states of its tiles."""
+        ratio = self.spec.spatial_ratio
+        inner = _inner_vae(state) or self.vae.init_state("decode", 1, ratio, ratio).vae
+        check_owner(state, direction, self._describe(inner))
+
     def _check(self, state: VAEState, direction: Direction, name: str, tensor: Tensor) -> None:
-        check_owner(state, direction, self._description)
+        self._check_owner(state, direction)
         unit = 1 if direction == "encode" else self.spec.spatial_ratio
         wanted = (state.batch_size, state.height // unit, state.width // unit)
         if tensor.ndim != 5 or (tensor.shape[0], *tensor.shape[3:]) != wanted:
@@ -155,6 +162,10 @@ class TiledVAE:
                 f"{name} must have the batch size, height and width of their state {list(wanted)}, "
                 f"got shape {list(tensor.shape)}"
             )
+
+
+def _inner_vae(state: VAEState) -> str:
+    return state.vae.partition(_TILING_OF)[2]
 
 
 def _places(length: int, tile: int, overlap: int) -> list[_Tile]:

@@ -28,6 +28,7 @@ from genstream.vae.checks import (
     latent_statistics,
 )
 from genstream.vae.chunks import cut_clip, decoding_state
+from genstream.vae.identity import describe
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 from genstream.vae.tiny_blocks import (
     BLOCKS_PER_STAGE,
@@ -195,7 +196,11 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
         if direction == "encode" and self._reduced:
             raise ValueError("direction must be 'decode' for a reduced decoder, got 'encode'")
         state = VAEState(
-            direction=direction, vae=self._describe(), batch_size=batch_size, height=height, width=width
+            direction=direction,
+            vae=describe(self),
+            batch_size=batch_size,
+            height=height,
+            width=width,
         )
         weight = next(self.parameters())
         for name, (channels, ratio) in self._memories(direction).items():
@@ -209,7 +214,7 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
     def encode_chunk(self, frames: Tensor, state: VAEState) -> Tensor:
         """Latents [B, C, T, h, w] that become complete with `frames` [B, 3, F, H, W]; the rest waits."""
         weight = next(self.parameters())
-        check_state(state, "encode", self._describe(), weight)
+        check_state(state, "encode", describe(self), weight)
         check_tensor("frames", frames, (state.batch_size, RGB, None, state.height, state.width), weight)
         waiting = torch.cat([state.slots[_PENDING], frames], dim=2)
         if _at_start(state) and frames.shape[2] > 0:
@@ -230,7 +235,7 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
     def decode_chunk_unclamped(self, latents: Tensor, state: VAEState) -> Tensor:
         """`decode_chunk` before the clamp, whose gradient is zero outside the range."""
         weight = next(self.parameters())
-        check_state(state, "decode", self._describe(), weight)
+        check_state(state, "decode", describe(self), weight)
         spec = self.spec
         size = (state.height // spec.spatial_ratio, state.width // spec.spatial_ratio)
         check_tensor("latents", latents, (state.batch_size, spec.latent_channels, None, *size), weight)
@@ -254,7 +259,7 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
             size = (state.height // self.spec.spatial_ratio, state.width // self.spec.spatial_ratio)
             shape = (state.batch_size, self.spec.latent_channels, 0, *size)
             return self.decode_chunk(next(self.parameters()).new_zeros(shape), state)
-        check_state(state, "encode", self._describe(), next(self.parameters()))
+        check_state(state, "encode", describe(self), next(self.parameters()))
         pending = state.slots[_PENDING]
         missing = -pending.shape[2] % self.spec.temporal_ratio
         latents: Tensor = self.encode_chunk(pending[:, :, -1:].expand(-1, -1, missing, -1, -1), state)
@@ -331,30 +336,6 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
 
     def _per_channel(self, values: Tensor) -> Tensor:
         return values.view(1, -1, 1, 1, 1)
-
-    def _describe(self) -> str:
-        """Names the architecture, so that a state tells which VAE it belongs to."""
-        config = self.config
-        return (
-            f"{type(self).__name__}(latent_channels={config.latent_channels}, "
-            f"patch_size={config.patch_size}, encoder_width={config.encoder_width}, "
-            f"decoder_widths={list(config.decoder_widths)}, "
-            f"encoder_temporal_strides={list(config.encoder_temporal_strides)}, "
-            f"decoder_temporal_strides={list(config.decoder_temporal_strides)}, "
-            f"first_frame_copies={config.first_frame_copies}{self._describe_variant()})"
-        )
-
-    def _describe_variant(self) -> str:
-        """What differs from the base variant; nothing for that, so that its stored states stay valid."""
-        config = self.config
-        blocks = (config.encoder_block, config.decoder_block)
-        variant = "" if blocks == ("base", "base") else f", blocks={'/'.join(blocks)}"
-        if list(config.decoder_blocks) != [BLOCKS_PER_STAGE] * STAGES:
-            variant += f", decoder_blocks={list(config.decoder_blocks)}"
-        if config.encoder_start != "zeros":
-            variant += f", encoder_start={config.encoder_start}"
-        strides = list(config.decoder_spatial_strides)
-        return variant if min(strides) == HALVING else f"{variant}, decoder_spatial_strides={strides}"
 
 
 def _at_start(state: VAEState) -> bool:

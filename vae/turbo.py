@@ -16,6 +16,7 @@ from torch import Tensor
 
 from genstream.vae.checks import check_clip, check_start, check_state, check_tensor
 from genstream.vae.chunks import decoding_state
+from genstream.vae.identity import describe
 from genstream.vae.layers import Memory, remembering_layers
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 from genstream.vae.turbo_network import TurboDecoder, reach_latents
@@ -129,7 +130,7 @@ class TurboVAED(ModelMixin, ConfigMixin):
             slots = {_WAITING: like.new_zeros(shape)}
         return VAEState(
             direction=direction,
-            vae=self._describe(),
+            vae=describe(self),
             batch_size=batch_size,
             height=height,
             width=width,
@@ -144,7 +145,7 @@ class TurboVAED(ModelMixin, ConfigMixin):
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def decode_chunk_unclamped(self, latents: Tensor, state: VAEState) -> Tensor:
         """`decode_chunk` before the clamp, whose gradient is zero outside the range."""
-        check_state(state, "decode", self._describe(), self._weight)
+        check_state(state, "decode", describe(self), self._weight)
         ratio = self.spec.spatial_ratio
         size = (state.height // ratio, state.width // ratio)
         shape = (state.batch_size, self.config.latent_channels, None, *size)
@@ -155,7 +156,7 @@ class TurboVAED(ModelMixin, ConfigMixin):
 
     def flush(self, state: VAEState) -> Tensor:
         """Frames of the latents that still wait for later ones; the stream is then at its end."""
-        check_state(state, "decode", self._describe(), self._weight)
+        check_state(state, "decode", describe(self), self._weight)
         if self.is_causal or state.slots[_WAITING].shape[2] == 0:
             return self._no_frames(state)
         waiting, done = state.slots[_WAITING], self._decoded_latents(state.steps)
@@ -266,15 +267,6 @@ class TurboVAED(ModelMixin, ConfigMixin):
     def _weight(self) -> Tensor:
         weight: Tensor = next(self.parameters())
         return weight
-
-    def _describe(self) -> str:
-        """Names the architecture, so that a state tells which VAE it belongs to."""
-        parts = [
-            f"{name}={list(value) if isinstance(value, tuple) else value}"
-            for name, value in sorted(self.config.items())
-            if not name.startswith("_")
-        ]
-        return f"{type(self).__name__}({', '.join(parts)})"
 
 
 def _check_config(config: FrozenDict) -> None:

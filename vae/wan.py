@@ -26,6 +26,7 @@ from genstream.vae.checks import (
     latent_statistics,
 )
 from genstream.vae.chunks import cut_clip, decoding_state
+from genstream.vae.identity import describe
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 from genstream.vae.wan_blocks import (
     SCALE,
@@ -229,7 +230,11 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
         """State of a stream that has not started; `height` and `width` in pixels."""
         check_start(direction, batch_size, height, width, self.spec.spatial_ratio)
         state = VAEState(
-            direction=direction, vae=self._describe(), batch_size=batch_size, height=height, width=width
+            direction=direction,
+            vae=describe(self),
+            batch_size=batch_size,
+            height=height,
+            width=width,
         )
         weight = next(self.parameters())
         for layer, ratio in self._causal_convolutions(direction):
@@ -251,7 +256,7 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
     def encode_chunk_moments(self, frames: Tensor, state: VAEState) -> Tensor:
         """`encode_chunk` as raw mean and log-variance [B, 2C, T, h, w] of the posterior."""
         weight = next(self.parameters())
-        check_state(state, "encode", self._describe(), weight)
+        check_state(state, "encode", describe(self), weight)
         check_tensor("frames", frames, (state.batch_size, RGB, None, state.height, state.width), weight)
         waiting = torch.cat([state.slots[_PENDING], frames], dim=2)
         incomplete = (waiting.shape[2] - _first_frames(state)) % self.spec.temporal_ratio
@@ -276,7 +281,7 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
     def decode_chunk_unclamped(self, latents: Tensor, state: VAEState) -> Tensor:
         """`decode_chunk` before the clamp, whose gradient is zero outside the range."""
         weight = next(self.parameters())
-        check_state(state, "decode", self._describe(), weight)
+        check_state(state, "decode", describe(self), weight)
         ratio = self.spec.spatial_ratio
         size = (state.height // ratio, state.width // ratio)
         check_tensor("latents", latents, (state.batch_size, self.spec.latent_channels, None, *size), weight)
@@ -296,7 +301,7 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
         """
         if state.direction == "decode":
             return self.decode_chunk(self._no_latents(state, self.spec.latent_channels), state)
-        check_state(state, "encode", self._describe(), next(self.parameters()))
+        check_state(state, "encode", describe(self), next(self.parameters()))
         pending = state.slots[_PENDING]
         missing = -pending.shape[2] % self.spec.temporal_ratio
         return self.encode_chunk(pending[:, :, -1:].expand(-1, -1, missing, -1, -1), state)
@@ -357,16 +362,6 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
 
     def _per_channel(self, values: Tensor) -> Tensor:
         return values.view(1, -1, 1, 1, 1)
-
-    def _describe(self) -> str:
-        """Names the architecture, so that a state tells which VAE it belongs to."""
-        config = self.config
-        return (
-            f"{type(self).__name__}(version={config.version}, latent_channels={config.latent_channels}, "
-            f"patch_size={config.patch_size}, encoder_widths={list(config.encoder_widths)}, "
-            f"decoder_widths={list(config.decoder_widths)}, "
-            f"temporal_strides={list(config.temporal_strides)})"
-        )
 
 
 def _first_frames(state: VAEState) -> int:

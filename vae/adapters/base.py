@@ -20,6 +20,7 @@ from genstream.vae.checks import (
     check_tensor,
 )
 from genstream.vae.chunks import decoding_state
+from genstream.vae.identity import weights_digest
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 
 Exactness = Literal["exact", "partition", "approximate"]
@@ -67,8 +68,10 @@ class Adapter(ABC):
         self.vae = vae
         self.measured = measured
         self.scale = self._latent_scale()
+        config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+        settings = json.dumps([config, repr(self._layout())], sort_keys=True, default=str)
+        self._settings = hashlib.sha256(settings.encode()).hexdigest()[:12]
         self._spec = replace(self._layout(), exactness=measured.exactness if measured else "approximate")
-        self._description = self._describe()
 
     @abstractmethod
     def _layout(self) -> VAESpec:
@@ -130,7 +133,7 @@ class Adapter(ABC):
         check_start(direction, batch_size, height, width, self.spec.spatial_ratio)
         self._load()
         state = VAEState(
-            direction=direction, vae=self._description, batch_size=batch_size, height=height, width=width
+            direction=direction, vae=self._describe(), batch_size=batch_size, height=height, width=width
         )
         shape = self._frames_shape(state) if direction == "encode" else self._latents_shape(state)
         state.slots[_PENDING] = torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -251,13 +254,11 @@ class Adapter(ABC):
             hook.pre_forward(self.vae)
 
     def _describe(self) -> str:
-        """Names the VAE's class and settings, so that a state tells which VAE it belongs to."""
-        config = {name: value for name, value in self.vae.config.items() if not name.startswith("_")}
-        settings = json.dumps([config, repr(self._layout())], sort_keys=True, default=str)
-        return f"{type(self.vae).__name__}[{hashlib.sha256(settings.encode()).hexdigest()[:12]}]"
+        """The VAE's class, settings and weights, and how it is streamed."""
+        return f"{type(self.vae).__name__}[{self._settings}], weights {weights_digest(self.vae)}"
 
     def _check_state(self, state: VAEState, direction: Direction) -> None:
-        check_owner(state, direction, self._description)
+        check_owner(state, direction, self._describe())
         check_like("state", state.slots[_PENDING], self._like)
 
     def _check_tensor(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

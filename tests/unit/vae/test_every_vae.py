@@ -301,6 +301,23 @@ def test_bad_input_is_refused_with_both_sides(name):
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_states_of_other_weights_are_refused(name):
+    vae = small_vae(name)
+    latents = latents_for(vae, 1)
+    state = start(vae, "decode", latents)
+    again = VAEState.restore(state.tensors(), state.meta())
+    weight = next(module_of(vae).parameters())
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.mul_(2)
+    text = message(vae.decode_chunk, latents, again)
+    assert "state must come from" in text and text.count("weights") == 2
+    with torch.no_grad():
+        weight.copy_(kept)
+    vae.decode_chunk(latents, again)
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_states_are_made_for_whole_streams_only(name):
     vae, size = small_vae(name), small_vae(name).spec.spatial_ratio
     assert "direction must be " in message(vae.init_state, "both", 1, size, size)
