@@ -2,8 +2,7 @@
 
 `taehv`, `taew2_1`, `taecvx`, `taeos1_3` (4x8x8, 16 channels), `taehv1_5` (4x16x16, 32), `taew2_2` (4x16x16,
 48), `taeltx_2`, `taeltx2_3` (8x32x32, 128), their "super" and "wide" decoders, and retrainings of the same
-layout (https://github.com/madebyollin/taehv). Not `taeh3`: it starts anew after every 17 frames, which its
-tensors do not tell.
+layout (https://github.com/madebyollin/taehv). Not `taeh3`, which starts anew after every 17 frames.
 """
 
 import math
@@ -19,6 +18,8 @@ _POOLS = (2, 7, 12)
 _BASE_GROWS = (7, 13, 19)
 _BASE_NARROWS = (8, 14, 20)
 _SUPER_GROWS = (7, 14, 21)
+_TAEH3 = (24, 2)
+"""Latent channels and patch size of the one published variant that cannot stream."""
 
 
 def load_taehv(
@@ -45,6 +46,9 @@ def load_taehv(
             for all.
         decoder_spatial_strides: 1 instead of 2 at a stage decodes smaller frames; not in super decoders.
         first_frame_copies: put in front of what is encoded; 0 as published, or r - 1.
+
+    Raises:
+        ValueError: it is none of them, or `taeh3`.
     """
     tensors = read_weights(source)
     decoder_block = _decoder_block(tensors)
@@ -52,9 +56,15 @@ def load_taehv(
     published = [_stride(tensors, f"decoder.{index}.conv.weight") for index in grows]
     strides = list(published if decoder_temporal_strides is None else decoder_temporal_strides)
     encoder_width, patch_channels = shape_of(tensors, "encoder.0.weight")[:2]
+    channels, patch_size = shape_of(tensors, "encoder.17.weight")[0], math.isqrt(patch_channels // RGB)
+    if (channels, patch_size) == _TAEH3:
+        raise ValueError(
+            f"source must be weights that stream, got taeh3 ({channels} latent channels, patches of "
+            f"{patch_size}), which starts anew every 17 frames"
+        )
     vae: TinyVideoVAE = TinyVideoVAE(
-        latent_channels=shape_of(tensors, "encoder.17.weight")[0],
-        patch_size=math.isqrt(patch_channels // RGB),
+        latent_channels=channels,
+        patch_size=patch_size,
         encoder_width=encoder_width,
         decoder_widths=_decoder_widths(tensors, decoder_block),
         encoder_temporal_strides=[

@@ -91,6 +91,12 @@ class TurboVAED(ModelMixin, ConfigMixin):
         return bool(self.config.decoder_causal and self.config.depthwise_causal)
 
     @property
+    def has_statistics(self) -> bool:
+        """Whether it decodes normalised latents; without, those as its teacher's encoder gives them."""
+        neutral = bool((self.latents_mean == 0).all() and (self.latents_std == 1).all())
+        return not neutral or self.config.scaling_factor != 1
+
+    @property
     def spec(self) -> VAESpec:
         """Ratios, and how a stream is cut: by the layers' own memory if causal, else in windows."""
         config = self.config

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genstream.cli.clip import parse_size
-from genstream.cli.vae_names import names_help, open_vae, split_pair
+from genstream.cli.vae_names import names_help, open_decoder, open_vae, split_pair
 from genstream.io.sections import write_section
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _run_compare(arguments: argparse.Namespace) -> int:
         print(f"comparing {name}", file=sys.stderr, flush=True)
         first, second = split_pair(name)
         encoder = open_vae(first, dtype, device)
-        decoder = encoder if first == second else open_vae(second, dtype, device)
+        decoder = encoder if first == second else open_decoder(second, encoder, dtype, device)
         rows.append(reconstruct(clip, name, encoder, decoder))
     text = table(description, rows)
     print(json.dumps([row.as_json() for row in rows]) if arguments.json else text)

@@ -140,6 +140,34 @@ def open_vae(name: str, dtype: "torch.dtype", device: "torch.device") -> "Stream
     return _open_random(name, dtype, device)
 
 
+def open_decoder(
+    name: str, encoder: "StreamingVAE", dtype: "torch.dtype", device: "torch.device"
+) -> "StreamingVAE":
+    """The VAE of that name, to decode the latents of `encoder`.
+
+    A published Turbo-VAED decoder gives raw latents back to frames and leaves their statistics to its
+    teacher: one that has none takes those of `encoder`.
+    """
+    import torch
+
+    from genstream.vae.adapters.base import Adapter
+    from genstream.vae.turbo import TurboVAED
+    from genstream.vae.wrapping import module_of
+
+    decoder = open_vae(name, dtype, device)
+    if not isinstance(decoder, TurboVAED) or decoder.has_statistics:
+        return decoder
+    if isinstance(encoder, Adapter):
+        mean, std = (values[0, :, -1].flatten() for values in (encoder.scale.mean, encoder.scale.std))
+    else:
+        module = module_of(encoder)
+        mean, std = module.get_buffer("_latents_mean"), module.get_buffer("_latents_std")
+    with torch.no_grad():
+        decoder.latents_mean.copy_(mean)
+        decoder.latents_std.copy_(std)
+    return decoder
+
+
 def _open_file(path: Path, dtype: "torch.dtype", device: "torch.device") -> "StreamingVAE":
     from genstream.vae.taehv import load_taehv
     from genstream.vae.turbo_weights import is_turbo_vaed, load_turbo_vaed

@@ -1,5 +1,6 @@
 """`genstream vae`: names, figures against a clock that is known, small VAEs measured and compared."""
 
+import copy
 import dataclasses
 import json
 import sys
@@ -24,8 +25,9 @@ from genstream.cli.vae_benchmark import (
     table,
 )
 from genstream.cli.vae_comparison import picture, reconstruct
-from genstream.cli.vae_names import ARCHITECTURES, open_vae, split_pair
+from genstream.cli.vae_names import ARCHITECTURES, open_decoder, open_vae, split_pair
 from genstream.data.toyworld import ToyWorld
+from genstream.vae.adapters.scale import LatentScale
 from genstream.vae.tiny import TinyVideoVAE
 from genstream.vae.turbo import TurboVAED
 from genstream.vae.wan import WanVideoVAE
@@ -255,6 +257,32 @@ def test_pairs_of_encoder_and_decoder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a+b").mkdir()
     assert split_pair("a+b") == ("a+b", "a+b")
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_published_turbo_decoder_takes_the_statistics_of_its_pair(adapted, tmp_path):
+    torch.manual_seed(0)
+    mean, std = [0.7, -3.0, 0.0, 11.0], [0.3, 5.0, 1.0, 0.06]
+    path = str(tmp_path / "turbo.safetensors")
+    bare = {name: value for name, value in plain("turbo").state_dict().items() if "latents" not in name}
+    save_file(bare, path)
+    encoder = TinyVideoVAE(**SMALL, latents_mean=mean, latents_std=std)
+    if adapted:
+        encoder = copy.copy(small_vae("cogvideox"))
+        encoder.scale = LatentScale.per_channel(mean, std, 4)
+    decoder = open_decoder(path, encoder, torch.float32, CPU)
+    latents = torch.randn(1, 4, 3, 2, 2)
+    raw = latents * torch.tensor(std).view(-1, 1, 1, 1) + torch.tensor(mean).view(-1, 1, 1, 1)
+    torch.testing.assert_close(decoder.decode(latents), open_vae(path, torch.float32, CPU).decode(raw))
+    assert not open_vae(path, torch.float32, CPU).has_statistics
+
+
+def test_a_turbo_decoder_with_statistics_keeps_them(tmp_path):
+    turbo = own_vae("turbo", [1.0] * 4, [2.0] * 4).float()
+    turbo.save_pretrained(tmp_path)
+    decoder = open_decoder(str(tmp_path), TinyVideoVAE(**SMALL), torch.float32, CPU)
+    assert decoder.latents_mean.tolist() == [1.0] * 4
+    assert decoder.latents_std.tolist() == [2.0] * 4
 
 
 def test_bench_prints_and_writes(tiny_folder, tmp_path, capsys):

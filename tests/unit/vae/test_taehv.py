@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from genstream.vae.identity import describe
 from genstream.vae.taehv import load_taehv
 from genstream.vae.tiny import TinyVideoVAE
 from genstream.vae.tiny_blocks import WideMemBlock
@@ -142,7 +143,7 @@ def test_files_say_what_they_are(name, suffix, tmp_path):
     path = tmp_path / f"taehv.{suffix}"
     torch.save(weights, path) if suffix == "pth" else save_file(weights, path)
     loaded = load_taehv(path)
-    assert loaded._describe() == vae._describe()
+    assert describe(loaded) == describe(vae.half().float())
     assert loaded.dtype == torch.float32
     assert all(torch.equal(weight, weights[key].float()) for key, weight in loaded.state_dict().items())
 
@@ -196,6 +197,12 @@ def test_latents_of_aligned_encoders_are_those_of_frames_with_copies_in_front(na
     assert aligned.decode(aligned.encode(frames)).shape == frames.shape
     with pytest.raises(ValueError, match=f"first_frame_copies must be 0 or {copies}, got 1"):
         load_taehv(published.state_dict(), first_frame_copies=1)
+
+
+def test_the_variant_that_cannot_stream_is_refused():
+    weights = build(latent_channels=24, patch_size=2).state_dict()
+    with pytest.raises(ValueError, match=r"got taeh3 \(24 latent channels.*starts anew every 17 frames"):
+        load_taehv(weights)
 
 
 def test_strides_that_the_weights_do_not_have_are_refused():

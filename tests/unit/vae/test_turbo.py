@@ -4,6 +4,7 @@ import threading
 import pytest
 import torch
 
+from genstream.vae.identity import describe
 from genstream.vae.protocol import VAEState
 from genstream.vae.turbo import TurboVAED
 from genstream.vae.turbo_weights import load_turbo_vaed
@@ -197,7 +198,7 @@ def test_files_say_what_they_are(name, tmp_path):
     told = PUBLISHED[name] if name == "told" else {}
     torch.save(vae.state_dict(), tmp_path / "whole.pth")
     loaded = load_turbo_vaed(tmp_path / "whole.pth", **told)
-    assert loaded._describe() == vae._describe()
+    assert describe(loaded) == describe(vae)
     latents = some_latents(2).float()
     assert torch.equal(loaded.decode(latents), vae.decode(latents))
 

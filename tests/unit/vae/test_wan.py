@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 
+from genstream.vae.identity import describe
 from genstream.vae.protocol import VAEState
 from genstream.vae.tiny import TinyVideoVAE
 from genstream.vae.wan import WanVideoVAE
@@ -277,7 +278,7 @@ def test_files_say_what_they_are(version, suffix, tmp_path):
     path = tmp_path / f"weights.{suffix}"
     torch.save(vae.state_dict(), path) if suffix == "pth" else save_file(vae.state_dict(), path)
     loaded = load_wan_vae(path, **STATISTICS)
-    assert loaded._describe() == vae._describe()
+    assert describe(loaded) == describe(vae)
     assert torch.equal(loaded.conv1.weight, vae.conv1.weight)
 
 
