@@ -5,6 +5,7 @@ The files are found, not listed: in the folder GENSTREAM_PARITY_DIR, or beside t
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import pad
 
 from genstream.cli.__main__ import main
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.streaming.controls import PromptControl
 from genstream.streaming.noise import GivenNoise
+from genstream.streaming.request import StreamRequest
 from genstream.streaming.state import StreamState
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.vae.tiny import TinyVideoVAE
@@ -27,6 +30,7 @@ FOLDER = Path(
     os.environ.get("GENSTREAM_PARITY_DIR", Path(__file__).resolve().parents[2] / "shared" / "parity")
 )
 
+IMAGE_INPUTS = {"image_embeds": "clip_fea", "image_channels": "y"}
 _CONVERTED = tempfile.TemporaryDirectory()
 
 
@@ -137,9 +141,7 @@ class Rollout:
         loaded = CausalVideoPipeline.from_pretrained(
             converted(self.set_name),
             transformer=student(self.set_name),
-            vae=TinyVideoVAE(
-                encoder_width=4, decoder_widths=(4, 4, 4, 4), latent_channels=config["out_dim"]
-            ).eval(),
+            vae=_unused_vae(config["out_dim"]),
             scheduler=FewStepScheduler(steps=self.steps, shift=shift, warped=scenario.get("warp", True)),
         )
         return CausalVideoPipeline(
@@ -174,6 +176,157 @@ class Rollout:
         return torch.cat([chunk.latents for chunk in pipe.run(state)], dim=2), state
 
 
+@dataclass(frozen=True)
+class QueueRollout:
+    """The rollout of a set made by rolling forcing."""
+
+    set_name: str
+    name: str = "rollout"
+
+    @property
+    def values(self) -> dict:
+        """What the json file says of the set."""
+        return json.loads((FOLDER / f"{self.set_name}.json").read_text())
+
+    @property
+    def expected(self) -> torch.Tensor:
+        """The published code's latents, `[B, C, T, h, w]`."""
+        return tensors(self.set_name)["output"].transpose(1, 2)
+
+    def pipeline(self) -> CausalVideoPipeline:
+        """The converted model, as the preset runs it."""
+        folder, channels = converted(self.set_name, "rolling-forcing"), self.values["model_config"]["out_dim"]
+        return CausalVideoPipeline.from_pretrained(folder, vae=_unused_vae(channels))
+
+    def request(self, pipe: CausalVideoPipeline) -> StreamRequest:
+        """The recorded stream, with all its noise."""
+        values, io = self.values, tensors(self.set_name)
+        height, width = (8 * side for side in values["latent_shape_CHW"][1:])
+        levels = range(len(values["denoising_step_list"]) - 1)
+        renoise = tuple(self._renoise(level) for level in levels)
+        return pipe.request(
+            prompt_embeds=io["prompt_embeds"],
+            num_frames=1 + 4 * (io["noise"].shape[1] - 1),
+            height=height,
+            width=width,
+            noise=GivenNoise(io["noise"].transpose(1, 2), renoise),
+            decode=False,
+        )
+
+    def _renoise(self, level: int) -> torch.Tensor:
+        """The samples that took all blocks from one level to the next, in windows that follow one another."""
+        samples = [
+            tensors(self.set_name)[f"window{block + level:02d}.renoise.block{block:02d}"]
+            for block in range(self.values["num_blocks"])
+        ]
+        return torch.cat(samples, dim=1).transpose(1, 2)
+
+    def run(self, pipe: CausalVideoPipeline) -> tuple[torch.Tensor, StreamState]:
+        """Latents `[B, C, T, h, w]` and the state behind the last chunk."""
+        state = pipe.start(self.request(pipe))
+        return torch.cat([chunk.latents for chunk in pipe.run(state)], dim=2), state
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """Velocities of a variant of Wan, each from a stream of one chunk and one step: x0 = x - sigma v."""
+
+    set_name: str
+    name: str
+
+    @property
+    def values(self) -> dict:
+        """What the json file says of the variant."""
+        return json.loads((FOLDER / f"{self.set_name}.json").read_text())["variants"][self.name]
+
+    def tensor(self, name: str) -> torch.Tensor | None:
+        """One of the variant's tensors."""
+        return tensors(self.set_name).get(f"{self.name}.{name}")
+
+    @property
+    def timesteps(self) -> list[float]:
+        """That of each stream."""
+        return self.tensor("timestep").tolist()
+
+    @property
+    def expected(self) -> torch.Tensor:
+        """The latents behind the step, `[B, C, T, h, w]`."""
+        sigma = torch.tensor(self.timesteps).view(-1, 1, 1, 1, 1) / 1000
+        return self.tensor("x") - sigma * self.tensor("flow_pred")
+
+    @property
+    def prompt_embeds(self) -> torch.Tensor:
+        """Filled up with zeros, `[B, tokens, C]`."""
+        length = self.values["config"]["text_len"]
+        given = [self.tensor(f"context{row}") for row in range(len(self.timesteps))]
+        return torch.stack([pad(embeds, (0, 0, 0, length - len(embeds))) for embeds in given])
+
+    def transformer(self) -> CausalDiT:
+        """Of the published weights, by way of `genstream convert`."""
+        return _wan_transformer(self.set_name, self.name)
+
+    def pipeline(self) -> CausalVideoPipeline:
+        """A stream of one step; the timestep is that of the first row."""
+        x = self.tensor("x")
+        return CausalVideoPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            transformer=self.transformer(),
+            vae=_unused_vae(x.shape[1]),
+            scheduler=FewStepScheduler(steps=(self.timesteps[0],), shift=1.0),
+            chunk_frames=x.shape[2],
+            text_tokens=self.values["config"]["text_len"],
+        )
+
+    def run(self, pipe: CausalVideoPipeline) -> tuple[torch.Tensor, None]:
+        """Latents `[B, C, T, h, w]`, each row with the timestep of its own."""
+        rows = []
+        for row, timestep in enumerate(self.timesteps):
+            pipe.scheduler = FewStepScheduler(steps=(timestep,), shift=1.0)
+            (chunk,) = pipe.run(pipe.start(self._request(pipe, row)))
+            rows.append(chunk.latents)
+        return torch.cat(rows), None
+
+    def _request(self, pipe: CausalVideoPipeline, row: int) -> StreamRequest:
+        x, dtype = self.tensor("x")[[row]], pipe.transformer.dtype
+        given = {name: self.tensor(file) for name, file in IMAGE_INPUTS.items()}
+        image = {name: None if values is None else values[[row]].to(dtype) for name, values in given.items()}
+        return pipe.request(
+            prompt_embeds=self.prompt_embeds[[row]],
+            num_frames=1 + 4 * (x.shape[2] - 1),
+            height=8 * x.shape[3],
+            width=8 * x.shape[4],
+            noise=GivenNoise(x),
+            decode=False,
+            **image,
+        )
+
+
+@cache
+def _wan_transformer(name: str, variant: str) -> CausalDiT:
+    config = json.loads((FOLDER / f"{name}.json").read_text())["variants"][variant]["config"]
+    folder = Path(_CONVERTED.name) / f"{name}.{variant}"
+    folder.mkdir()
+    weights = shutil.copy(FOLDER / f"{name}.{variant}_weights.safetensors", folder)
+    model = CausalDiT.from_pretrained(convert(Path(weights), config) / "transformer")
+    return model.requires_grad_(requires_grad=False)
+
+
+def _unused_vae(channels: int) -> TinyVideoVAE:
+    """Small; latents are asked for and nothing is decoded."""
+    return TinyVideoVAE(encoder_width=4, decoder_widths=(4, 4, 4, 4), latent_channels=channels).eval()
+
+
+Case = Rollout | QueueRollout | OneStep
+
+
+def every_case() -> list[Case]:
+    """All that the published students' and Wan's own code computed."""
+    wan = [OneStep(name, variant) for name, values in sets("wan").items() for variant in values["variants"]]
+    queues = [QueueRollout(name) for name in sets("rolling_forcing")]
+    return [*rollouts("self_forcing", "longlive"), *queues, *wan]
+
+
 def rollouts(*prefixes: str) -> list[Rollout]:
     """All scenarios of all sets whose names start so."""
     return [
@@ -187,15 +340,15 @@ def rollouts(*prefixes: str) -> list[Rollout]:
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def error_shares(rollout: Rollout, dtypes: Sequence[torch.dtype]) -> list[float]:
+def error_shares(case: Case, dtypes: Sequence[torch.dtype]) -> list[float]:
     """Root mean square error of the latents in each dtype, as a share of their size in float32."""
-    pipe = rollout.pipeline()
-    exact, _ = rollout.run(pipe)
+    pipe = case.pipeline()
+    exact, _ = case.run(pipe)
     shares = []
     with tempfile.TemporaryDirectory() as folder:
         pipe.save_pretrained(folder)
         for dtype in dtypes:
-            latents, _ = rollout.run(CausalVideoPipeline.from_pretrained(folder, dtype=dtype))
+            latents, _ = case.run(CausalVideoPipeline.from_pretrained(folder, dtype=dtype))
             assert latents.dtype == dtype
             error = (latents.float() - exact).square().mean() / exact.square().mean()
             shares.append(float(error.sqrt()))
