@@ -12,8 +12,9 @@ _PAGE = Path(__file__).with_suffix(".md")
 _HEAD = """# Rounding
 
 Root mean square error of the latents of whole rollouts, and of single steps of Wan, as a share of their root
-mean square, against float32 on the CPU. Noise, prompts and weights are those of recorded rollouts of the published code, whose models are
-tiny and have random weights: a trained model may round better or worse. Made by `benchmarks/precision.py`.
+mean square, against float32 on the CPU. Noise, prompts and weights are those of recorded runs of published
+code, whose models are tiny and have random weights: a trained model may round better or worse. Made by
+`benchmarks/precision.py`.
 
 | set | scenario | latent frames | bfloat16 | float16 |
 |---|---|---|---|---|

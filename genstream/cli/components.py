@@ -23,6 +23,8 @@ _WAN_TEXT_ENCODER = "models_t5*"
 _WAN_TOKENIZER = Path("google") / "umt5-xxl"
 _WAN_VAE = "*VAE*"
 _KNOWN_PARTS = ("transformer", "scheduler", "tokenizer", "text_encoder", "vae")
+_IMAGE_ENCODERS = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
+_PROCESSOR_NAME = "preprocessor_config.json"
 _LATENT_CHANNELS = ("latent_channels", "z_dim")
 
 
@@ -56,6 +58,8 @@ class PartSources:
         text_encoder: folder or file.
         tokenizer: folder.
         vae: folder or file.
+        image_encoder: folder of CLIP's vision model, with its image processor inside or beside it, or of a
+            pipeline that has both.
         accepted: parts that the pipeline takes; those of a model folder that it does not take are left out.
         max_shard_bytes: of a weight file that is written.
     """
@@ -64,6 +68,7 @@ class PartSources:
     text_encoder: Path | None = None
     tokenizer: Path | None = None
     vae: Path | None = None
+    image_encoder: Path | None = None
     accepted: frozenset[str] = frozenset()
     max_shard_bytes: int = 5 * 10**9
 
@@ -87,10 +92,12 @@ class Parts:
                 _check_equal(component, name, "out_channels", config)
             if component.name == "text_encoder":
                 _check_equal(component, "d_model", "text_dim", config)
+            if component.name == "image_encoder":
+                _check_equal(component, "hidden_size", "image_dim", config)
 
 
 def find_parts(sources: PartSources) -> Parts:
-    """Text encoder, tokenizer and VAE, as far as there are any.
+    """Text encoder, tokenizer, VAE and image encoder, as far as there are any.
 
     Raises:
         ValueError: what was named holds none, or is not whole.
@@ -101,6 +108,8 @@ def find_parts(sources: PartSources) -> Parts:
         _find_text_encoder(parts, place, sources)
     if (place := sources.vae or held) is not None and (vae := _find_vae(place, sources)) is not None:
         parts.add(vae, place)
+    if sources.image_encoder is not None:
+        _find_image_encoder(parts, sources.image_encoder)
     _find_others(parts, sources)
     found = {component.name for component in parts.components}
     if sources.tokenizer is not None and "text_encoder" not in found:
@@ -153,8 +162,10 @@ def _indexed(name: str, folder: Path) -> Component | None:
 
 def _find_others(parts: Parts, sources: PartSources) -> None:
     """All else that a model folder holds."""
-    source = sources.source
+    source, found = sources.source, {component.name for component in parts.components}
     for name, (library, kind) in sorted(_index(source).items()):
+        if name in found:
+            continue
         if name in sources.accepted and name not in _KNOWN_PARTS:
             parts.add(copied(name, library, kind, source / name), source)
         elif name not in _KNOWN_PARTS:
@@ -206,6 +217,42 @@ def _published_text_encoder(file: Path, max_shard_bytes: int) -> Component:
         config=arguments,
         files=checkpoint.files,
         write=write,
+    )
+
+
+def _find_image_encoder(parts: Parts, place: Path) -> None:
+    encoder, processor = _indexed("image_encoder", place), _indexed("image_processor", place)
+    kind = next((kind for kind in _config(place).get("architectures", ()) if kind in _IMAGE_ENCODERS), None)
+    if encoder is None and kind is not None:
+        encoder = copied("image_encoder", "transformers", kind, place)
+        beside = [place, place.parent / "image_processor"]
+        processor = next((_image_processor(folder) for folder in beside if _has_processor(folder)), None)
+    if encoder is None or processor is None:
+        raise ValueError(
+            f"image_encoder (--image-encoder) must be the folder of a CLIP vision model with "
+            f"{_PROCESSOR_NAME} in it or in image_processor beside it, or of a pipeline with both, "
+            f"got {str(place)!r}"
+        )
+    parts.add(encoder, place)
+    parts.add(processor, place)
+
+
+def _has_processor(folder: Path) -> bool:
+    return (folder / _PROCESSOR_NAME).is_file()
+
+
+def _image_processor(folder: Path) -> Component:
+    """Only its description: the folder may be that of the encoder."""
+    file = folder / _PROCESSOR_NAME
+    described = read_object(file)
+
+    def write(target: Path) -> None:
+        target.mkdir()
+        shutil.copy(file, target)
+
+    kind = described.get("image_processor_type", "CLIPImageProcessor")
+    return Component(
+        name="image_processor", library="transformers", kind=kind, config=described, files=(), write=write
     )
 
 

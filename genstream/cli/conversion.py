@@ -49,6 +49,7 @@ class ConversionSettings:
         text_encoder: folder or file of the text encoder.
         tokenizer: its folder, where it is not beside the text encoder.
         vae: folder or file of the VAE.
+        image_encoder: folder of CLIP's vision model, for transformers that take image tokens.
         preset: how the model streams; None keeps what a model folder says, takes other pipelines for the
             many-step models that they are, and all else for "self-forcing".
         dtype: of the weights; None keeps theirs.
@@ -68,6 +69,7 @@ class ConversionSettings:
     text_encoder: Path | None = None
     tokenizer: Path | None = None
     vae: Path | None = None
+    image_encoder: Path | None = None
     preset: str | None = None
     dtype: str | None = None
     max_shard_gb: float = 5.0
@@ -77,7 +79,7 @@ class ConversionSettings:
         if not self.max_shard_gb > 0:
             raise ValueError(f"max_shard_gb (--max-shard-gb) must be above 0, got {self.max_shard_gb}")
         if self.kind == "diffusers":
-            for name in ("text_encoder", "tokenizer", "vae", "preset"):
+            for name in ("text_encoder", "tokenizer", "vae", "image_encoder", "preset"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} has no place in a folder of kind (--to) 'diffusers'")
         if self.lora is None and self.lora_alpha is not None:
@@ -264,6 +266,7 @@ def _write_model(folder: Path, plan: _Plan, settings: ConversionSettings) -> Par
             text_encoder=settings.text_encoder,
             tokenizer=settings.tokenizer,
             vae=settings.vae,
+            image_encoder=settings.image_encoder,
             accepted=ACCEPTED_PARTS,
             max_shard_bytes=settings.max_shard_bytes,
         )

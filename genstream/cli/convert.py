@@ -87,6 +87,12 @@ def _add_part_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="a diffusers or genstream folder, or a file such as Wan2.1_VAE.pth or taew2_1.safetensors",
     )
+    group.add_argument(
+        "--image-encoder",
+        type=Path,
+        metavar="FOLDER",
+        help="CLIP for image-to-video models: a diffusers pipeline or component folder",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

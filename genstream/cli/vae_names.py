@@ -154,9 +154,10 @@ def open_decoder(
     from genstream.vae.turbo import TurboVAED
     from genstream.vae.wrapping import module_of
 
-    decoder = open_vae(name, dtype, device)
+    opened = open_vae(name, dtype, device)
+    decoder = module_of(opened)
     if not isinstance(decoder, TurboVAED) or decoder.has_statistics:
-        return decoder
+        return opened
     if isinstance(encoder, Adapter):
         mean, std = (values[0, :, -1].flatten() for values in (encoder.scale.mean, encoder.scale.std))
     else:
@@ -165,7 +166,7 @@ def open_decoder(
     with torch.no_grad():
         decoder.latents_mean.copy_(mean)
         decoder.latents_std.copy_(std)
-    return decoder
+    return opened
 
 
 def _open_file(path: Path, dtype: "torch.dtype", device: "torch.device") -> "StreamingVAE":

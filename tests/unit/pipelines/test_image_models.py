@@ -1,10 +1,13 @@
 """Transformers that are told about an image: channels behind the latents, CLIP tokens beside the prompt."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
+from genstream.cli.__main__ import main
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.transformer.causal_dit import CausalDiT
 
@@ -148,6 +151,33 @@ def test_the_components_are_saved_with_the_pipeline(pipe, picture, tmp_path):
     loaded = CausalVideoPipeline.from_pretrained(tmp_path, image_encoder=None, image_processor=None)
     with pytest.raises(ValueError, match=r"image_embeds must be given: .* without image_encoder"):
         loaded.request(RED, image=picture)
+
+
+@pytest.mark.parametrize("given", ["pipeline", "encoder"])
+def test_convert_adds_the_image_encoder(pipe, picture, tmp_path, given):
+    pipe.save_pretrained(tmp_path / "whole")
+    bare = CausalVideoPipeline.from_pretrained(tmp_path / "whole", image_encoder=None, image_processor=None)
+    bare.save_pretrained(tmp_path / "bare")
+    place = tmp_path / "whole" if given == "pipeline" else tmp_path / "whole" / "image_encoder"
+    command = ["convert", str(tmp_path / "bare"), "-o", str(tmp_path / "out"), "--image-encoder"]
+    assert main([*command, str(place)]) == 0
+    loaded = CausalVideoPipeline.from_pretrained(tmp_path / "out")
+    loaded.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(latents_of(loaded, image=picture), latents_of(pipe, image=picture))
+
+
+def test_convert_refuses_what_is_no_image_encoder(pipe, tmp_path, capsys):
+    pipe.save_pretrained(tmp_path / "whole")
+    command = ["convert", str(tmp_path / "whole"), "-o", str(tmp_path / "out"), "--image-encoder"]
+    assert main([*command, str(tmp_path / "whole" / "vae")]) == 2
+    assert (
+        "image_encoder (--image-encoder) must be the folder of a CLIP vision model" in capsys.readouterr().err
+    )
+    config = tmp_path / "whole" / "image_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 77}))
+    assert main([*command, str(tmp_path / "whole")]) == 2
+    assert f"image_encoder must have hidden_size {WIDTH} like the transformer's" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
