@@ -51,7 +51,7 @@ class Scale:
     base_steps: int = 3000
     teacher_steps: int = 1500
     forcing_steps: int = 600
-    distill_steps: int = 400
+    distill_steps: int = 200
     mask_steps: int = 1200
     batch_size: int = 16
     clips: int = 1024
