@@ -20,16 +20,15 @@ from transformers import BaseImageProcessor, CLIPVisionModel, PreTrainedTokenize
 
 from genstream.conditioning.image import Picture, as_pixels, check_pixels, image_tokens
 from genstream.conditioning.text import check_prompts, encode_prompts, unknown_words
-from genstream.io.checkpoint import naming, open_checkpoint
 from genstream.io.hub_card import CARD_NAME, copy_companions
 from genstream.io.model_folder import (
     check_model_folder,
     installed_folder,
     installed_models,
     read_json,
-    read_object,
 )
 from genstream.pipelines.lora import LoraLoaderMixin
+from genstream.pipelines.tensors import check_part
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.shapes import (
     check_divides,
@@ -54,7 +53,6 @@ from genstream.streaming.source import FrameSource, as_source
 from genstream.streaming.state import StreamState
 from genstream.transformer.adapters import active_loras, loaded_loras
 from genstream.transformer.causal_dit import CausalDiT
-from genstream.transformer.matching import check_tensors
 from genstream.vae.protocol import StreamingVAE
 from genstream.vae.wrapping import as_streaming, module_of, streams
 
@@ -187,7 +185,8 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
 
         Raises:
             ValueError: a file of the folder is missing or cut off, or a tensor of the transformer is missing,
-                superfluous or of another shape than its configuration says; the message names it.
+                superfluous or of another shape than its configuration says, or one of VAE or text encoder
+                missing or of another shape; the message names it.
         """
         folder = installed_folder(str(pretrained_model_name_or_path)) or Path(pretrained_model_name_or_path)
         if not folder.is_dir():
@@ -204,8 +203,10 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 f"model folder {str(folder)!r} has no vae: give vae=..., or make a folder that has one with "
                 f"genstream convert {folder} --vae PATH -o NEW_FOLDER"
             )
-        if "transformer" not in kwargs and kwargs.get("variant") is None:
-            _check_transformer(folder / "transformer")
+        for name in ("transformer", "text_encoder", "vae"):
+            library, part = index.get(name) or (None, None)
+            if library is not None and name not in kwargs and kwargs.get("variant") is None:
+                check_part(folder / name, library, part)
         loaded = super().from_pretrained(folder, **kwargs)
         return loaded
 
@@ -880,18 +881,6 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         if embeds.ndim != 3 or tuple(embeds.shape[1:]) != (tokens, width):
             raise ValueError(f"{name} must be [B, {tokens}, {width}], got {list(embeds.shape)}")
         _check_finite(name, embeds)
-
-
-def _check_transformer(folder: Path) -> None:
-    """Raise ValueError that names tensors which the transformer of a configuration lacks or does not have."""
-    config = read_object(folder / "config.json")
-    if "quantization_config" in config:
-        return  # torchao keeps its tensors under names and in shapes of its own
-    with torch.device("meta"):
-        expected = CausalDiT.from_config(config).state_dict()
-    with naming(folder):
-        shapes = open_checkpoint(folder, None).shapes
-        check_tensors(shapes, {name: tuple(tensor.shape) for name, tensor in expected.items()})
 
 
 def _check_repository(name: str) -> None:

@@ -2,16 +2,17 @@
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin
-from transformers import UMT5Config
+from transformers import PreTrainedTokenizerFast, UMT5Config
 
 from genstream.io.checkpoint import SAFETENSORS, TORCH_SUFFIXES, naming, open_checkpoint
 from genstream.io.model_folder import INDEX_NAME, check_component, read_object, weight_files
 from genstream.io.shards import PlannedTensor, write_shards
+from genstream.pipelines.tensors import check_part
 from genstream.transformer.umt5 import infer_umt5_config, umt5_places
 from genstream.vae.taehv import load_taehv
 from genstream.vae.wan_weights import load_wan_vae
@@ -60,6 +61,7 @@ class PartSources:
         vae: folder or file.
         image_encoder: folder of CLIP's vision model, with its image processor inside or beside it, or of a
             pipeline that has both.
+        takes_image: whether the transformer takes image tokens.
         accepted: parts that the pipeline takes; those of a model folder that it does not take are left out.
         max_shard_bytes: of a weight file that is written.
     """
@@ -69,6 +71,7 @@ class PartSources:
     tokenizer: Path | None = None
     vae: Path | None = None
     image_encoder: Path | None = None
+    takes_image: bool = False
     accepted: frozenset[str] = frozenset()
     max_shard_bytes: int = 5 * 10**9
 
@@ -116,7 +119,10 @@ def find_parts(sources: PartSources) -> Parts:
         raise ValueError(
             f"tokenizer (--tokenizer) needs a text encoder (--text-encoder), got {str(sources.tokenizer)!r}"
         )
-    for name, option in (("text_encoder", "--text-encoder"), ("vae", "--vae")):
+    wanted = {"text_encoder": "--text-encoder", "vae": "--vae"}
+    if sources.takes_image:
+        wanted["image_encoder"] = "--image-encoder"
+    for name, option in wanted.items():
         if name not in found:
             parts.notes.append(f"there is no {name}: convert the folder again with {option} to add one")
     return parts
@@ -127,6 +133,8 @@ def copied(name: str, library: str, kind: str, folder: Path) -> Component:
     if not folder.is_dir():
         raise ValueError(f"{name} must be in the folder {str(folder)!r}, which does not exist")
     check_component(folder, kind)
+    if (folder / _CONFIG_NAME).is_file():
+        check_part(folder, library, kind)
     skip = shutil.ignore_patterns(*(f"*{suffix}" for suffix in TORCH_SUFFIXES))
     config = folder / _CONFIG_NAME
     return Component(
@@ -154,7 +162,7 @@ def _index(folder: Path) -> dict[str, tuple[str, str]]:
     }
 
 
-def _indexed(name: str, folder: Path) -> Component | None:
+def indexed(name: str, folder: Path) -> Component | None:
     """A part of a model folder, as its index says."""
     index = _index(folder)
     return copied(name, *index[name], folder / name) if name in index else None
@@ -181,15 +189,17 @@ def _find_text_encoder(parts: Parts, place: Path, sources: PartSources) -> None:
             )
         return
     parts.add(encoder, place)
-    tokenizer = _indexed("tokenizer", beside) if sources.tokenizer is None else None
+    tokenizer = indexed("tokenizer", beside) if sources.tokenizer is None else None
+    if tokenizer is not None:
+        tokenizer = _as_stored(tokenizer, beside / "tokenizer")
     parts.add(tokenizer or _tokenizer(sources.tokenizer, place), sources.tokenizer or place)
 
 
 def _text_encoder(place: Path, max_shard_bytes: int) -> Component | None:
     if place.is_dir():
-        if (indexed := _indexed("text_encoder", place)) is not None:
-            return indexed
-        if _TEXT_ENCODER in _config(place).get("architectures", ()):
+        if (part := indexed("text_encoder", place)) is not None:
+            return part
+        if _TEXT_ENCODER in _architectures(place):
             return copied("text_encoder", "transformers", _TEXT_ENCODER, place)
         file = _one_file(place, _WAN_TEXT_ENCODER)
     else:
@@ -220,9 +230,16 @@ def _published_text_encoder(file: Path, max_shard_bytes: int) -> Component:
     )
 
 
+def _as_stored(tokenizer: Component, folder: Path) -> Component:
+    """The tokenizer as its file has it: T5's class would build another one, without umT5's byte fallback."""
+    if (folder / "tokenizer.json").is_file():
+        return replace(tokenizer, kind=PreTrainedTokenizerFast.__name__)
+    return tokenizer
+
+
 def _find_image_encoder(parts: Parts, place: Path) -> None:
-    encoder, processor = _indexed("image_encoder", place), _indexed("image_processor", place)
-    kind = next((kind for kind in _config(place).get("architectures", ()) if kind in _IMAGE_ENCODERS), None)
+    encoder, processor = indexed("image_encoder", place), indexed("image_processor", place)
+    kind = next((kind for kind in _architectures(place) if kind in _IMAGE_ENCODERS), None)
     if encoder is None and kind is not None:
         encoder = copied("image_encoder", "transformers", kind, place)
         beside = [place, place.parent / "image_processor"]
@@ -263,7 +280,7 @@ def _tokenizer(given: Path | None, encoder: Path) -> Component:
     for place in candidates:
         if (place / "tokenizer_config.json").is_file():
             kind = read_object(place / "tokenizer_config.json").get("tokenizer_class", "T5Tokenizer")
-            return copied("tokenizer", "transformers", kind, place)
+            return _as_stored(copied("tokenizer", "transformers", kind, place), place)
     raise ValueError(
         f"tokenizer (--tokenizer) must be a folder with tokenizer_config.json, got "
         f"{' and '.join(repr(str(place)) for place in candidates)}"
@@ -273,9 +290,9 @@ def _tokenizer(given: Path | None, encoder: Path) -> Component:
 def _find_vae(place: Path, sources: PartSources) -> Component | None:
     file: Path | None = place
     if place.is_dir():
-        if (indexed := _indexed("vae", place)) is not None:
-            return indexed
-        kind = _config(place).get("_class_name", "")
+        if (part := indexed("vae", place)) is not None:
+            return part
+        kind = str(_config(place).get("_class_name", ""))
         if kind in _OWN_VAES or "Autoencoder" in kind:
             return copied("vae", "genstream" if kind in _OWN_VAES else "diffusers", kind, place)
         file = _one_file(place, _WAN_VAE)
@@ -313,6 +330,12 @@ def _one_file(folder: Path, pattern: str) -> Path | None:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG_NAME
     return read_object(path) if path.is_file() else {}
+
+
+def _architectures(folder: Path) -> list[str]:
+    """Classes that a configuration of transformers names."""
+    named = _config(folder).get("architectures")
+    return [str(kind) for kind in named] if isinstance(named, list) else []
 
 
 def _check_equal(component: Component, name: str, argument: str, config: Mapping[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 import inspect
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ from genstream.io.model_folder import INDEX_NAME, check_model_folder, check_weig
 from genstream.io.shards import PlannedTensor, check_new_folder, new_folder, write_json, write_shards
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.transformer.conversion import WAN_HEAD_WIDTH, infer_config, places, read_config
+from genstream.transformer.matching import is_unwrapped
 
 _TRANSFORMER = "transformer"
 _STEM = "diffusion_pytorch_model"
@@ -28,6 +31,8 @@ _WAN_TEXT_TOKENS = 512
 _CONFIG_NAME = "config.json"
 # What a configuration of such a transformer tells, under the names of Wan or of diffusers.
 _TELLING = ({"dim", "num_heads"}, {"num_attention_heads", "attention_head_dim"})
+_ORIGINAL = ("WanModel", "WanTransformer3DModel")
+"""Classes of Wan's own transformers, in its code and in diffusers."""
 Kind = Literal["genstream", "diffusers"]
 LoRAMode = Literal["merge", "adapter"]
 
@@ -76,8 +81,12 @@ class ConversionSettings:
     license: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.max_shard_gb > 0:
-            raise ValueError(f"max_shard_gb (--max-shard-gb) must be above 0, got {self.max_shard_gb}")
+        if not 0 < self.max_shard_gb < inf:
+            raise ValueError(
+                f"max_shard_gb (--max-shard-gb) must be a number above 0, got {self.max_shard_gb}"
+            )
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < inf:
+            raise ValueError(f"lora_alpha (--lora-alpha) must be a number above 0, got {self.lora_alpha}")
         if self.kind == "diffusers":
             for name in ("text_encoder", "tokenizer", "vae", "image_encoder", "preset"):
                 if getattr(self, name) is not None:
@@ -125,6 +134,7 @@ class _Plan:
     config: dict[str, Any]
     tensors: list[PlannedTensor]
     text_tokens: int
+    is_original: bool
     files: list[tuple[str, Path]]
     notes: list[str]
 
@@ -141,6 +151,8 @@ def convert(settings: ConversionSettings) -> Conversion:
     lora = None if settings.lora is None else _plan_lora(plan, settings, settings.lora)
     if settings.kept_adapter is not None:
         _plan_adapter(plan, settings.kept_adapter)
+    elif (settings.source / ADAPTER).is_file():
+        plan.notes.append(f"left out of {settings.source.name}: its own LoRA, in favour of {settings.lora}")
     with new_folder(settings.output) as folder:
         if settings.kind == "diffusers":
             _write_transformer(folder, "WanTransformer3DModel", plan, settings)
@@ -176,15 +188,23 @@ def _plan_transformer(settings: ConversionSettings) -> _Plan:
         heads = config["num_attention_heads"]
         notes.append(f"heads: {heads}, of {WAN_HEAD_WIDTH} channels as in all Wan models")
     if settings.dtype is not None:
-        notes.append(f"stored in {settings.dtype}, and in float32 what the model computes in float32")
+        notes.append(f"converted to {settings.dtype}, but for what the model computes in float32")
     tensors = (PlannedTensor.of(ours, checkpoint.tensors[theirs]) for ours, theirs in found.items())
     return _Plan(
         config=config,
         tensors=[_cast(tensor, settings.dtype) for tensor in tensors],
-        text_tokens=content.get("text_len", _WAN_TEXT_TOKENS),
+        text_tokens=_text_tokens(content),
+        is_original=content.get("_class_name") in _ORIGINAL and is_unwrapped(checkpoint.shapes),
         files=[(f"{_TRANSFORMER}{weights}", file) for file in checkpoint.files],
         notes=notes,
     )
+
+
+def _text_tokens(content: Mapping[str, Any]) -> int:
+    tokens = content.get("text_len", _WAN_TEXT_TOKENS)
+    if type(tokens) is not int or tokens < 1:
+        raise ValueError(f"config says text_len {tokens!r}, which must be a whole number of at least 1")
+    return tokens
 
 
 def _transformer_in(source: Path) -> Path:
@@ -267,12 +287,15 @@ def _write_model(folder: Path, plan: _Plan, settings: ConversionSettings) -> Par
             tokenizer=settings.tokenizer,
             vae=settings.vae,
             image_encoder=settings.image_encoder,
+            takes_image=plan.config.get("image_dim") is not None,
             accepted=ACCEPTED_PARTS,
             max_shard_bytes=settings.max_shard_bytes,
         )
     )
     parts.check(plan.config)
-    streaming = streaming_of(settings.source, settings.preset, plan.text_tokens, plan.config)
+    streaming = streaming_of(
+        settings.source, settings.preset, plan.text_tokens, plan.config, is_original=plan.is_original
+    )
     plan.notes.append(streaming.note)
     for component in (*parts.components, streaming.scheduler):
         component.write(folder / component.name)
@@ -287,7 +310,7 @@ def _card(settings: ConversionSettings, plan: _Plan, parts: Parts) -> Conversion
     return ConversionCard(
         title=settings.output.name,
         library=settings.kind,
-        usage=_usage(settings),
+        usage=_usage(settings, _half(plan.tensors)),
         notes=[*plan.notes, *parts.notes, f"converted by genstream {genstream.__version__}"],
         origins=[
             Origin(part=part, file=file.name, sha256=sha256(file), license=_license(settings, part, file))
@@ -305,20 +328,32 @@ def _license(settings: ConversionSettings, part: str, file: Path) -> str | None:
     return license_of(file)
 
 
-def _usage(settings: ConversionSettings) -> str:
-    """Python code that loads the model."""
+def _half(tensors: Sequence[PlannedTensor]) -> str | None:
+    """The half precision that most of the weights are in, if they are."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        sizes[tensor.dtype] += tensor.size_bytes
+    dtype = sizes.most_common(1)[0][0]
+    return str(dtype).removeprefix("torch.") if dtype in (torch.bfloat16, torch.float16) else None
+
+
+def _usage(settings: ConversionSettings, half: str | None) -> str:
+    """Python code that loads the model, most of whose weights may be in a `half` precision."""
     name = settings.output.name
     folder = f"{name}/{ADAPTER.parent.as_posix()}"
+    dtype, torch_dtype = (f", {name}=torch.{half}" if half else "" for name in ("dtype", "torch_dtype"))
     code, adapter = (
-        f'import genstream\n\npipe = genstream.CausalVideoPipeline.from_pretrained("{name}")',
+        f'import genstream\n\npipe = genstream.CausalVideoPipeline.from_pretrained("{name}"{dtype})',
         f'pipe.load_lora_weights("{folder}")',
     )
     if settings.kind == "diffusers":
         code, adapter = (
             "from diffusers import WanTransformer3DModel\n\n"
-            f'transformer = WanTransformer3DModel.from_pretrained("{name}")',
+            f'transformer = WanTransformer3DModel.from_pretrained("{name}"{torch_dtype})',
             f'transformer.load_lora_adapter("{folder}", use_safetensors=True)',
         )
+    if half:
+        code = f"import torch\n{code}"
     if settings.kept_adapter is not None or settings.lora_mode == "adapter":
         code += f"\n{adapter}  # needs peft"
     return code

@@ -9,7 +9,7 @@ from typing import Any
 
 import diffusers
 
-from genstream.cli.components import Component, copied
+from genstream.cli.components import Component, indexed
 from genstream.io.model_folder import INDEX_NAME, read_object
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
@@ -18,8 +18,8 @@ from genstream.transformer.causal_dit import CausalDiT
 
 DEFAULT_PRESET = "self-forcing"
 _SCHEDULER_CONFIG = "scheduler_config.json"
-# How Wan 2.1 is sampled by its own code: 81 frames, 50 steps, guidance 5.
-_WAN_LATENT_FRAMES, _WAN_STEPS, _WAN_GUIDANCE = 21, 50, 5.0
+# How Wan 2.1 is sampled by its own code: 81 frames, 50 steps, shift 5, guidance 5.
+_WAN_LATENT_FRAMES, _WAN_STEPS, _WAN_SHIFT, _WAN_GUIDANCE = 21, 50, 5.0, 5.0
 _PARAMETERS = inspect.signature(CausalVideoPipeline.__init__).parameters
 _OPTIONAL_PARTS = CausalVideoPipeline._optional_components
 ACCEPTED_PARTS = frozenset(_PARAMETERS)
@@ -53,7 +53,14 @@ class Streaming:
         }
 
 
-def streaming_of(source: Path, preset: str | None, text_tokens: int, config: Mapping[str, Any]) -> Streaming:
+def streaming_of(
+    source: Path,
+    preset: str | None,
+    text_tokens: int,
+    config: Mapping[str, Any],
+    *,
+    is_original: bool,
+) -> Streaming:
     """How a model streams: by its preset, or as a folder of ours already says.
 
     Args:
@@ -61,6 +68,7 @@ def streaming_of(source: Path, preset: str | None, text_tokens: int, config: Map
         preset: name; None for what a folder of ours or another pipeline says, else the default.
         text_tokens: prompt length, unless a folder of ours says another.
         config: arguments of `CausalDiT`.
+        is_original: whether the weights are Wan's own, and not a student's.
     """
     values = {
         name: parameter.default
@@ -73,26 +81,43 @@ def streaming_of(source: Path, preset: str | None, text_tokens: int, config: Map
     if is_own:
         values |= {name: value for name, value in index.items() if name in values}
     if is_own and preset is None:
-        library, kind = index["scheduler"]
-        scheduler = copied("scheduler", library, kind, source / "scheduler")
+        scheduler = _indexed_scheduler(source)
         return Streaming(values=values, scheduler=scheduler, note=f"streams as {source.name} does")
     if preset is None and not is_own and (source / "scheduler" / _SCHEDULER_CONFIG).is_file():
-        return _many_steps(source, values)
+        return _as_its_scheduler(source, values)
+    if preset is None and is_original:
+        return _many_steps(values, _WAN_SHIFT, "as the weights are Wan's own and no student's")
     name = preset or DEFAULT_PRESET
+    if is_own:
+        find_preset(name).check_chunk(name, values["chunk_frames"])
     scheduler = _apply(name, values, config)
     note = f"streams by the preset {name!r}" + ("" if preset else ", as none was given (--preset)")
     return Streaming(values=values, scheduler=scheduler, note=note)
 
 
-def _many_steps(source: Path, values: dict[str, Any]) -> Streaming:
-    """A pipeline of diffusers is no student: it makes whole clips in many guided steps."""
-    content = read_object(source / "scheduler" / _SCHEDULER_CONFIG)
-    shift = float(content.get("flow_shift", content.get("shift", 1.0)))
+def _indexed_scheduler(source: Path) -> Component:
+    if (scheduler := indexed("scheduler", source)) is None:
+        raise ValueError(f"{str(source / INDEX_NAME)!r} must name a scheduler; --preset makes one")
+    return scheduler
+
+
+def _as_its_scheduler(source: Path, values: dict[str, Any]) -> Streaming:
+    """A pipeline of diffusers is no student."""
+    file = source / "scheduler" / _SCHEDULER_CONFIG
+    content = read_object(file)
+    shift = content.get("flow_shift", content.get("shift", 1.0))
+    if not isinstance(shift, int | float) or not shift > 0:
+        raise ValueError(f"{str(file)!r} must have a shift above 0, got {shift!r}")
+    kind = content.get("_class_name", "scheduler")
+    return _many_steps(values, float(shift), f"as its {kind} is no student's")
+
+
+def _many_steps(values: dict[str, Any], shift: float, why: str) -> Streaming:
+    """Whole clips in many guided steps, as Wan makes them."""
     values |= {"chunk_frames": _WAN_LATENT_FRAMES, "window_frames": 0, "guidance_scale": _WAN_GUIDANCE}
     note = (
         f"makes clips of {_WAN_LATENT_FRAMES} latent frames in {_WAN_STEPS} steps at shift {shift:g} with "
-        f"guidance {_WAN_GUIDANCE:g}, as its {content.get('_class_name', 'scheduler')} is no student's; "
-        "--preset makes it a student"
+        f"guidance {_WAN_GUIDANCE:g}, {why}; --preset makes it a student"
     )
     scheduler = FlowEulerScheduler(num_steps=_WAN_STEPS, shift=shift)
     return Streaming(values=values, scheduler=_part(scheduler), note=note)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Sequence
 
+import ftfy
 from diffusers.models.modeling_utils import get_parameter_device
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
@@ -21,7 +23,8 @@ def encode_prompts(
         encoder: the text encoder.
         tokens: length that the transformer was trained with.
     """
-    batch = tokenizer(list(prompts), padding="max_length", max_length=tokens, return_tensors="pt")
+    cleaned = [clean(prompt) for prompt in prompts]
+    batch = tokenizer(cleaned, padding="max_length", max_length=tokens, return_tensors="pt")
     device = get_parameter_device(encoder)  # where an offloaded encoder will run, not where it waits
     mask = batch.attention_mask.to(device)
     hidden: Tensor = encoder(batch.input_ids.to(device), attention_mask=mask).last_hidden_state
@@ -29,13 +32,19 @@ def encode_prompts(
     return embeds
 
 
+def clean(prompt: str) -> str:
+    """The prompt as Wan's text encoder was trained to see it: quotes and encoding mended, spaces folded."""
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return " ".join(text.split())
+
+
 def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
     """Raise ValueError for a prompt that is empty or longer than the text encoder takes."""
     for prompt in prompts:
         if not prompt.strip():
             raise ValueError("prompt must not be empty")
-        length = len(tokenizer(prompt).input_ids)
-        if not tokenizer(prompt, add_special_tokens=False).input_ids:
+        length = len(tokenizer(clean(prompt)).input_ids)
+        if not tokenizer(clean(prompt), add_special_tokens=False).input_ids:
             raise ValueError(f"prompt must hold at least one word, got {prompt[:60]!r}")
         if length > tokens:
             raise ValueError(f"prompt must have at most {tokens} tokens, got {length}: {prompt[:60]!r}")

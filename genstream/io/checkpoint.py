@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genstream.io.model_folder import check_weights, read_header, weight_files
+from genstream.io.model_folder import SHARD_INDICES, check_weights, read_header, weight_files, weight_map
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SAFETENSORS = ".safetensors"
@@ -152,7 +152,7 @@ def contiguous_stride(shape: Iterable[int]) -> tuple[int, ...]:
 
 def _shards(folder: Path) -> list[Path]:
     files = weight_files(folder)
-    indices = list(folder.glob("*.safetensors.index.json"))
+    indices = list(folder.glob(SHARD_INDICES))
     if not files or (len(files) > 1 and len(indices) != 1):
         held = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise ValueError(
@@ -164,8 +164,8 @@ def _shards(folder: Path) -> list[Path]:
 
 def _check_index(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """The shard index must list just the tensors that are in its files."""
-    for index in path.glob("*.safetensors.index.json") if path.is_dir() else ():
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    for index in path.glob(SHARD_INDICES) if path.is_dir() else ():
+        listed = weight_map(index)
         for name in sorted(listed.keys() ^ tensors.keys()):
             raise ValueError(
                 f"{str(index)!r} and its files disagree on {name!r}: "
@@ -183,17 +183,24 @@ def _add(tensors: dict[str, StoredTensor], more: Mapping[str, StoredTensor], fil
 def _safetensors(path: Path) -> dict[str, StoredTensor]:
     check_weights(path)
     header, start = read_header(path)
-    return {
-        name: StoredTensor(
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        first, end = entry["data_offsets"]
+        tensors[name] = stored = StoredTensor(
             file=path,
-            start=start + entry["data_offsets"][0],
+            start=start + first,
             dtype=_dtype(DTYPES.get(entry["dtype"]), entry["dtype"], name),
             shape=tuple(entry["shape"]),
             stride=contiguous_stride(entry["shape"]),
         )
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+        if stored.span_bytes != end - first:
+            raise ValueError(
+                f"{name!r} in {str(path)!r} must take {stored.span_bytes} bytes for {entry['shape']} of "
+                f"{entry['dtype']}, its header gives it {end - first}"
+            )
+    return tensors
 
 
 def _dtype(dtype: torch.dtype | None, told: str, name: str) -> torch.dtype:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
 
 CARD_NAME = "README.md"
 ADAPTER_FOLDER = "lora"
@@ -168,7 +169,10 @@ def _origin_before(source: Path) -> list[str]:
 def _license_in_card(path: Path) -> str | None:
     if not path.is_file():
         return None
-    data = ModelCard.load(path, ignore_metadata_errors=True).data
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data
+    except YAMLError as error:
+        raise ValueError(f"card {str(path)!r} must begin with valid yaml: {error}") from error
     if data.license == _OTHER and data.license_name:
         return str(data.license_name)
     return None if data.license is None else str(data.license)

@@ -9,6 +9,8 @@ from typing import Any
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _HEADER_LENGTH_BYTES = 8
+_METADATA = "__metadata__"
+SHARD_INDICES = "*.safetensors.index.json"
 _CARD_NAME = "model_card.json"
 INDEX_NAME = "model_index.json"
 _MODEL_FILES = ("config.json",)
@@ -126,7 +128,7 @@ def parameter_counts(folder: Path) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name in _components(folder):
         headers = [read_header(path)[0] for path in weight_files(folder / name)]
-        entries = [entry for header in headers for key, entry in header.items() if key != "__metadata__"]
+        entries = [entry for header in headers for key, entry in header.items() if key != _METADATA]
         if entries:
             counts[name] = sum(math.prod(entry["shape"]) for entry in entries)
     return counts
@@ -154,9 +156,17 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def weight_files(component: Path) -> list[Path]:
     """Weight files of a component: those that its shard index names, or those that are there."""
-    indices = sorted(component.glob("*.safetensors.index.json"))
-    named = {component / name for index in indices for name in read_json(index)["weight_map"].values()}
+    indices = sorted(component.glob(SHARD_INDICES))
+    named = {component / name for index in indices for name in weight_map(index).values()}
     return sorted(named | set(component.glob("*.safetensors")))
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """File of each tensor, as a shard index says."""
+    listed = read_object(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise ValueError(f"model file {str(index)!r} must hold a weight_map from tensors to files")
+    return listed
 
 
 def check_weights(path: Path) -> None:
@@ -164,7 +174,7 @@ def check_weights(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"model file {str(path)!r} is missing")
     header, data_start = read_header(path)
-    ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+    ends = [entry["data_offsets"][1] for key, entry in header.items() if key != _METADATA]
     expected, found = data_start + max(ends, default=0), path.stat().st_size
     if found != expected:
         raise ValueError(f"model file {str(path)!r} is cut off: {found} bytes, its header says {expected}")
@@ -176,9 +186,25 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
         length = int.from_bytes(file.read(_HEADER_LENGTH_BYTES), "little")
         text = file.read(min(length, path.stat().st_size))
     try:
-        return json.loads(text), _HEADER_LENGTH_BYTES + length
+        header = json.loads(text)
     except ValueError as error:
         raise ValueError(f"model file {str(path)!r} is cut off or no safetensors file") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"model file {str(path)!r} is no safetensors file: its header is no object")
+    for name, entry in header.items():
+        if name != _METADATA and not _is_entry(entry):
+            raise ValueError(f"model file {str(path)!r} has a damaged header: {name!r} is {entry!r}")
+    return header, _HEADER_LENGTH_BYTES + length
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether it says dtype, shape and place of a tensor."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    numbers = [entry.get("shape"), entry.get("data_offsets")]
+    if not all(isinstance(row, list) and all(type(n) is int and n >= 0 for n in row) for row in numbers):
+        return False
+    return len(entry["data_offsets"]) == 2 and entry["data_offsets"][0] <= entry["data_offsets"][1]
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401 - json

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from base64 import b64decode, b64encode
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from genstream.streaming.settings import RecachePolicy
+from genstream.transformer.adapters import LoraUse
 
 
 @dataclass(frozen=True)
@@ -60,29 +61,45 @@ class PromptControl(Control):
 
 @dataclass(frozen=True, kw_only=True)
 class LoraControl(Control):
-    """Continue with one loaded LoRA, or with none.
+    """Continue with one loaded LoRA, with several, or with none.
 
     The prompt is embedded anew by the changed weights. Only this stream changes: others on the same weights
     go on with theirs.
 
     Attributes:
-        name: of a loaded LoRA, which replaces all that are in use; None for the model alone.
-        scale: factor on what it adds to the weights; 1 is as it was trained.
+        name: of a loaded LoRA, or of several, which replace all that are in use: a student whose own LoRA was
+            kept apart needs it beside another. None for the model alone.
+        scale: factor on what each adds to the weights, or one for each; 1 is as it was trained.
         recache: what happens to the kept keys and values, so that the past no longer speaks for the old
             weights; the model's own way when None. Where nothing happens, the change comes gradually, as the
             old past leaves the window; a past that is built anew for every chunk follows at once.
     """
 
-    name: str | None
-    scale: float = 1.0
+    name: str | Sequence[str] | None
+    scale: float | Sequence[float] = 1.0
     recache: RecachePolicy | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale must be finite, got {self.scale}")
+        for given in ("name", "scale"):
+            if isinstance(value := getattr(self, given), list):
+                object.__setattr__(self, given, tuple(value))
         if self.name is None and self.scale != 1.0:
             raise ValueError(f"scale needs the name of a LoRA, got {self.scale} and no name")
+        names = [use.name for use in self.uses]
+        if len(set(names)) < len(names):
+            raise ValueError(f"name must hold each LoRA once, got {names}")
         _check_recache(self.recache)
+
+    @property
+    def uses(self) -> tuple[LoraUse, ...]:
+        """The LoRAs, each with its scale."""
+        if self.name is None:
+            return ()
+        names = (self.name,) if isinstance(self.name, str) else tuple(self.name)
+        scales = tuple(self.scale) if isinstance(self.scale, Sequence) else (self.scale,) * len(names)
+        if len(scales) != len(names):
+            raise ValueError(f"scale must be one number, or one for each of {len(names)}, got {len(scales)}")
+        return tuple(LoraUse(name=name, scale=scale) for name, scale in zip(names, scales, strict=True))
 
 
 @dataclass(frozen=True)

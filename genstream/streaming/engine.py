@@ -32,7 +32,7 @@ from genstream.streaming.request import StreamRequest
 from genstream.streaming.settings import ContextPolicy, RecachePolicy
 from genstream.streaming.source import FrameSource
 from genstream.streaming.state import Blend, StreamState
-from genstream.transformer.adapters import LoraUse, loras_in_use, use_loras
+from genstream.transformer.adapters import loras_in_use, use_loras
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.transformer.embeddings import timestep_dtype
 from genstream.vae.protocol import StreamingVAE, VAEState
@@ -406,9 +406,8 @@ class CacheEngine:
 
     def _change_lora(self, control: LoraControl, state: StreamState) -> None:
         self._commit_waiting(state)
-        loras = () if control.name is None else (LoraUse(name=control.name, scale=control.scale),)
-        use_loras(self.transformer, loras)
-        state.loras = loras
+        use_loras(self.transformer, control.uses)
+        state.loras = control.uses
         state.text = self.text_cache(state.prompt_embeds, state.request)
         state.negative_text = self._negative_text(state.request, state.prompt_embeds)
         self.recache(state, control.recache or state.request.settings.recache)

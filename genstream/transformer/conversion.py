@@ -185,13 +185,23 @@ def read_config(content: Mapping[str, Any]) -> dict[str, Any]:
         if name not in unsaid or value is not unsaid[name]
     }
     if "dim" in content and "num_heads" in content:
-        known["attention_head_dim"] = content["dim"] / content["num_heads"]
+        width, heads = _positive("dim", content), _positive("num_heads", content)
+        known["attention_head_dim"] = width / heads
     taken = {name: value for name, value in known.items() if name in _CONFIG}
     for name, value in taken.items():
         kind = type(_CONFIG[name])
         if kind in _TYPES and not isinstance(value, _TYPES[kind]):
             raise ValueError(f"config says {name} {value!r}, which must be of type {kind.__name__}")
+    if "eps" in taken:
+        _positive("eps", taken)
     return taken
+
+
+def _positive(name: str, content: Mapping[str, Any]) -> float:
+    value = content[name]
+    if type(value) not in (int, float) or not value > 0:
+        raise ValueError(f"config says {name} {value!r}, which must be a number above 0")
+    return float(value)
 
 
 def _inferred(evidence: Mapping[str, tuple[int, ...] | None], theirs: Callable[[str], str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from genstream.transformer.conversion import wan_names
 from genstream.transformer.matching import Shapes, plain_names, some
 
 _SUFFIX = re.compile(r"\.(?:(lora_A|lora_down|lora_B|lora_up)(?:\.\w+)?\.weight|alpha)$")
+_FLAT = "lora_unet_"
 _DOWN, _UP, _ALPHA = "down", "up", "alpha"
 _PARTS = {"lora_A": _DOWN, "lora_down": _DOWN, "lora_B": _UP, "lora_up": _UP, None: _ALPHA}
 
@@ -51,6 +52,8 @@ def lora_layers(shapes: Shapes, config: Mapping[str, object], weights: Shapes) -
     """
     found = _parts(shapes)
     ours = {**{name: name for name in weights}, **wan_names(config)}
+    # Trainers in kohya's tradition write "lora_unet_blocks_0_self_attn_q".
+    ours |= {f"{_FLAT}{_flat(name)}.weight": weight for name, weight in ours.items()}
     if foreign := sorted(layer for layer in found if f"{layer}.weight" not in ours):
         first = [list(shapes[name]) for name in found[foreign[0]].values()]
         raise ValueError(
@@ -88,6 +91,10 @@ def _parts(shapes: Shapes) -> dict[str, dict[str, str]]:
     return found
 
 
+def _flat(name: str) -> str:
+    return name.removesuffix(".weight").replace(".", "_")
+
+
 def _held(unknown: Iterable[str]) -> str:
     return some(sorted(unknown)) or "none"
 
@@ -102,4 +109,6 @@ def _layer(layer: str, parts: Mapping[str, str], shapes: Shapes, weight: tuple[i
             f"LoRA of {layer!r} must be [rank, in] and [out, rank] for a weight {list(weight)}, "
             f"got {list(down)} and {list(up)}"
         )
+    if down[0] == 0:
+        raise ValueError(f"LoRA of {layer!r} must have a rank of at least 1, got {list(down)}")
     return LoRALayer(down=parts[_DOWN], up=parts[_UP], alpha=parts.get(_ALPHA), rank=down[0])

@@ -27,6 +27,11 @@ def plain_names(names: Iterable[str]) -> dict[str, str]:
     return plain
 
 
+def is_unwrapped(names: Iterable[str]) -> bool:
+    """Whether no trainer put a prefix in front."""
+    return all(_strip(name) == name for name in names)
+
+
 def check_tensors(given: Shapes, expected: Shapes) -> None:
     """Raise ValueError that names the tensors which are missing, superfluous or of another shape."""
     if missing := sorted(expected.keys() - given.keys()):

@@ -7,8 +7,10 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from genstream.cli.__main__ import main
 from genstream.pipelines import causal_video
@@ -403,6 +405,69 @@ def test_wrong_weights(wan, source, tmp_path, capsys, change, parts):
     check_refused(capsys, [source, "-o", tmp_path / "out"], *parts)
 
 
+def rewrite_header(path: Path, change) -> None:
+    """Change the header of a safetensors file, which gets the length of the new one."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(change(json.loads(content[8 : 8 + length]))).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda header: [], ["its header is no object"]),
+        (lambda header: header | {"x": "text"}, ["damaged header", "'x' is 'text'"]),
+        (lambda header: header | {"x": {"dtype": "F32", "shape": [1]}}, ["damaged header", "'x'"]),
+        (
+            lambda header: header | {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0]}},
+            ["damaged header", "'x'"],
+        ),
+        (
+            lambda header: header | {"x": {"dtype": "F32", "shape": [24, 24], "data_offsets": [0, 4]}},
+            ["'x'", "must take 2304 bytes", "[24, 24] of F32", "gives it 4"],
+        ),
+    ],
+)
+def test_a_damaged_header(source, tmp_path, capsys, change, parts):
+    rewrite_header(source, change)
+    check_refused(capsys, [source, "-o", tmp_path / "out"], *parts)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": ["a"]}, []])
+def test_a_damaged_shard_index(source, tmp_path, capsys, index):
+    (source.parent / "weights.safetensors.index.json").write_text(json.dumps(index))
+    check_refused(capsys, [source.parent, "-o", tmp_path / "out"], "index.json")
+
+
+def test_a_card_that_is_not_valid(source, tmp_path, capsys):
+    (source.parent / "README.md").write_text("---\nlicense: [mit\n---\n")
+    check_refused(capsys, [source, "-o", tmp_path / "out"], "README.md", "valid yaml")
+
+
+def test_shards_without_end(source, tmp_path, capsys):
+    command = [source, "-o", tmp_path / "out", "--max-shard-gb", "inf"]
+    check_refused(capsys, command, "--max-shard-gb", "got inf")
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_parts_are_whole(source, vae, pipe, tmp_path, capsys, part):
+    """Both when they are taken over and when they are loaded."""
+    pipe.save_pretrained(tmp_path / "other")
+    options = ["--vae", vae, "--text-encoder", tmp_path / "other"]
+    convert(source, "-o", tmp_path / "whole", *options)
+    place = vae if part == "vae" else tmp_path / "other" / part
+    for folder in (place, tmp_path / "whole" / part):
+        (path,) = folder.glob("*.safetensors")
+        weights = load_file(path)
+        name = sorted(weights)[1]
+        save_file({key: weight for key, weight in weights.items() if key != name}, path)
+    capsys.readouterr()
+    check_refused(capsys, [source, "-o", tmp_path / "out", *options], "lacks", name)
+    with pytest.raises(ValueError, match=rf"{part}.*lacks '{name}'"):
+        CausalVideoPipeline.from_pretrained(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("size", [0, 5, 500, -1])
 def test_a_file_that_is_cut_off(source, tmp_path, capsys, size):
     source.write_bytes(source.read_bytes()[:size])
@@ -417,6 +482,11 @@ def test_a_file_that_is_cut_off(source, tmp_path, capsys, size):
         ({"dim": 48}, ["attention_head_dim 24", "12", "patch_embedding.weight"]),
         ({"in_dim": 36}, ["in_channels 36", "[24, 16, 1, 2, 2]"]),
         ({"num_heads": 5}, ["divide the width 24, got 5"]),
+        ({"num_heads": 0}, ["num_heads 0", "above 0"]),
+        ({"dim": None}, ["dim None", "above 0"]),
+        ({"eps": -1.0}, ["eps -1.0", "above 0"]),
+        ({"text_len": "512"}, ["text_len '512'", "whole number"]),
+        ({"text_len": 0}, ["text_len 0", "at least 1"]),
     ],
 )
 def test_a_configuration_that_contradicts_the_tensors(source, tmp_path, capsys, wrong, parts):
@@ -446,6 +516,8 @@ def test_a_configuration_of_something_else_is_told(source, tmp_path, capsys):
             ["[32, 24]", "[3, 5]", "[32, 3]"],
         ),
         ({"a": torch.ones(1)}, ["--lora-alpha", "3"], ["lora_A", "'a'"]),
+        (lora(), ["--lora-alpha", "nan"], ["--lora-alpha", "above 0", "nan"]),
+        (lora(rank=0), ["--lora-alpha", "3"], ["rank of at least 1", "[0, "]),
     ],
 )
 def test_wrong_lora(source, tmp_path, capsys, weights, options, parts):
@@ -545,6 +617,83 @@ def test_another_pipeline_stays_the_many_step_model_that_it_is(source, vae, tmp_
         assert pipe.settings.guidance_scale == 5.0
     else:
         assert pipe.settings == find_preset(preset).settings
+
+
+def test_original_weights_stay_many_step_models(wan, vae, tmp_path, capsys):
+    folder = tmp_path / "Wan"
+    folder.mkdir()
+    save_file({name.removeprefix("model."): weight for name, weight in wan.items()}, folder / "a.safetensors")
+    (folder / "config.json").write_text(json.dumps(WAN_CONFIG))
+    convert(folder, "-o", tmp_path / "out", "--vae", vae)
+    assert "in 50 steps at shift 5 with guidance 5, as the weights are Wan's own" in capsys.readouterr().out
+    pipe = CausalVideoPipeline.from_pretrained(tmp_path / "out")
+    assert len(pipe.scheduler.schedule().timesteps) == 50
+    convert(folder, "-o", tmp_path / "student", "--vae", vae, "--preset", "causvid")
+    pipe = CausalVideoPipeline.from_pretrained(tmp_path / "student")
+    assert pipe.settings == find_preset("causvid").settings
+
+
+def test_a_preset_of_other_chunks_is_refused(source, vae, tmp_path, capsys):
+    convert(source, "-o", tmp_path / "first", "--vae", vae)
+    path = tmp_path / "first" / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chunk_frames": 1}))
+    capsys.readouterr()
+    command = [tmp_path / "first", "-o", tmp_path / "out", "--preset", "longlive"]
+    check_refused(capsys, command, "3 latent frames at a time", "trained for 1")
+
+
+def test_the_card_loads_in_the_precision_of_the_weights(source, vae, tmp_path):
+    convert(source, "-o", tmp_path / "half", "--vae", vae, "--dtype", "bfloat16")
+    convert(source, "-o", tmp_path / "full", "--vae", vae)
+    assert ", dtype=torch.bfloat16)" in (tmp_path / "half" / "README.md").read_text()
+    assert "dtype=" not in (tmp_path / "full" / "README.md").read_text()
+
+
+def test_a_lora_in_place_of_a_kept_one_is_told(source, tmp_path, capsys):
+    save_file(lora(), tmp_path / "lora.safetensors")
+    given = ("--lora", tmp_path / "lora.safetensors", "--lora-alpha", 3)
+    convert(source, "-o", tmp_path / "first", *given, "--lora-mode", "adapter")
+    capsys.readouterr()
+    convert(tmp_path / "first", "-o", tmp_path / "second", *given)
+    assert "left out of first: its own LoRA" in capsys.readouterr().out
+
+
+def test_a_lora_under_flat_names(source, tmp_path):
+    save_file(lora(), tmp_path / "lora.safetensors")
+    flat = {}
+    for name, weight in lora().items():
+        layer, part, _ = name.removeprefix("base_model.model.").rsplit(".", 2)
+        part = {"lora_A": "lora_down", "lora_B": "lora_up"}[part]
+        flat[f"lora_unet_{layer.replace('.', '_')}.{part}.weight"] = weight
+    save_file(flat, tmp_path / "flat.safetensors")
+    for name in ("lora", "flat"):
+        path = tmp_path / f"{name}.safetensors"
+        convert(source, "-o", tmp_path / name, "--lora", path, "--lora-alpha", 3)
+    assert weights_of(tmp_path / "flat" / "transformer").keys()
+    check_same(tmp_path / "flat" / "transformer", weights_of(tmp_path / "lora" / "transformer"))
+
+
+def test_the_tokenizer_stays_as_its_file_has_it(source, pipe, tmp_path):
+    """Published ones name T5's class, which would build another one from the same file."""
+    pipe.save_pretrained(tmp_path / "other")
+    pieces = ["<pad>", "</s>", "<s>", "<unk>", "\u2581", "\u2581red", "a", "b"]
+    bytes_ = [f"<0x{value:02X}>" for value in range(256)]
+    vocabulary = [(piece, -1.0 - place / 1000) for place, piece in enumerate([*pieces, *bytes_])]
+    stored = Tokenizer(models.Unigram(vocabulary, unk_id=3, byte_fallback=True))
+    stored.pre_tokenizer = pre_tokenizers.Metaspace()
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    stored.save(str(folder / "tokenizer.json"))
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "T5Tokenizer", **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    options = ("--text-encoder", tmp_path / "other", "--tokenizer", folder)
+    convert(source, "-o", tmp_path / "out", *options)
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    _, kind = index["tokenizer"]
+    loaded = getattr(transformers, kind).from_pretrained(tmp_path / "out" / "tokenizer")
+    text = "red \u00e9ab"
+    assert loaded(text, add_special_tokens=False).input_ids == stored.encode(text).ids
 
 
 def test_parts_that_the_pipeline_does_not_take_are_told(source, vae, tmp_path, capsys):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from genstream.conditioning.text import check_prompts, encode_prompts, unknown_words
+from genstream.conditioning.text import check_prompts, clean, encode_prompts, unknown_words
 from genstream.training.text import tiny_text_encoder, word_tokenizer
 
 WORDS = ("a", "red", "blue", "circle", "slowly", "moving", "light", "its")
@@ -30,6 +30,20 @@ def test_zero_behind_the_prompt(encode):
     for row, length in zip(embeds, (4, 2), strict=True):  # the words and the end
         assert (row[:length].abs().sum(-1) > 0).all()
         assert (row[length:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cleaned"),
+    [
+        ("it\u2019s a fox", "it's a fox"),
+        ("it&#39;s a fox", "it's a fox"),
+        ("  a\n red\t\tfox ", "a red fox"),
+        ("a red fox", "a red fox"),
+    ],
+)
+def test_prompts_are_cleaned(prompt, cleaned, encode):
+    assert clean(prompt) == cleaned
+    assert torch.equal(encode(prompt), encode(cleaned))
 
 
 def test_padding_and_batch_change_nothing(encode):

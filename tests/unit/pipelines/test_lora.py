@@ -101,6 +101,12 @@ def test_a_control_at_the_start_is_a_request_with_that_lora(styled):
     assert torch.equal(switched, stream(styled, loras=(LoraUse(name="two", scale=0.6),)))
 
 
+def test_a_control_may_name_several_loras(styled):
+    both = (LoraUse(name="one"), LoraUse(name="two", scale=0.6))
+    switched = stream(styled, (0, LoraControl(name=["one", "two"], scale=[1.0, 0.6])))
+    assert torch.equal(switched, stream(styled, loras=both))
+
+
 @pytest.mark.parametrize("engine", ["cache", "queue"])
 @pytest.mark.parametrize("context", ["clean", "fused", "last_step", "recompute"])
 def test_every_way_to_run_a_model(build_pipeline, build_lora, context, engine):
@@ -279,7 +285,9 @@ def test_pickles_are_not_read(pipe, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ({"name": "one", "scale": float("nan")}, "scale must be finite, got nan"),
+        ({"name": "one", "scale": float("nan")}, "scale of LoRA 'one' must be finite, got nan"),
+        ({"name": ["one", "one"]}, r"name must hold each LoRA once, got \['one', 'one'\]"),
+        ({"name": ["one", "two"], "scale": [1.0]}, "scale must be one number, or one for each of 2, got 1"),
         ({"name": "one", "recache": True}, "recache must be one of .*, got True"),
         ({"name": None, "scale": 0.5}, r"scale needs the name of a LoRA, got 0\.5"),
     ],
@@ -290,7 +298,12 @@ def test_bad_control(arguments, error):
 
 
 @pytest.mark.parametrize(
-    "control", [LoraControl(name="one", scale=0.5, recache=RecachePolicy.NOTHING), LoraControl(name=None)]
+    "control",
+    [
+        LoraControl(name="one", scale=0.5, recache=RecachePolicy.NOTHING),
+        LoraControl(name=("one", "two"), scale=(1.0, 0.5)),
+        LoraControl(name=None),
+    ],
 )
 def test_controls_as_json(control):
     assert from_json(json.loads(json.dumps(to_json(control)))) == control

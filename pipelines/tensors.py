@@ -1,0 +1,55 @@
+"""Whether the weights of a model folder's parts are those of their configurations, before they are loaded."""
+
+import importlib
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+from transformers import PreTrainedModel
+
+from genstream.io.checkpoint import naming, open_checkpoint
+from genstream.io.model_folder import read_object
+from genstream.transformer.matching import Shapes, check_tensors
+
+_CONFIG_NAME = "config.json"
+
+
+def check_part(folder: Path, library: str, kind: str) -> None:
+    """Raise ValueError that names tensors which a part's folder lacks, or has in another shape.
+
+    Parts of this library may not hold others either; those of diffusers and transformers may, as published
+    weights do. What is quantized keeps its tensors under names and in shapes of its own and is not checked.
+
+    Args:
+        folder: of the part.
+        library: that has its class.
+        kind: its class.
+    """
+    part = getattr(importlib.import_module(library), kind, None)
+    if not (isinstance(part, type) and issubclass(part, nn.Module)):
+        return
+    if "quantization_config" in read_object(folder / _CONFIG_NAME):
+        return
+    expected, tied = _expected(part, folder)
+    with naming(folder):
+        given = open_checkpoint(folder, None).shapes
+        wanted = {name: shape for name, shape in expected.items() if name in given or name not in tied}
+        held = given if library == "genstream" else {name: given[name] for name in given if name in wanted}
+        check_tensors(held, wanted)
+
+
+def _expected(part: type[nn.Module], folder: Path) -> tuple[Shapes, set[str]]:
+    """Shape of each tensor that the part has, and which of them are another one under a second name."""
+    with torch.device("meta"):
+        if issubclass(part, PreTrainedModel):
+            model: nn.Module = part(part.config_class.from_pretrained(folder))
+        elif issubclass(part, ModelMixin):
+            model = part.from_config(read_object(folder / _CONFIG_NAME))
+        else:
+            return {}, set()
+    first = dict(model.named_parameters()).keys()
+    every = dict(model.named_parameters(remove_duplicate=False)).keys()
+    # Parameters on no device are not tied yet; transformers says which will be.
+    later = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: tuple(x.shape) for name, x in model.state_dict().items()}, (every - first) | later.keys()
