@@ -205,7 +205,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             )
         for name in ("transformer", "text_encoder", "vae"):
             library, part = index.get(name) or (None, None)
-            if library is not None and name not in kwargs and kwargs.get("variant") is None:
+            if library and part and name not in kwargs and kwargs.get("variant") is None:
                 check_part(folder / name, library, part)
         loaded = super().from_pretrained(folder, **kwargs)
         return loaded

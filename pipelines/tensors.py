@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from diffusers import ModelMixin
@@ -43,9 +44,10 @@ def _expected(part: type[nn.Module], folder: Path) -> tuple[Shapes, set[str]]:
     """Shape of each tensor that the part has, and which of them are another one under a second name."""
     with torch.device("meta"):
         if issubclass(part, PreTrainedModel):
-            model: nn.Module = part(part.config_class.from_pretrained(folder))
+            config = cast("Any", part).config_class.from_pretrained(folder)
+            model: nn.Module = part(config)
         elif issubclass(part, ModelMixin):
-            model = part.from_config(read_object(folder / _CONFIG_NAME))
+            model = cast("Any", part).from_config(read_object(folder / _CONFIG_NAME))
         else:
             return {}, set()
     first = dict(model.named_parameters()).keys()

@@ -62,7 +62,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--json", action="store_true", help="print the figures as json, in bytes")
     parser.epilog = (
         "generate takes --size, --preset, --sink, --window, --guidance-scale, --dtype, --quantize and "
-        "--offload. In Python chunk and batch belong to a request, and pipe.vae = load_taehv(FILE)."
+        "--offload; genstream convert FOLDER --vae taew2_1.safetensors -o NEW_FOLDER makes a model with "
+        "TAEHV. In Python chunk and batch belong to a request."
     )
     parser.set_defaults(run=run)
 
