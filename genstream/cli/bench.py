@@ -3,7 +3,7 @@
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from genstream.io.sections import write_section
 
 if TYPE_CHECKING:
     from genstream.pipelines.causal_video import CausalVideoPipeline
+    from genstream.streaming.chunk import Chunk
 
 _MINUTE_S = 60.0
 
@@ -61,7 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class EnduranceFigures:
-    """What a long stream took; minutes are minutes of video."""
+    """What a long stream took; minutes are minutes of video.
+
+    Machines change their speed within minutes. So in one more minute the stream takes turns with a new one:
+    `chunk_latency_old_s` and `chunk_latency_new_s` are medians of that minute.
+    """
 
     hardware: str
     date: str
@@ -74,16 +79,34 @@ class EnduranceFigures:
     chunk_latency_first_minute_s: float
     chunk_latency_last_minute_s: float
     chunk_latency_p95_s: float
+    chunk_latency_old_s: float
+    chunk_latency_new_s: float
     memory_first_minute_bytes: float
     memory_last_minute_bytes: float
 
     @classmethod
-    def of(cls, clock: RunClock, memory: Sequence[int], hardware: str, fps: float) -> Self:
-        """Figures of a stream that `clock` watched, and of the resident bytes after each of its chunks."""
+    def of(
+        cls,
+        clock: RunClock,
+        memory: Sequence[int],
+        turns: tuple[RunClock, RunClock],
+        hardware: str,
+        fps: float,
+    ) -> Self:
+        """Figures of a stream.
+
+        Args:
+            clock: that watched it.
+            memory: resident bytes after each of its chunks.
+            turns: clocks of one more minute, and of the first one of a new stream.
+            hardware: that it ran on.
+            fps: of the video.
+        """
         started, p95 = clock.start_to_first_frame_s, clock.chunk_latency_s(95)
         assert started is not None and p95 is not None
         minutes = clock.frames / fps / _MINUTE_S
         per_minute = round(len(clock.chunk_s) / minutes)
+        old, new = (statistics.median(turn.chunk_s) for turn in turns)
         return cls(
             hardware=hardware,
             date=datetime.now(UTC).date().isoformat(),
@@ -96,13 +119,15 @@ class EnduranceFigures:
             chunk_latency_first_minute_s=statistics.median(clock.chunk_s[:per_minute]),
             chunk_latency_last_minute_s=statistics.median(clock.chunk_s[-per_minute:]),
             chunk_latency_p95_s=p95,
+            chunk_latency_old_s=old,
+            chunk_latency_new_s=new,
             memory_first_minute_bytes=statistics.median(memory[:per_minute]),
             memory_last_minute_bytes=statistics.median(memory[-per_minute:]),
         )
 
     def table(self) -> str:
         """The figures as a markdown table."""
-        latency = change(self.chunk_latency_first_minute_s, self.chunk_latency_last_minute_s)
+        latency = change(self.chunk_latency_new_s, self.chunk_latency_old_s)
         memory = change(self.memory_first_minute_bytes, self.memory_last_minute_bytes)
         rows = (
             ("frame rate, decoding included", f"{self.frame_rate:.1f} fps"),
@@ -115,7 +140,12 @@ class EnduranceFigures:
             ),
             (
                 "chunk latency, median of the last minute",
-                f"{1000 * self.chunk_latency_last_minute_s:.1f} ms ({latency})",
+                f"{1000 * self.chunk_latency_last_minute_s:.1f} ms",
+            ),
+            (
+                "one more minute, in turns with the first minute of a new stream",
+                f"{1000 * self.chunk_latency_old_s:.1f} against {1000 * self.chunk_latency_new_s:.1f} ms "
+                f"({latency})",
             ),
             ("chunk latency, 95th percentile", f"{1000 * self.chunk_latency_p95_s:.1f} ms"),
             (
@@ -127,7 +157,7 @@ class EnduranceFigures:
                 f"{mib(self.memory_last_minute_bytes)} ({memory})",
             ),
         )
-        title = f"One stream of {self.minutes:.4g} minutes of video; {self.hardware}, {self.date}"
+        title = f"One stream of {self.minutes:.3g} minutes of video; {self.hardware}, {self.date}"
         return "\n".join([title, "", "| figure | value |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])
 
 
@@ -137,12 +167,27 @@ def measure(pipe: "CausalVideoPipeline", prompt: str, seed: int, minutes: float)
     from genstream.cli.progress import progress_for
 
     fps = pipe.config.default_fps
-    seconds = minutes * _MINUTE_S
+    frames = round(minutes * _MINUTE_S * fps)
     clock, memory = RunClock(), []
-    with progress_for(round(seconds * fps), fps) as progress:
+    stream = pipe.stream(prompt, seconds=(minutes + 1) * _MINUTE_S, seed=seed)
+    with progress_for(frames, fps) as progress:
         clock.start()
-        for chunk in pipe.stream(prompt, seconds=seconds, seed=seed):
-            clock.chunk_done(len(frames_of_chunk(chunk)))
+        while clock.frames < frames:
+            clock.chunk_done(len(frames_of_chunk(next(stream))))
             progress.show(clock)
             memory.append(resident_memory_bytes())
-    return EnduranceFigures.of(clock, memory, hardware_name(pipe.device), fps)
+    turns = _take_turns(stream, pipe.stream(prompt, seconds=_MINUTE_S, seed=seed))
+    return EnduranceFigures.of(clock, memory, turns, hardware_name(pipe.device), fps)
+
+
+def _take_turns(old: Iterator["Chunk"], new: Iterator["Chunk"]) -> tuple[RunClock, RunClock]:
+    """Clocks of two streams that generate chunk by chunk in turns, until one of them ends."""
+    from genstream.cli.pipeline import frames_of_chunk
+
+    clocks = RunClock(), RunClock()
+    while True:
+        for stream, clock in zip((old, new), clocks, strict=True):
+            clock.start()
+            if (chunk := next(stream, None)) is None:
+                return clocks
+            clock.chunk_done(len(frames_of_chunk(chunk)))
