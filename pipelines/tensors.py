@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from diffusers import ModelMixin
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -32,7 +33,10 @@ def check_part(folder: Path, library: str, kind: str) -> None:
         return
     if "quantization_config" in read_object(folder / _CONFIG_NAME):
         return
-    expected, tied = _expected(part, folder)
+    try:
+        expected, tied = _expected(part, folder)
+    except (StrictDataclassError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"{str(folder / _CONFIG_NAME)!r} must describe a {kind}: {error}") from error
     with naming(folder):
         given = open_checkpoint(folder, None).shapes
         wanted = {name: shape for name, shape in expected.items() if name in given or name not in tied}

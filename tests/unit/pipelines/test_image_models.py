@@ -174,7 +174,12 @@ def test_convert_refuses_what_is_no_image_encoder(pipe, tmp_path, capsys):
         "image_encoder (--image-encoder) must be the folder of a CLIP vision model" in capsys.readouterr().err
     )
     config = tmp_path / "whole" / "image_encoder" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 77}))
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps(content | {"hidden_size": 77}))
+    assert main([*command, str(tmp_path / "whole")]) == 2
+    assert "must describe a CLIPVisionModel: " in capsys.readouterr().err
+    wider = CLIPVisionConfig.from_dict(content | {"hidden_size": 2 * WIDTH})
+    CLIPVisionModel(wider).save_pretrained(config.parent)
     assert main([*command, str(tmp_path / "whole")]) == 2
     assert f"image_encoder must have hidden_size {WIDTH} like the transformer's" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
