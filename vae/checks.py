@@ -80,7 +80,12 @@ def check_owner(state: VAEState, direction: Direction, vae: str) -> None:
 def check_state(state: VAEState, direction: Direction, vae: str, like: Tensor) -> None:
     """`check_owner`, and what is remembered must be like the weights."""
     check_owner(state, direction, vae)
-    check_like("state", next(iter(state.slots.values())), like)
+    for name, slot in state.slots.items():
+        check_like("state", slot, like)
+        if slot.shape[0] != state.batch_size:
+            raise ValueError(
+                f"state must hold {state.batch_size} streams, as it says, got {slot.shape[0]} in {name!r}"
+            )
 
 
 def latent_statistics(

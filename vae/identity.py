@@ -1,5 +1,6 @@
 """Which VAE a state belongs to: told by class, settings and weights."""
 
+import itertools
 from hashlib import sha256
 from weakref import WeakKeyDictionary
 
@@ -22,9 +23,13 @@ def describe(vae: ModelMixin) -> str:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """A short name of the module's weights, by their first values; computed again when they change."""
+    """A short name of the module's weights and buffers, by their first values.
+
+    It is computed again when they change, but for changes behind torch's back, through `data`.
+    """
+    tensors = itertools.chain(module.parameters(), module.buffers())
     # Weights that are offloaded to disk have no values to tell them by.
-    weights = [weight for weight in module.parameters() if not weight.is_meta]
+    weights = [tensor for tensor in tensors if not tensor.is_meta]
     version = [(id(weight), _version(weight), weight.dtype) for weight in weights]
     known = _known.get(module)
     if known is None or known[0] != version:

@@ -62,14 +62,18 @@ def load_taehv(
             f"source must be weights that stream, got taeh3 ({channels} latent channels, patches of "
             f"{patch_size}), which starts anew every 17 frames"
         )
+    merged = [shape_of(tensors, f"encoder.{index}.conv.weight")[1] // encoder_width for index in _POOLS]
+    if math.prod(merged) != math.prod(published):
+        raise ValueError(
+            f"source must merge as many frames as it grows, got encoder strides {merged} and decoder strides "
+            f"{published}"
+        )
     vae: TinyVideoVAE = TinyVideoVAE(
         latent_channels=channels,
         patch_size=patch_size,
         encoder_width=encoder_width,
         decoder_widths=_decoder_widths(tensors, decoder_block),
-        encoder_temporal_strides=[
-            shape_of(tensors, f"encoder.{index}.conv.weight")[1] // encoder_width for index in _POOLS
-        ],
+        encoder_temporal_strides=merged,
         decoder_temporal_strides=strides,
         first_frame_copies=first_frame_copies,
         latents_mean=latents_mean,

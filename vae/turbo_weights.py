@@ -52,6 +52,10 @@ def load_turbo_vaed(
     for (name, values), statistic in zip(given.items(), statistics, strict=True):
         if values is not None or name not in tensors:
             tensors[name] = statistic
+    if not bool((tensors["latents_std"] > 0).all()):
+        raise ValueError(
+            f"latents_std must be above 0 for every channel, got {tensors['latents_std'].tolist()}"
+        )
     blocks = _up_blocks(tensors)
     separable = [_is_separable(tensors, block) for block in (*blocks, "decoder.mid_block")]
     vae: TurboVAED = TurboVAED(

@@ -43,10 +43,13 @@ def _read_file(path: Path) -> object:
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """Shape of a tensor that every checkpoint of an architecture has."""
+    """Shape of a convolution's weights that every checkpoint of an architecture has."""
     if name not in tensors:
         raise ValueError(f"source must hold {name!r}, got {len(tensors)} tensors without it")
-    return tuple(tensors[name].shape)
+    shape = tuple(tensors[name].shape)
+    if len(shape) < 2 or 0 in shape:
+        raise ValueError(f"{name} must be the weights of a convolution, got shape {list(shape)}")
+    return shape
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -164,6 +164,8 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     """Send the clip through all VAEs, print the table, write the picture."""
     _check_folder_of("output", arguments.output)
     _check_folder_of("picture", arguments.picture)
+    if arguments.picture is not None and arguments.picture.suffix.lower() != ".png":
+        raise ValueError(f"picture (--picture) must end in .png, got {str(arguments.picture)!r}")
     clip, description = _clip(arguments)
     from genstream.cli.pipeline import pick_device, pick_dtype
     from genstream.cli.vae_comparison import picture, reconstruct, table

@@ -18,6 +18,8 @@ from genstream.evaluation.quality import flicker, psnr, ssim
 from genstream.training.clips import to_tensor
 from genstream.vae.protocol import Direction, StreamingVAE, VAESpec
 from genstream.vae.tiny import TinyVideoVAE
+from genstream.vae.turbo import TurboVAED
+from genstream.vae.wrapping import module_of
 
 _TIMES = 4
 _ERROR_GAIN = 8
@@ -52,6 +54,8 @@ class Reconstruction:
 def reconstruct(clip: Frames, name: str, encoder: StreamingVAE, decoder: StreamingVAE) -> Reconstruction:
     """Encode with one VAE, decode with the same or another one, each chunk by chunk."""
     _check_clip(clip, name, encoder.spec, decoder.spec)
+    if isinstance(module_of(encoder), TurboVAED):
+        raise ValueError(f"{name} must name an encoder too, as ENCODER+{name}: it only decodes")
     like = next(iter(encoder.init_state("encode", 1, *clip.shape[1:3]).slots.values()))
     counts_memory = restart_peak_memory(like.device)
     frames = to_tensor(clip[None]).to(like)

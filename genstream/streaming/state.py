@@ -121,6 +121,8 @@ class StreamState:
         Returns:
             The control's sequence number, reported back by the chunk that it changes.
         """
+        if not isinstance(control, Control):
+            raise ValueError(f"control must be one of genstream's, got {control!r}")
         with self.lock:
             self.sequence += 1
             self.pending.append(Submitted(self.sequence, control, not_before))

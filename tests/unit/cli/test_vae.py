@@ -171,7 +171,7 @@ def test_one_vae_may_decode_what_another_encoded(clip):
         reconstruct(clip, "wan+wan2.2", wan, plain("wan2.2"))
     with pytest.raises(ValueError, match=r"frames must be 1 \+ 4n for wan, got 8"):
         reconstruct(clip[:8], "wan", wan, wan)
-    with pytest.raises(ValueError, match="without encoder"):
+    with pytest.raises(ValueError, match=r"turbo must name an encoder too, as ENCODER\+turbo"):
         reconstruct(clip, "turbo", plain("turbo"), plain("turbo"))
 
 
@@ -275,6 +275,18 @@ def test_a_published_turbo_decoder_takes_the_statistics_of_its_pair(adapted, tmp
     raw = latents * torch.tensor(std).view(-1, 1, 1, 1) + torch.tensor(mean).view(-1, 1, 1, 1)
     torch.testing.assert_close(decoder.decode(latents), open_vae(path, torch.float32, CPU).decode(raw))
     assert not open_vae(path, torch.float32, CPU).has_statistics
+
+
+def test_a_turbo_decoder_without_spread_is_refused(tmp_path):
+    weights = plain("turbo").float().state_dict() | {"latents_std": torch.zeros(4)}
+    save_file(weights, tmp_path / "turbo.safetensors")
+    with pytest.raises(ValueError, match="latents_std must be above 0 for every channel"):
+        open_vae(str(tmp_path / "turbo.safetensors"), torch.float32, CPU)
+
+
+def test_pictures_are_png(tmp_path, capsys):
+    assert main(["vae", "compare", "toyworld", "--picture", str(tmp_path / "a.jpg")]) == 2
+    assert "picture (--picture) must end in .png" in capsys.readouterr().err
 
 
 def test_a_turbo_decoder_with_statistics_keeps_them(tmp_path):

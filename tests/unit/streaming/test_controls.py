@@ -41,6 +41,13 @@ def test_a_prompt_may_be_switched_by_its_embeddings(pipe, ask, collect, tmp_path
     assert_same(copy.prompt_embeds, embeds.bfloat16().float())
 
 
+def test_what_is_no_control_is_refused_at_once(pipe, ask):
+    state = pipe.start(ask(num_frames=9))
+    with pytest.raises(ValueError, match="control must be one of genstream's, got 'hello'"):
+        state.submit("hello")
+    assert not state.pending
+
+
 def test_embeddings_of_another_shape_are_refused(pipe, ask):
     state = pipe.start(ask(num_frames=45))
     state.submit(PromptControl(prompt_embeds=torch.zeros(1, 3, 16)))

@@ -300,6 +300,16 @@ def test_bad_input_is_refused_with_both_sides(name):
     assert state.vae in text and start(stranger, "decode", latents_for(stranger, 1)).vae in text
 
 
+@pytest.mark.parametrize("name", [name for name in OWN if name != "tiled"])
+def test_states_hold_the_streams_that_they_say(name):
+    vae = small_vae(name)
+    latents = latents_for(vae, 1)
+    state = start(vae, "decode", latents)
+    other = start(vae, "decode", latents[:1])
+    text = message(vae.decode_chunk, latents, VAEState.restore(other.tensors(), state.meta()))
+    assert "state must hold 2 streams, as it says, got 1 in" in text
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_states_of_other_weights_are_refused(name):
     vae = small_vae(name)

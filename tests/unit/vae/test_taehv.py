@@ -205,6 +205,20 @@ def test_the_variant_that_cannot_stream_is_refused():
         load_taehv(weights)
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (0, 8, 1, 1)])
+def test_weights_of_another_shape_are_refused_by_name(shape):
+    weights = build(latent_channels=4).state_dict() | {"encoder.2.conv.weight": torch.zeros(shape)}
+    with pytest.raises(ValueError, match=r"encoder\.2\.conv\.weight must be the weights of a convolution"):
+        load_taehv(weights)
+
+
+def test_decoders_that_grow_other_frames_than_were_merged_are_refused():
+    weights = build(latent_channels=4).state_dict()
+    weight = weights["decoder.13.conv.weight"]
+    with pytest.raises(ValueError, match=r"encoder strides \[2, 2, 1\] and decoder strides \[1, 1, 2\]"):
+        load_taehv(weights | {"decoder.13.conv.weight": weight[: len(weight) // 2]})
+
+
 def test_strides_that_the_weights_do_not_have_are_refused():
     weights = build(latent_channels=4).state_dict()
     with pytest.raises(ValueError, match=r"decoder_temporal_strides must be \[1, 2, 2\] or less"):
