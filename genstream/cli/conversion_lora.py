@@ -9,7 +9,7 @@ from typing import Any
 
 from genstream.io.checkpoint import SAFETENSORS, Checkpoint, naming, open_checkpoint
 from genstream.io.hub_card import ADAPTER_FOLDER
-from genstream.io.model_folder import read_header, read_object
+from genstream.io.model_folder import METADATA, read_header, read_object
 from genstream.io.shards import PlannedTensor, write_safetensors
 from genstream.transformer.lora import LoRALayer, diffusers_name, lora_layers, merged
 from genstream.transformer.matching import Shapes
@@ -98,7 +98,7 @@ def _said_by_peft(path: Path) -> Mapping[str, Any]:
     """PEFT's configuration: in the metadata of the file, as diffusers writes it, or beside it."""
     content = {}
     if path.suffix == SAFETENSORS:
-        metadata = read_header(path)[0].get("__metadata__", {})
+        metadata = read_header(path)[0].get(METADATA, {})
         stored = json.loads(metadata.get(_METADATA, "{}"))
         content = {name.rpartition(".")[2]: value for name, value in stored.items()}
     beside = path.parent / _PEFT_CONFIG

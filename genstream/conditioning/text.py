@@ -43,8 +43,9 @@ def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, to
     for prompt in prompts:
         if not prompt.strip():
             raise ValueError("prompt must not be empty")
-        length = len(tokenizer(clean(prompt)).input_ids)
-        if not tokenizer(clean(prompt), add_special_tokens=False).input_ids:
+        cleaned = clean(prompt)
+        length = len(tokenizer(cleaned).input_ids)
+        if not tokenizer(cleaned, add_special_tokens=False).input_ids:
             raise ValueError(f"prompt must hold at least one word, got {prompt[:60]!r}")
         if length > tokens:
             raise ValueError(f"prompt must have at most {tokens} tokens, got {length}: {prompt[:60]!r}")

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genstream.io.model_folder import SHARD_INDICES, check_weights, read_header, weight_files, weight_map
+from genstream.io.model_folder import (
+    METADATA,
+    SHARD_INDICES,
+    check_weights,
+    read_header,
+    weight_files,
+    weight_map,
+)
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SAFETENSORS = ".safetensors"
@@ -185,7 +192,7 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
     header, start = read_header(path)
     tensors = {}
     for name, entry in header.items():
-        if name == "__metadata__":
+        if name == METADATA:
             continue
         first, end = entry["data_offsets"]
         tensors[name] = stored = StoredTensor(

@@ -9,7 +9,7 @@ from typing import Any
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _HEADER_LENGTH_BYTES = 8
-_METADATA = "__metadata__"
+METADATA = "__metadata__"
 SHARD_INDICES = "*.safetensors.index.json"
 _CARD_NAME = "model_card.json"
 INDEX_NAME = "model_index.json"
@@ -128,7 +128,7 @@ def parameter_counts(folder: Path) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name in _components(folder):
         headers = [read_header(path)[0] for path in weight_files(folder / name)]
-        entries = [entry for header in headers for key, entry in header.items() if key != _METADATA]
+        entries = [entry for header in headers for key, entry in header.items() if key != METADATA]
         if entries:
             counts[name] = sum(math.prod(entry["shape"]) for entry in entries)
     return counts
@@ -174,7 +174,7 @@ def check_weights(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"model file {str(path)!r} is missing")
     header, data_start = read_header(path)
-    ends = [entry["data_offsets"][1] for key, entry in header.items() if key != _METADATA]
+    ends = [entry["data_offsets"][1] for key, entry in header.items() if key != METADATA]
     expected, found = data_start + max(ends, default=0), path.stat().st_size
     if found != expected:
         raise ValueError(f"model file {str(path)!r} is cut off: {found} bytes, its header says {expected}")
@@ -192,7 +192,7 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     if not isinstance(header, dict):
         raise ValueError(f"model file {str(path)!r} is no safetensors file: its header is no object")
     for name, entry in header.items():
-        if name != _METADATA and not _is_entry(entry):
+        if name != METADATA and not _is_entry(entry):
             raise ValueError(f"model file {str(path)!r} has a damaged header: {name!r} is {entry!r}")
     return header, _HEADER_LENGTH_BYTES + length
 
