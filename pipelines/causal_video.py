@@ -579,7 +579,8 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             source: of a video-to-video stream, from frame `state.intake.frames` of its source on.
 
         Raises:
-            ValueError: the file is no snapshot, or one of another version or model.
+            FileNotFoundError: there is no such file.
+            ValueError: it is no snapshot, or one of another version or model.
         """
         state = load_state(path, self.engine)
         if source is not None:

@@ -4,6 +4,7 @@ Commands import torch only when they run, so that help and wrong usage answer at
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,16 @@ from genstream.cli.process import is_out_of_memory
 
 COMMANDS = (generate, transform, models, plan, convert, train, distill, evaluate, bench, vae)
 EXIT_ERROR = 2
+_OPTION_OF_ARGUMENT = {
+    "num_frames": "--frames",
+    "height": "--size",
+    "width": "--size",
+    "window_frames": "--window",
+    "sink_frames": "--sink",
+}
+"""Arguments of the library that have another name on the command line."""
+_LOUD_WHEN_IMPORTED = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+"""Loggers that tell of kernels which this machine has no use for, whether torchao is used or not."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,6 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv`; returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
     given = sys.argv[1:] if argv is None else list(argv)
+    for name in _LOUD_WHEN_IMPORTED:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         arguments = _parse([text for text in given if text != "--debug"])
         code: int = arguments.run(arguments)
@@ -41,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bug = isinstance(error, RuntimeError) and not is_out_of_memory(error)
         if bug or "--debug" in given:
             raise
-        print(f"genstream: error: {_one_line(error)}", file=sys.stderr)
+        print(f"genstream: error: {_one_line(error, given)}", file=sys.stderr)
         return EXIT_ERROR
     return code
 
@@ -56,11 +69,19 @@ def _parse(given: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, given: Sequence[str]) -> str:
     text = "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
     if is_out_of_memory(error):
         text = f"out of memory: use a smaller --size, or --dtype bfloat16 ({text})"
-    return " ".join(text.split())
+    return " ".join(_with_option(text, given).split())
+
+
+def _with_option(text: str, given: Sequence[str]) -> str:
+    """Messages start with the argument that is wrong: name the option that was typed for it, too."""
+    name, _, rest = text.partition(" ")
+    option = _OPTION_OF_ARGUMENT.get(name)
+    typed = any(part.partition("=")[0] == option for part in given)
+    return f"{name} ({option}) {rest}" if typed else text
 
 
 if __name__ == "__main__":

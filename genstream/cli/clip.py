@@ -50,7 +50,7 @@ class GeneratePlan:
         if not 0 < self.fps < math.inf:
             raise ValueError(f"fps must be a positive number, got {self.fps}")
         if self.total_frames < 1:
-            raise ValueError(f"num_frames (--frames) must be at least 1, got {self.num_frames}")
+            raise ValueError(f"num_frames must be at least 1, got {self.num_frames}")
         for switch in self.switches:
             if switch.seconds * self.fps >= self.total_frames:
                 raise ValueError(
@@ -64,6 +64,14 @@ class GeneratePlan:
             return frames_for_seconds(self.seconds, self.fps)
         assert self.num_frames is not None
         return self.num_frames
+
+    @property
+    def rounding(self) -> str | None:
+        """How `seconds` and the length of the file differ; None where they do not."""
+        if self.seconds is None or math.isclose(self.seconds * self.fps, self.total_frames):
+            return None
+        whole_s = self.total_frames / self.fps
+        return f"{self.seconds:g} s at {self.fps:g} fps become {self.total_frames} frames, {whole_s:.4g} s"
 
     @property
     def described_prompt(self) -> str:

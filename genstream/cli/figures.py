@@ -18,6 +18,7 @@ class RunClock:
     frames: int = 0
     last_frames: int = 0
     chunk_s: list[float] = field(default_factory=list)
+    switch_frames: list[int] = field(default_factory=list)
     start_to_first_frame_s: float | None = None
     elapsed_s: float = 0.0
     interrupted: bool = False
@@ -60,7 +61,11 @@ class RunClock:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFigures:
-    """What `--json` prints; `real_time_factor` above 1 is faster than the video plays."""
+    """What `--json` prints.
+
+    `real_time_factor` above 1 is faster than the video plays; `switch_frames` are the first frames that were
+    made with the next prompt.
+    """
 
     output: str
     model: str
@@ -72,6 +77,7 @@ class RunFigures:
     height: int
     fps: float
     seconds: float
+    switch_frames: list[int]
     load_s: float
     time_to_first_frame_s: float | None
     start_to_first_frame_s: float | None
@@ -96,6 +102,7 @@ class RunFigures:
             height=plan.height,
             fps=plan.fps,
             seconds=clock.frames / plan.fps,
+            switch_frames=clock.switch_frames,
             load_s=load_s,
             time_to_first_frame_s=clock.time_to_first_frame_s,
             start_to_first_frame_s=clock.start_to_first_frame_s,

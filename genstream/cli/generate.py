@@ -161,7 +161,8 @@ def _summary(figures: RunFigures) -> str:
     if not figures.frames:
         return "interrupted before the first frame: nothing was written"
     return (
-        f"{'interrupted: ' if figures.interrupted else ''}{figures.output}: {figures.frames} frames,"
+        f"{'interrupted: ' if figures.interrupted else ''}{figures.output}: {figures.frames}"
+        f" frame{'' if figures.frames == 1 else 's'},"
         f" {figures.width}x{figures.height}, {figures.seconds:.2f} s; {figures.frame_rate:.1f} fps,"
         f" {figures.real_time_factor:.2f}x real time"
     )

@@ -50,6 +50,8 @@ class Generation:
         The output is opened when the request is known to be good, so that a bad one touches no file.
         """
         self._warn_of_unknown_words()
+        if self.plan.rounding is not None:
+            print(f"genstream: note: {self.plan.rounding}", file=sys.stderr)
         self.clock.start()
         try:
             state = self._start()
@@ -99,6 +101,8 @@ class Generation:
 
     def _write_chunks(self, state: StreamState, writer: VideoWriter, progress: Progress) -> None:
         for chunk in self.pipe.run(state):
+            if chunk.applied:
+                self.clock.switch_frames.append(chunk.first_frame)
             frames = frames_of_chunk(chunk)
             writer.write(frames)
             self.clock.chunk_done(len(frames))

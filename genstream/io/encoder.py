@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from genstream.io.errors import OutputError
 from genstream.io.metadata import VideoMetadata
+from genstream.io.partial import partial_path
 
 # The matrix is set and tagged: untagged files are shown with other colours by some players.
 _BT709 = (
@@ -35,16 +36,15 @@ _GIF_SUB_BLOCK_BYTES = 255
 
 
 class Encoder:
-    """An ffmpeg process that turns frames into a file at `partial`.
+    """An ffmpeg process that turns frames into the partial file of `path`.
 
     It runs in a session of its own: Ctrl-C at the terminal does not reach it, and it completes the file
     when its input ends, be that by `close` or by the death of this process.
     """
 
-    def __init__(
-        self, partial: Path, *, fps: float, width: int, height: int, metadata: VideoMetadata
-    ) -> None:
-        self._partial = partial
+    def __init__(self, path: Path, *, fps: float, width: int, height: int, metadata: VideoMetadata) -> None:
+        self._path = path
+        self._partial = partial_path(path)
         self._metadata = metadata
         self._messages = tempfile.TemporaryFile()
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-nostdin", "-hide_banner", "-loglevel", "error"]
@@ -60,11 +60,11 @@ class Encoder:
             "-i",
             "pipe:0",
         ]
-        command += ["-fps_mode", "passthrough", *_CODEC_ARGUMENTS[partial.suffix.lower()].split()]
+        command += ["-fps_mode", "passthrough", *_CODEC_ARGUMENTS[path.suffix.lower()].split()]
         for name, text in metadata.tags().items():
             command += ["-metadata", f"{name}={text}"]
         self._process = subprocess.Popen(
-            [*command, _as_file_name(partial)],
+            [*command, _as_file_name(self._partial)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self._messages,
@@ -86,8 +86,8 @@ class Encoder:
         if self._process.returncode != 0:
             raise self._death()
         self._messages.close()
-        if self._partial.suffix.lower() == ".gif":
-            _append_gif_comment(self._partial, self._metadata.line())
+        if self._path.suffix.lower() == ".gif":
+            self._append_gif_comment()
 
     def release(self) -> None:
         """End the process and wait for it, whatever became of the file."""
@@ -104,24 +104,23 @@ class Encoder:
         said = self._messages.read().decode(errors="replace").split("\n")
         reason = next((line.rpartition(": ")[2] for line in said if "No space left" in line), "")
         reason = reason or "; ".join(line for line in said[:2] if line) or f"ffmpeg ended with code {code}"
-        return OutputError(f"cannot write output path {str(self._partial)!r}: {reason}")
+        return OutputError(f"cannot write output path {str(self._path)!r}: {reason}")
+
+    def _append_gif_comment(self) -> None:
+        """Put a comment block in front of the trailer; ffmpeg's gif writer drops metadata."""
+        data = self._metadata.line().encode()
+        starts = range(0, len(data), _GIF_SUB_BLOCK_BYTES)
+        parts = [data[start : start + _GIF_SUB_BLOCK_BYTES] for start in starts]
+        with self._partial.open("r+b") as file:
+            file.seek(-1, 2)
+            if file.read(1) != _GIF_TRAILER:
+                raise OutputError(f"cannot write output path {str(self._path)!r}: the gif is cut off")
+            file.seek(-1, 2)
+            file.write(
+                _GIF_COMMENT + b"".join(bytes([len(part)]) + part for part in parts) + b"\0" + _GIF_TRAILER
+            )
 
 
 def _as_file_name(path: Path) -> str:
     """`path` so that ffmpeg takes neither a colon for a protocol nor a dash for an option."""
     return f"file:{path}"
-
-
-def _append_gif_comment(path: Path, text: str) -> None:
-    """Put a comment block in front of the trailer; ffmpeg's gif writer drops metadata."""
-    data = text.encode()
-    starts = range(0, len(data), _GIF_SUB_BLOCK_BYTES)
-    parts = [data[start : start + _GIF_SUB_BLOCK_BYTES] for start in starts]
-    with path.open("r+b") as file:
-        file.seek(-1, 2)
-        if file.read(1) != _GIF_TRAILER:
-            raise OutputError(f"cannot write output path {str(path)!r}: the gif is cut off")
-        file.seek(-1, 2)
-        file.write(
-            _GIF_COMMENT + b"".join(bytes([len(part)]) + part for part in parts) + b"\0" + _GIF_TRAILER
-        )

@@ -1,5 +1,7 @@
 """Frames as png files."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from genstream.io.errors import OutputError
 from genstream.io.metadata import VideoMetadata
+from genstream.io.partial import partial_path
 
 FRAME_PATTERN = "frame_*.png"
 UNFINISHED_NAME = ".unfinished.png"
@@ -18,16 +21,19 @@ UNFINISHED_NAME = ".unfinished.png"
 class PngFolder:
     """A folder with `frame_000000.png` and so on, each whole at any time, even after a kill."""
 
-    def __init__(self, folder: Path, metadata: VideoMetadata) -> None:
-        self._folder = folder
+    def __init__(self, path: Path, metadata: VideoMetadata) -> None:
+        self._path = path
+        self._folder = partial_path(path)
         self._info = _png_info(metadata)
         self._written = 0
 
     def write(self, frames: NDArray[np.uint8]) -> None:
         """Append `frames` uint8 [F, H, W, 3]."""
         for frame in frames:
-            path = self._folder / f"frame_{self._written:06d}.png"
-            _write_png(path, frame, self._info, beside=self._folder / UNFINISHED_NAME)
+            unfinished = self._folder / UNFINISHED_NAME
+            with _naming(self._path, unfinished):
+                _save(unfinished, frame, self._info)
+                unfinished.rename(self._folder / f"frame_{self._written:06d}.png")
             self._written += 1
 
     def close(self) -> None:
@@ -54,7 +60,9 @@ class PngImage:
                 " for more frames use a path without a suffix (a folder of png) or .mp4, .webm, .gif"
             )
         for frame in frames:
-            _write_png(self._path, frame, self._info)
+            partial = partial_path(self._path)
+            with _naming(self._path, partial):
+                _save(partial, frame, self._info)
 
     def close(self) -> None:
         """The file is complete once written."""
@@ -70,12 +78,15 @@ def _png_info(metadata: VideoMetadata) -> PngInfo:
     return info
 
 
-def _write_png(path: Path, frame: NDArray[np.uint8], info: PngInfo, beside: Path | None = None) -> None:
-    """Write at once, or first under the name `beside`."""
-    written = beside or path
+def _save(path: Path, frame: NDArray[np.uint8], info: PngInfo) -> None:
+    Image.fromarray(frame).save(path, format="PNG", pnginfo=info, compress_level=3)
+
+
+@contextmanager
+def _naming(output: Path, written: Path) -> Iterator[None]:
+    """Where `written` fails, remove it and say which output it was for."""
     try:
-        Image.fromarray(frame).save(written, format="PNG", pnginfo=info, compress_level=3)
-        written.rename(path)
+        yield
     except OSError as error:
         written.unlink(missing_ok=True)
-        raise OutputError(f"cannot write output path {str(path)!r}: {error.strerror}") from error
+        raise OutputError(f"cannot write output path {str(output)!r}: {error.strerror}") from error

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from genstream.io.encoder import VIDEO_SUFFIXES, Encoder
 from genstream.io.errors import OutputError
 from genstream.io.metadata import VideoMetadata
+from genstream.io.partial import partial_path
 from genstream.io.png import FRAME_PATTERN, UNFINISHED_NAME, PngFolder, PngImage
 
 ALLOWED_PATHS = ".mp4, .webm, .gif, .png (one frame), or no suffix for a folder of png files"
@@ -153,13 +154,12 @@ def open_writer(
         raise ValueError(
             f"width and height must be even for {suffix}, got {width}x{height}; .gif and .png take any size"
         )
-    partial = partial_path(target)
-    _start_partial(partial, folder=not suffix)
+    _start_partial(target)
     sink: FrameSink
     if suffix in VIDEO_SUFFIXES:
-        sink = Encoder(partial, fps=fps, width=width, height=height, metadata=metadata)
+        sink = Encoder(target, fps=fps, width=width, height=height, metadata=metadata)
     else:
-        sink = PngImage(partial, metadata) if suffix else PngFolder(partial, metadata)
+        sink = PngImage(target, metadata) if suffix else PngFolder(target, metadata)
     return VideoWriter(target, sink, width=width, height=height, overwrite=overwrite)
 
 
@@ -177,11 +177,6 @@ def check_path(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
         raise OutputError(f"output path {str(target)!r}: the folder {str(target.parent)!r} does not exist")
     check_replaceable(target, overwrite=overwrite)
     return target
-
-
-def partial_path(path: Path) -> Path:
-    """Name of the unfinished file: `out.mp4` -> `out.partial.mp4`."""
-    return path.with_name(f"{path.stem}.partial{path.suffix}")
 
 
 def check_replaceable(path: Path, *, overwrite: bool) -> None:
@@ -206,10 +201,11 @@ def _check_only_frames(folder: Path) -> None:
         )
 
 
-def _start_partial(partial: Path, *, folder: bool) -> None:
+def _start_partial(target: Path) -> None:
     """Make the partial file or folder, so that a path that cannot be written is known at once."""
+    partial = partial_path(target)
     try:
-        if folder:
+        if not target.suffix:
             if partial.is_dir():
                 _check_only_frames(partial)
                 shutil.rmtree(partial)
@@ -219,4 +215,4 @@ def _start_partial(partial: Path, *, folder: bool) -> None:
     except OutputError:
         raise
     except OSError as error:
-        raise OutputError(f"cannot write output path {str(partial)!r}: {error.strerror}") from error
+        raise OutputError(f"cannot write output path {str(target)!r}: {error.strerror}") from error

@@ -111,15 +111,19 @@ def load_state(path: str | Path, engine: CacheEngine) -> StreamState:
     """The stream that `save_state` wrote.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file is no snapshot, is damaged, or is of another version or model.
     """
+    expected = f"path must be a stream snapshot, got {str(path)!r}"
     if Path(path).is_dir():
-        raise ValueError(f"path must be a stream snapshot, got {str(path)!r}, which is a folder")
+        raise ValueError(f"{expected}, which is a folder")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{expected}, which does not exist")
     try:
         with safe_open(str(path), framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
             if text is None:
-                raise ValueError(f"path must be a stream snapshot, got {str(path)!r}")
+                raise ValueError(expected)
             meta = json.loads(text)
             _check_format(meta, path)
             loras = _restore_loras(meta["loras"])
@@ -137,7 +141,10 @@ def load_state(path: str | Path, engine: CacheEngine) -> StreamState:
 
 def _check_format(meta: dict[str, Any], path: str | Path) -> None:
     if meta.get("format") != FORMAT:
-        raise ValueError(f"snapshot {str(path)!r} must have format {FORMAT}, got {meta.get('format')}")
+        raise ValueError(
+            f"snapshot {str(path)!r} must have format {FORMAT}, got {meta.get('format')}: it was written by"
+            " another version of genstream"
+        )
 
 
 def _check_model(meta: dict[str, Any], path: str | Path, fingerprint: str) -> None:

@@ -73,7 +73,7 @@ def test_window_sinks_and_guidance(model: str, tmp_path: Path, capsys: pytest.Ca
     expected = np.concatenate([to_uint8(chunk.frames) for chunk in chunks])
     np.testing.assert_array_equal(np.stack(list(read_video(tmp_path / "frames"))), expected)
     assert generate(model, "-o", str(tmp_path / "out.mp4"), "--window", "-1") == 2
-    assert "window_frames must be at least 0, got -1" in error_of(capsys)
+    assert "window_frames (--window) must be at least 0, got -1" in error_of(capsys)
 
 
 def test_a_lora_in_the_folder_is_told(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -122,13 +122,27 @@ def test_json(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert figures["real_time_factor"] == pytest.approx(figures["frame_rate"] / 16)
 
 
+def test_seconds_that_are_no_whole_frames_are_told(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert generate(model, "-o", str(tmp_path / "out.mp4"), "--seconds", "1.03") == 0
+    assert "note: 1.03 s at 16 fps become 16 frames, 1 s" in capsys.readouterr().err
+    assert generate(model, "-o", str(tmp_path / "out.png"), "--seconds", "0.0625") == 0
+    captured = capsys.readouterr()
+    assert "note" not in captured.err
+    assert "out.png: 1 frame, 32x32" in captured.out
+
+
 def test_switch_changes_what_follows(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for name, texts in (("a", []), ("b", ["--switch", "1s: a blue circle moving left"])):
-        assert generate(model, "-o", str(tmp_path / name), "--seconds", "3", *texts) == 0
+        assert generate(model, "-o", str(tmp_path / name), "--seconds", "3", "--json", *texts) == 0
+    captured = capsys.readouterr()
+    plain, switched = (json.loads(line)["switch_frames"] for line in captured.out.splitlines())
     first, second = (np.stack(list(read_video(tmp_path / name))) for name in "ab")
     differing = np.flatnonzero((first != second).any(axis=(1, 2, 3)))
     assert differing[0] == 21  # chunks of 3 latent frames: 9 frames, then 12 each
-    assert "had no effect" not in capsys.readouterr().err
+    assert (plain, switched) == ([], [21])
+    assert "had no effect" not in captured.err
 
 
 def test_switch_after_the_last_chunk_began(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -168,8 +182,8 @@ def test_image(model: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("texts", "parts"),
     [
-        (["--frames", "64"], ["num_frames must be 1 + 4k, got 64", "61 and 65"]),
-        (["--size", "40x32"], ["width must be a positive multiple of 16, got 40"]),
+        (["--frames", "64"], ["num_frames (--frames) must be 1 + 4k, got 64", "61 and 65"]),
+        (["--size", "40x32"], ["width (--size) must be a positive multiple of 16, got 40"]),
         (["--device", "cuda:99"], ["device", "'cuda:99'", "cpu"]),
         (["--switch", f"1s: {'red ' * 30}"], ["at most 12 tokens"]),
         (["--seed", "-1"], ["seed"]),

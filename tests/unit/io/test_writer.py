@@ -163,7 +163,7 @@ def test_no_frame_no_file(tmp_path: Path):
 def test_full_disk(tmp_path: Path, suffix: str):
     (tmp_path / f"out.partial.{suffix}").symlink_to("/dev/full")
     with (
-        pytest.raises(OutputError, match="No space left") as caught,
+        pytest.raises(OutputError, match=rf"out\.{suffix}': No space left") as caught,
         writer_to(tmp_path / f"out.{suffix}") as writer,
     ):
         for first in range(0, 600, 12):
@@ -178,7 +178,7 @@ def test_full_disk_for_png(tmp_path: Path):
     noise = np.random.default_rng(0).integers(0, 255, (1, HEIGHT, WIDTH, 3), np.uint8)
     try:
         with (
-            pytest.raises(OutputError, match="cannot write output path"),
+            pytest.raises(OutputError, match=r"cannot write output path .*frames': File too large"),
             writer_to(tmp_path / "frames") as writer,
         ):
             resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
