@@ -38,10 +38,20 @@ def check_part(folder: Path, library: str, kind: str) -> None:
     except (StrictDataclassError, TypeError, ArithmeticError) as error:
         raise ValueError(f"{str(folder / _CONFIG_NAME)!r} must describe a {kind}: {error}") from error
     with naming(folder):
-        given = open_checkpoint(folder, None).shapes
+        given = _named_like(expected, open_checkpoint(folder, None).shapes)
         wanted = {name: shape for name, shape in expected.items() if name in given or name not in tied}
         held = given if library == "genstream" else {name: given[name] for name in given if name in wanted}
         check_tensors(held, wanted)
+
+
+def _named_like(expected: Shapes, given: Shapes) -> Shapes:
+    """`given` without a prefix that published weights have before all names, which transformers drops too."""
+    last = max(expected)
+    prefixes = {name.removesuffix(last) for name in given if name.endswith(f".{last}")}
+    if len(prefixes) != 1 or last in given:
+        return given
+    (prefix,) = prefixes
+    return {name.removeprefix(prefix): shape for name, shape in given.items()}
 
 
 def _expected(part: type[nn.Module], folder: Path) -> tuple[Shapes, set[str]]:

@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin
-from transformers import PreTrainedTokenizerFast, UMT5Config
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+)
 
-from genstream.io.checkpoint import SAFETENSORS, TORCH_SUFFIXES, naming, open_checkpoint
+from genstream.io.checkpoint import SAFETENSORS, TORCH_SUFFIXES, StoredTensor, naming, open_checkpoint
 from genstream.io.model_folder import INDEX_NAME, check_component, read_object, weight_files
 from genstream.io.shards import PlannedTensor, write_shards
 from genstream.pipelines.tensors import check_part
+from genstream.transformer.clip import clip_places, infer_clip_config
 from genstream.transformer.umt5 import infer_umt5_config, umt5_places
 from genstream.vae.taehv import load_taehv
 from genstream.vae.wan_weights import load_wan_vae
@@ -23,6 +30,7 @@ _TEXT_ENCODER = "UMT5EncoderModel"
 _WAN_TEXT_ENCODER = "models_t5*"
 _WAN_TOKENIZER = Path("google") / "umt5-xxl"
 _WAN_VAE = "*VAE*"
+_WAN_IMAGE_ENCODER = "models_clip*"
 _KNOWN_PARTS = ("transformer", "scheduler", "tokenizer", "text_encoder", "vae")
 _IMAGE_ENCODERS = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
 _PROCESSOR_NAME = "preprocessor_config.json"
@@ -60,7 +68,7 @@ class PartSources:
         tokenizer: folder.
         vae: folder or file.
         image_encoder: folder of CLIP's vision model, with its image processor inside or beside it, or of a
-            pipeline that has both.
+            pipeline that has both, or the file that Wan 2.1 publishes.
         takes_image: whether the transformer takes image tokens.
         accepted: parts that the pipeline takes; those of a model folder that it does not take are left out.
         max_shard_bytes: of a weight file that is written.
@@ -111,8 +119,7 @@ def find_parts(sources: PartSources) -> Parts:
         _find_text_encoder(parts, place, sources)
     if (place := sources.vae or held) is not None and (vae := _find_vae(place, sources)) is not None:
         parts.add(vae, place)
-    if sources.image_encoder is not None:
-        _find_image_encoder(parts, sources.image_encoder)
+    _find_image_encoder(parts, sources)
     _find_others(parts, sources)
     found = {component.name for component in parts.components}
     if sources.tokenizer is not None and "text_encoder" not in found:
@@ -212,20 +219,32 @@ def _published_text_encoder(file: Path, max_shard_bytes: int) -> Component:
     with naming(file):
         arguments = infer_umt5_config(checkpoint.shapes)
         places = umt5_places(checkpoint.shapes, arguments)
-    tensors = [PlannedTensor.of(name, checkpoint.tensors[theirs]) for name, theirs in places.items()]
-    dtype = str(tensors[0].dtype).removeprefix("torch.")
-    config = UMT5Config(**arguments, architectures=[_TEXT_ENCODER], dtype=dtype)
+    tensors = {name: checkpoint.tensors[theirs] for name, theirs in places.items()}
+    return _made("text_encoder", _TEXT_ENCODER, UMT5Config(**arguments), tensors, max_shard_bytes)
+
+
+def _made(
+    name: str,
+    kind: str,
+    config: PreTrainedConfig,
+    stored: Mapping[str, StoredTensor],
+    max_shard_bytes: int,
+) -> Component:
+    """A part of class `kind` of transformers, made of stored tensors by their names in it."""
+    tensors = [PlannedTensor.of(name, tensor) for name, tensor in stored.items()]
+    config.architectures = [kind]
+    config.dtype = tensors[0].dtype
 
     def write(folder: Path) -> None:
         write_shards(folder, "model", tensors, max_shard_bytes)
         config.save_pretrained(folder)
 
     return Component(
-        name="text_encoder",
+        name=name,
         library="transformers",
-        kind=_TEXT_ENCODER,
-        config=arguments,
-        files=checkpoint.files,
+        kind=kind,
+        config=config.to_dict(),
+        files=tuple(sorted({tensor.file for tensor in stored.values()})),
         write=write,
     )
 
@@ -237,7 +256,26 @@ def _as_stored(tokenizer: Component, folder: Path) -> Component:
     return tokenizer
 
 
-def _find_image_encoder(parts: Parts, place: Path) -> None:
+def _find_image_encoder(parts: Parts, sources: PartSources) -> None:
+    place = sources.image_encoder
+    if place is None:
+        held = sources.source if sources.takes_image and sources.source.is_dir() else None
+        place = None if held is None else _one_file(held, _WAN_IMAGE_ENCODER)
+        if place is None:
+            return
+    file = _one_file(place, _WAN_IMAGE_ENCODER) if place.is_dir() else place
+    if file is not None:
+        encoder, processor = _published_image_encoder(file, sources.max_shard_bytes)
+    else:
+        encoder, processor = _stored_image_encoder(place)
+    parts.add(encoder, file or place)
+    if file is not None:
+        parts.notes.append(f"left out of {file.name}: CLIP's text half, which the pipeline does not take")
+    parts.add(processor, file or place)
+
+
+def _stored_image_encoder(place: Path) -> tuple[Component, Component]:
+    """Encoder and processor in folders of diffusers or transformers."""
     encoder, processor = indexed("image_encoder", place), indexed("image_processor", place)
     kind = next((kind for kind in _architectures(place) if kind in _IMAGE_ENCODERS), None)
     if encoder is None and kind is not None:
@@ -247,11 +285,36 @@ def _find_image_encoder(parts: Parts, place: Path) -> None:
     if encoder is None or processor is None:
         raise ValueError(
             f"image_encoder (--image-encoder) must be the folder of a CLIP vision model with "
-            f"{_PROCESSOR_NAME} in it or in image_processor beside it, or of a pipeline with both, "
-            f"got {str(place)!r}"
+            f"{_PROCESSOR_NAME} in it or in image_processor beside it, or of a pipeline with both, or Wan's "
+            f"{_WAN_IMAGE_ENCODER}.pth, got {str(place)!r}"
         )
-    parts.add(encoder, place)
-    parts.add(processor, place)
+    return encoder, processor
+
+
+def _published_image_encoder(file: Path, max_shard_bytes: int) -> tuple[Component, Component]:
+    """The vision half of the published CLIP; the whole picture is brought to its size, as Wan 2.1 does."""
+    checkpoint = open_checkpoint(file, None)
+    with naming(file):
+        arguments = infer_clip_config(checkpoint.shapes)
+        places = clip_places(checkpoint.shapes, arguments)
+    tensors = {
+        name: checkpoint.tensors[place.name].part(place.first_row, place.shape)
+        for name, place in places.items()
+    }
+    size = {"height": arguments["image_size"], "width": arguments["image_size"]}
+    processor = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
+    described = Component(
+        name="image_processor",
+        library="transformers",
+        kind=CLIPImageProcessorPil.__name__,
+        config={},
+        files=(),
+        write=processor.save_pretrained,
+    )
+    encoder = _made(
+        "image_encoder", _IMAGE_ENCODERS[0], CLIPVisionConfig(**arguments), tensors, max_shard_bytes
+    )
+    return encoder, described
 
 
 def _has_processor(folder: Path) -> bool:

@@ -90,8 +90,9 @@ def _add_part_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--image-encoder",
         type=Path,
-        metavar="FOLDER",
-        help="CLIP for image-to-video models: a diffusers pipeline or component folder",
+        metavar="PATH",
+        help="CLIP for image-to-video models: a diffusers pipeline or component folder, or the "
+        "models_clip*.pth of Wan 2.1",
     )
 
 

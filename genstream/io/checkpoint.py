@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,12 @@ class StoredTensor:
             return 0
         last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
         return (last + 1) * self.dtype.itemsize
+
+    def part(self, first_row: int, shape: tuple[int, ...]) -> StoredTensor:
+        """A tensor of `shape` from a row of this one on; leading dimensions of size 1 may be left out."""
+        stride = self.stride[len(self.stride) - len(shape) :]
+        start = self.start + first_row * stride[0] * self.dtype.itemsize
+        return replace(self, start=start, shape=shape, stride=stride)
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own."""

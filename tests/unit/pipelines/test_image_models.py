@@ -5,9 +5,13 @@ import json
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from genstream.cli.__main__ import main
+from genstream.conditioning.image import image_tokens
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.transformer.causal_dit import CausalDiT
 
@@ -164,6 +168,89 @@ def test_convert_adds_the_image_encoder(pipe, picture, tmp_path, given):
     loaded = CausalVideoPipeline.from_pretrained(tmp_path / "out")
     loaded.set_progress_bar_config(disable=True)
     torch.testing.assert_close(latents_of(loaded, image=picture), latents_of(pipe, image=picture))
+
+
+def wan_names(encoder):
+    """Weights of CLIP's vision model under the names of Wan 2.1, beside some of its text model."""
+    ours = encoder.state_dict()
+    published = {"log_scale": torch.zeros(()), "textual.norm.weight": torch.ones(3)}
+    published["visual.head"] = torch.zeros(encoder.config.hidden_size, 4)
+    published["visual.cls_embedding"] = ours["embeddings.class_embedding"][None, None]
+    published["visual.pos_embedding"] = ours["embeddings.position_embedding.weight"][None]
+    published["visual.patch_embedding.weight"] = ours["embeddings.patch_embedding.weight"]
+    modules = {"pre_norm": ["pre_layrnorm"], "post_norm": ["post_layernorm"]}
+    for layer in range(encoder.config.num_hidden_layers):
+        inside = {
+            "norm1": ["layer_norm1"],
+            "attn.to_qkv": [f"self_attn.{name}_proj" for name in "qkv"],
+            "attn.proj": ["self_attn.out_proj"],
+            "norm2": ["layer_norm2"],
+            "mlp.0": ["mlp.fc1"],
+            "mlp.2": ["mlp.fc2"],
+        }
+        modules |= {
+            f"transformer.{layer}.{theirs}": [f"encoder.layers.{layer}.{name}" for name in names]
+            for theirs, names in inside.items()
+        }
+    for theirs, names in modules.items():
+        for kind in ("weight", "bias"):
+            published[f"visual.{theirs}.{kind}"] = torch.cat([ours[f"{name}.{kind}"] for name in names])
+    return published
+
+
+@pytest.mark.parametrize("given", ["file", "folder", "source"])
+def test_convert_takes_the_published_image_encoder(pipe, picture, tmp_path, capsys, given):
+    torch.manual_seed(5)
+    config = CLIPVisionConfig(
+        hidden_size=80,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=1,
+        image_size=24,
+        patch_size=8,
+        hidden_act="gelu",
+    )
+    encoder = CLIPVisionModel(config).eval()
+    parts = {**pipe.components, "transformer": transformer(image_dim=80)}
+    parts |= {"image_encoder": None, "image_processor": None}
+    wider = CausalVideoPipeline(**parts, default_height=32, default_width=32)
+    wider.save_pretrained(tmp_path / "bare")
+    (tmp_path / "wan").mkdir()
+    place = tmp_path / ("bare" if given == "source" else "wan")
+    torch.save(wan_names(encoder), place / "models_clip_vit.pth")
+    command = ["convert", str(tmp_path / "bare"), "-o", str(tmp_path / "out")]
+    if given != "source":
+        name = "models_clip_vit.pth" if given == "file" else ""
+        command += ["--image-encoder", str(tmp_path / "wan" / name)]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "took image_encoder (CLIPVisionModel) from models_clip_vit.pth" in said
+    assert "left out of models_clip_vit.pth: CLIP's text half" in said
+    loaded = CausalVideoPipeline.from_pretrained(tmp_path / "out")
+    assert isinstance(loaded.image_processor, CLIPImageProcessorPil)
+    wide = torch.cat([picture, -picture], dim=3)  # nothing of it may be cut off
+    whole = functional.interpolate(as_levels(wide), (24, 24), mode="bicubic", antialias=True)
+    whole = whole.round().clamp(0, 255) / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    with torch.no_grad():
+        expected = encoder((whole - mean) / std, output_hidden_states=True).hidden_states[-2]
+    tokens = image_tokens(wide, loaded.image_processor, loaded.image_encoder)
+    torch.testing.assert_close(tokens, expected, rtol=0, atol=0.05)
+
+
+def as_levels(picture):
+    return ((picture + 1) * 127.5).round()
+
+
+@pytest.mark.parametrize("prefix", ["", "vision_model."])
+def test_clip_under_the_names_of_older_files(pipe, picture, tmp_path, prefix):
+    """Published diffusers folders have the name of the tower in front of every tensor."""
+    pipe.save_pretrained(tmp_path)
+    file = tmp_path / "image_encoder" / "model.safetensors"
+    save_file({prefix + name: tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    loaded = CausalVideoPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert_same(latents_of(loaded, image=picture), latents_of(pipe, image=picture))
 
 
 def test_convert_refuses_what_is_no_image_encoder(pipe, tmp_path, capsys):
