@@ -30,6 +30,7 @@ from genstream.pipelines.causal_video import ENGINES
 from genstream.pipelines.quantization import KEPT, WeightFormat
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.shapes import check_divides, frames_of
+from genstream.streaming.intake import TransformSettings, encode_start, holds_back
 from genstream.streaming.noise import SeededNoise
 from genstream.streaming.presets import EngineKind
 from genstream.streaming.queue_engine import QueueEngine
@@ -77,6 +78,7 @@ class StreamPlan:
         offload: where the text encoder waits.
         tiny_vae: decode with TAEHV in place of the model's own VAE.
         batch_size: streams that advance together.
+        transform: whether it follows a video, which is encoded on the GPU.
     """
 
     folder: Path
@@ -91,6 +93,7 @@ class StreamPlan:
     offload: TextEncoderOffload = TextEncoderOffload.NONE
     tiny_vae: bool = False
     batch_size: int = 1
+    transform: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +108,11 @@ class MemoryEstimate:
         kv_cache_bytes: keys and values of the past, and what they are rebuilt from.
         text_cache_bytes: keys and values of the prompt, and of the negative one.
         vae_state_bytes: what the decoder remembers.
+        intake_bytes: of a stream that follows a video: what its encoder remembers, the frames and latents of
+            the next chunk; 0 elsewhere.
         denoise_bytes: besides, for the passes of a chunk.
         decode_bytes: besides, for decoding a chunk, its frames included.
+        intake_pass_bytes: besides, for encoding the frames of a chunk.
         encode_bytes: besides, for encoding a prompt, weights that come for it included.
         recache_bytes: besides, for rebuilding the cache after a new prompt, the new cache included.
     """
@@ -118,8 +124,10 @@ class MemoryEstimate:
     kv_cache_bytes: int
     text_cache_bytes: int
     vae_state_bytes: int
+    intake_bytes: int
     denoise_bytes: int
     decode_bytes: int
+    intake_pass_bytes: int
     encode_bytes: int
     recache_bytes: int
 
@@ -128,12 +136,13 @@ class MemoryEstimate:
         """Between two steps of a stream."""
         weights = self.transformer_bytes + self.vae_bytes
         weights += self.text_encoder_bytes + self.image_encoder_bytes
-        return weights + self.kv_cache_bytes + self.text_cache_bytes + self.vae_state_bytes
+        stream = self.kv_cache_bytes + self.text_cache_bytes + self.vae_state_bytes + self.intake_bytes
+        return weights + stream
 
     @property
     def streaming_bytes(self) -> int:
         """Most at once while it streams with one prompt."""
-        return self.resting_bytes + max(self.denoise_bytes, self.decode_bytes)
+        return self.resting_bytes + max(self.denoise_bytes, self.decode_bytes, self.intake_pass_bytes)
 
     @property
     def peak_bytes(self) -> int:
@@ -164,6 +173,7 @@ class MemoryPlanner:
     def __init__(self) -> None:
         self._decoding: dict[StreamPlan, tuple[int, int]] = {}
         self._encoding: dict[StreamPlan, tuple[int, int]] = {}
+        self._taking_in: dict[StreamPlan, tuple[int, int]] = {}
 
     def estimate(self, plan: StreamPlan) -> MemoryEstimate:
         """The memory of a stream.
@@ -178,11 +188,14 @@ class MemoryPlanner:
         decoded = replace(_plain(plan), tiny_vae=plan.tiny_vae)
         if decoded not in self._decoding:
             self._decoding[decoded] = _decoding(vae, stream)
+        if plan.transform and decoded not in self._taking_in:
+            self._taking_in[decoded] = _taking_in(vae, stream)
         encoded = replace(_plain(plan), height=0, width=0, offload=plan.offload)
         if encoded not in self._encoding:
             self._encoding[encoded] = _text_encoding(plan)
         encoder_bytes, encode_bytes = self._encoding[encoded]
         state_bytes, decode_bytes = self._decoding[decoded]
+        intake_bytes, intake_pass_bytes = self._taking_in[decoded] if plan.transform else (0, 0)
         return MemoryEstimate(
             transformer_bytes=sum(_transformer_bytes(config, plan).values()),
             vae_bytes=_nbytes(_tensors(module_of(vae))),
@@ -191,8 +204,10 @@ class MemoryPlanner:
             kv_cache_bytes=stream.kv_bytes + stream.source_bytes,
             text_cache_bytes=stream.text_bytes,
             vae_state_bytes=state_bytes,
+            intake_bytes=intake_bytes,
             denoise_bytes=stream.denoise_bytes(),
             decode_bytes=decode_bytes,
+            intake_pass_bytes=intake_pass_bytes,
             encode_bytes=encode_bytes,
             recache_bytes=stream.recache_bytes(),
         )
@@ -372,6 +387,7 @@ class _Stream:
             negative_embeds=embeds if guided else None,
             image_embeds=None if config.image_dim is None else self.empty(tokens, config.image_dim),
             image_channels=self.empty(extra, _IMAGE_FRAMES, *self.size) if extra else None,
+            transform=TransformSettings(strength=1.0) if plan.transform else None,
         )
 
 
@@ -386,6 +402,21 @@ def _decoding(vae: StreamingVAE, stream: _Stream) -> tuple[int, int]:
         most = max(most, peak_bytes(partial(vae.decode_chunk, latents, state), given))
         frame += latents.shape[2]
     return state.nbytes, most
+
+
+def _taking_in(vae: StreamingVAE, stream: _Stream) -> tuple[int, int]:
+    """Bytes of what is there of a source between two steps, and what encoding a chunk of it takes besides."""
+    plan, weights = stream.plan, _tensors(module_of(vae))
+    state = vae.init_state("encode", 1, plan.height, plan.width)
+    first = frames_of(plan.settings.chunk_at(0), vae.spec.temporal_ratio) + int(holds_back(vae.spec))
+    later = vae.spec.temporal_ratio * stream.chunk
+    most = 0
+    for run, count in ((partial(encode_start, vae), first), *[(vae.encode_chunk, later)] * 2):
+        frames = stream.empty(RGB, count, plan.height, plan.width)[:1]
+        given = [*weights, *state.slots.values(), frames]
+        most = max(most, peak_bytes(partial(run, frames, state), given))
+    previous = frames[:, :, :1]
+    return state.nbytes + _nbytes((frames, previous, stream.latents(stream.chunk)[:1])), most
 
 
 def _text_encoding(plan: StreamPlan) -> tuple[int, int]:

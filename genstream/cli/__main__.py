@@ -21,6 +21,7 @@ _OPTION_OF_ARGUMENT = {
     "width": "--size",
     "window_frames": "--window",
     "sink_frames": "--sink",
+    "chunk_frames": "--chunk",
 }
 """Arguments of the library that have another name on the command line."""
 _LOUD_WHEN_IMPORTED = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")

@@ -51,6 +51,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         default="none",
         help="keep the text encoder off the card and bring it whole, or layer by layer, to encode (none)",
     )
+    parser.add_argument(
+        "--transform", action="store_true", help="for a stream that follows a video, which is encoded too"
+    )
     parser.add_argument("--tiny-vae", action="store_true", help="decode with TAEHV (the model's own VAE)")
     parser.add_argument(
         "--reserve",
@@ -120,13 +123,14 @@ def make_plan(arguments: argparse.Namespace, folder: Path) -> "StreamPlan":
         offload=TextEncoderOffload(arguments.offload),
         tiny_vae=arguments.tiny_vae,
         batch_size=arguments.batch,
+        transform=arguments.transform,
     )
 
 
 def _settings(arguments: argparse.Namespace, folder: Path) -> StreamSettings:
     index = read_object(folder / INDEX_NAME)
     if arguments.preset is not None:
-        settings = _preset(arguments.preset, folder, index).settings
+        settings = _preset(arguments.preset, folder, index, transform=arguments.transform).settings
     else:
         fields = dataclasses.fields(StreamSettings)
         values: dict[str, Any] = {field.name: index[field.name] for field in fields if field.name in index}
@@ -135,11 +139,13 @@ def _settings(arguments: argparse.Namespace, folder: Path) -> StreamSettings:
     return dataclasses.replace(settings, **given)
 
 
-def _preset(name: str, folder: Path, index: Mapping[str, Any]) -> Preset:
-    """The preset of that name, if the model can be run that way."""
+def _preset(name: str, folder: Path, index: Mapping[str, Any], *, transform: bool) -> Preset:
+    """The preset of that name, if the model can be run that way; `transform` tells of a video to follow."""
     from genstream.transformer.conversion import read_config
 
     preset = find_preset(name)
+    if transform:
+        preset.check_source(name)
     preset.check_scheduler(name, index["scheduler"][1])
     preset.check_chunk(name, index.get("chunk_frames", StreamSettings.chunk_frames))
     config = read_config(read_object(folder / "transformer" / "config.json"))
@@ -174,8 +180,10 @@ def _lines(estimate: "MemoryEstimate", reserve_bytes: int) -> Iterator[str]:
         ("stream", "KV cache", estimate.kv_cache_bytes),
         ("", "text cache", estimate.text_cache_bytes),
         ("", "VAE state", estimate.vae_state_bytes),
+        ("", "video to follow", estimate.intake_bytes),
         ("for a while", "denoise a chunk", estimate.denoise_bytes),
         ("", "decode a chunk", estimate.decode_bytes),
+        ("", "encode a chunk", estimate.intake_pass_bytes),
         ("", "encode a new prompt", estimate.encode_bytes),
         ("", "rebuild the cache with it", estimate.recache_bytes),
         ("kept free", "", reserve_bytes),

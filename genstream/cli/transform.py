@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from genstream.cli.clip import GeneratePlan, check_single_image, make_plan
 from genstream.cli.generate import add_run_options, load, write
 from genstream.io.model_folder import ModelCard, find_model, read_card
-from genstream.streaming.presets import EngineKind, find_preset
+from genstream.streaming.presets import find_preset
 from genstream.streaming.settings import DEFAULT_STRENGTH
 
 if TYPE_CHECKING:
@@ -41,10 +41,8 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def run(arguments: argparse.Namespace) -> int:
     """Check all that needs no torch, then load, generate and report."""
     began_s = time.perf_counter()
-    if arguments.preset is not None and find_preset(arguments.preset).engine is EngineKind.QUEUE:
-        raise ValueError(
-            f"preset (--preset) {arguments.preset!r} starts all chunks as noise and cannot follow a video"
-        )
+    if arguments.preset is not None:
+        find_preset(arguments.preset).check_source(arguments.preset)
     folder = find_model(arguments.model)
     card = read_card(folder)
     from genstream.io.reader import inspect_video, read_image, read_video

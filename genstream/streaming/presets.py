@@ -57,6 +57,11 @@ class Preset:
                 f"this model was trained for {chunk_frames} (chunk_frames)"
             )
 
+    def check_source(self, name: str) -> None:
+        """Raise ValueError if a stream that is run that way cannot follow a video."""
+        if self.engine is EngineKind.QUEUE:
+            raise ValueError(f"preset {name!r} starts all chunks as noise and cannot follow a video")
+
     def check_channels(self, name: str, in_channels: int, out_channels: int) -> None:
         """Raise ValueError if a transformer with so many channels cannot be run that way."""
         if self.takes_image and in_channels == out_channels:

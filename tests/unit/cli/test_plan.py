@@ -57,6 +57,17 @@ def test_json_adds_up(plan):
     assert figures["proposals"][0]["peak_bytes"] == figures["proposals"][0]["together_bytes"]
 
 
+def test_a_stream_that_follows_a_video(plan):
+    bare, following = (json.loads(plan("--json", *options)[1]) for options in ([], ["--transform"]))
+    assert following["intake_bytes"] > bare["intake_bytes"] == 0
+    told = plan("--transform")[1]
+    assert "video to follow" in told
+    assert "encode a chunk" in told
+    code, error = plan("--transform", "--preset", "rolling-forcing")
+    assert code == 2
+    assert "'rolling-forcing' starts all chunks as noise and cannot follow a video" in error
+
+
 def test_what_fits_and_what_does_not(plan):
     figures = json.loads(plan("--json", "--reserve", "0")[1])
     needed = figures["peak_bytes"] / GIB
@@ -98,8 +109,11 @@ def test_a_proposal_gives_what_it_says(plan):
         (["--vram", "0"], r"vram (--vram) must be a number above 0, got 0.0"),
         (["--vram", "nan"], r"vram (--vram) must be a number above 0, got nan"),
         (["--batch", "0"], "batch (--batch) must be a number above 0, got 0"),
-        (["--size", "50x32"], "width must be a positive multiple of 16, got 50; the nearest are 48 and 64"),
-        (["--chunk", "0"], "chunk_frames must be at least 1, got 0"),
+        (
+            ["--size", "50x32"],
+            "width (--size) must be a positive multiple of 16, got 50; the nearest are 48 and 64",
+        ),
+        (["--chunk", "0"], "chunk_frames (--chunk) must be at least 1, got 0"),
     ],
 )
 def test_bad_options(plan, options, error):

@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -207,6 +208,34 @@ def test_a_vae_of_diffusers(plan, tmp_path, pipe):
     assert found.vae_bytes == nbytes(vae)
     assert found.vae_state_bytes == state.vae.nbytes
     assert found.decode_bytes > 3 * 12 * 32 * 48 * 4
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["own", "of diffusers"])
+def test_a_stream_that_follows_a_video(plan, tmp_path, pipe, wrapped):
+    parts = dict(pipe.components)
+    if wrapped:
+        statistics = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+        parts["vae"] = AutoencoderKLWan(
+            base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, **statistics
+        ).eval()
+    following = CausalVideoPipeline(
+        **parts, sink_frames=3, window_frames=3, positions="window", text_tokens=12
+    )
+    following.save_pretrained(tmp_path)
+    plan = replace(plan, folder=tmp_path, transform=True)
+    found = MemoryPlanner().estimate(plan)
+    request = following.request(RED, height=32, width=48, strength=0.7)
+    clip = [np.zeros((32, 48, 3), np.uint8)] * 45
+    state = following.start(request, source=clip)
+    following.step(state)
+    intake = state.intake
+    frame = 3 * 32 * 48 * 4
+    assert found.intake_bytes == intake.vae.nbytes + 13 * frame + 3 * 4 * 4 * 6 * 4
+    assert found.intake_pass_bytes > 12 * frame  # its first layer alone makes more of them
+    without = MemoryPlanner().estimate(replace(plan, transform=False))
+    assert (without.intake_bytes, without.intake_pass_bytes) == (0, 0)
+    assert found.resting_bytes == without.resting_bytes + found.intake_bytes
+    assert found.streaming_bytes >= found.resting_bytes + found.intake_pass_bytes
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 48), (32, 50), (0, 48)])
