@@ -411,7 +411,8 @@ def _taking_in(vae: StreamingVAE, stream: _Stream) -> tuple[int, int]:
     first = frames_of(plan.settings.chunk_at(0), vae.spec.temporal_ratio) + int(holds_back(vae.spec))
     later = vae.spec.temporal_ratio * stream.chunk
     most = 0
-    for run, count in ((partial(encode_start, vae), first), *[(vae.encode_chunk, later)] * 2):
+    for chunk in range(3):
+        run, count = (vae.encode_chunk, later) if chunk else (partial(encode_start, vae), first)
         frames = stream.empty(RGB, count, plan.height, plan.width)[:1]
         given = [*weights, *state.slots.values(), frames]
         most = max(most, peak_bytes(partial(run, frames, state), given))
