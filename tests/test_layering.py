@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "schedulers": set(),
     "cache": {"shapes", "kernels"},
-    "vae": {"shapes", "kernels"},
+    "vae": {"shapes", "kernels", "io"},
     "transformer": {"shapes", "kernels", "cache"},
     "conditioning": {"shapes"},
 }

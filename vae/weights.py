@@ -1,13 +1,11 @@
 """Published checkpoints: reading them and putting them into a module, with nothing left over."""
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from genstream.io.checkpoint import open_checkpoint
 
 Weights = str | Path | Mapping[str, Tensor]
 """A checkpoint file, or the tensors by name."""
@@ -16,7 +14,8 @@ Weights = str | Path | Mapping[str, Tensor]
 def read_weights(source: Weights) -> dict[str, Tensor]:
     """Tensors by name, on CPU, from a .safetensors file, a torch file or a mapping.
 
-    A torch file is read as data only and never runs code. It may hold its tensors under "state_dict".
+    A torch file is read as data, in a process of its own, and never runs code. It may hold its tensors under
+    "state_dict".
     """
     if isinstance(source, Mapping):
         return dict(source)
@@ -24,22 +23,10 @@ def read_weights(source: Weights) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"source must be a checkpoint file, got {str(path)!r}")
     try:
-        content = _read_file(path)
-    # What the libraries raise for files of another kind and for files that are cut off.
-    except (SafetensorError, pickle.UnpicklingError, EOFError, LookupError, RuntimeError) as error:
-        raise ValueError(
-            f"source must be a checkpoint file, {str(path)!r} cannot be read: {error}"
-        ) from error
-    tensors = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(f"source must hold tensors by name, got {str(path)!r}")
-    return dict(tensors)
-
-
-def _read_file(path: Path) -> object:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = open_checkpoint(path, None, usual=("state_dict",))
+        return {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
+    except ValueError as error:
+        raise ValueError(f"source must be a checkpoint file of tensors by name: {error}") from error
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from genstream.transformer.clip import clip_places, infer_clip_config
 from genstream.transformer.umt5 import infer_umt5_config, umt5_places
 from genstream.vae.taehv import load_taehv
 from genstream.vae.wan_weights import load_wan_vae
+from genstream.vae.weights import read_weights
 
 _CONFIG_NAME = "config.json"
 _OWN_VAES = ("CausalVideoVAE", "TinyVideoVAE", "TurboVAED", "WanVideoVAE")
@@ -367,16 +368,15 @@ def _find_vae(place: Path, sources: PartSources) -> Component | None:
 
 
 def _published_vae(file: Path) -> Component:
-    checkpoint = open_checkpoint(file, None)
     with naming(file):
-        tensors = {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
+        tensors = read_weights(file)
         vae: ModelMixin = load_taehv(tensors) if "encoder.0.weight" in tensors else load_wan_vae(tensors)
     return Component(
         name="vae",
         library="genstream",
         kind=type(vae).__name__,
         config=dict(vae.config),
-        files=checkpoint.files,
+        files=(file,),
         write=vae.save_pretrained,
     )
 

@@ -357,7 +357,7 @@ def test_compare_takes_a_video(tiny_folder, tmp_path, capsys):
     [
         (["bench", "--chunks", "5", "--size", "32x32"], "chunks (--chunks) must be at least 10, got 5"),
         (["bench", "--max-seconds", "0", "--size", "32x32"], "max_seconds (--max-seconds) must be positive"),
-        (["bench", "--size", "30x32"], "width must be a positive multiple of 16, got 30"),
+        (["bench", "--size", "30x32"], "width (--size) must be a positive multiple of 16, got 30"),
         (["bench", "--size", "32"], "must be WIDTHxHEIGHT"),
         (["bench", "--output", "no/such.md"], "output: the folder 'no' does not exist"),
         (["bench", "wan2.1+taehv", "--size", "32x32"], "got 'wan2.1+taehv'"),

@@ -235,7 +235,7 @@ def test_files_that_are_no_checkpoints_are_refused(suffix, what, tmp_path):
     torch.save(weights, path) if suffix == "pth" else save_file(weights, path)
     content = {"empty": b"", "text": b"these are no weights", "cut off": path.read_bytes()[:-100]}
     path.write_bytes(content[what])
-    with pytest.raises(ValueError, match=rf"source must be a checkpoint file, .*taehv.{suffix}' cannot be"):
+    with pytest.raises(ValueError, match=rf"source must be a checkpoint file .*taehv.{suffix}"):
         load_taehv(path)
 
 
@@ -248,5 +248,5 @@ def test_weights_of_something_else_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"source must be a checkpoint file, got .*nothing.pth"):
         load_taehv(tmp_path / "nothing.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match=r"source must hold tensors by name, got .*list.pth"):
+    with pytest.raises(ValueError, match=r"file of tensors by name: .*list.pth' cannot be used: a list"):
         load_taehv(tmp_path / "list.pth")
