@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from genstream.vae.causal_network import Decoder, Encoder, NetworkSettings, Norm, inflate
 from genstream.vae.checks import (
+    check_chunk,
     check_frames,
     check_start,
     check_state,
@@ -249,13 +250,14 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
         A decoding state never holds frames back: its result has length 0.
         """
         if state.direction == "decode":
-            nothing: Tensor = self.decode_chunk(self._no_latents(state), state)
-            return nothing
-        self._check_state(state, "encode")
-        pending = state.slots[_PENDING]
-        missing = -pending.shape[2] % self.spec.temporal_ratio
-        latents: Tensor = self.encode_chunk(pending[:, :, -1:].expand(-1, -1, missing, -1, -1), state)
-        return latents
+            rest: Tensor = self.decode_chunk(self._no_latents(state), state)
+        else:
+            self._check_state(state, "encode")
+            pending = state.slots[_PENDING]
+            missing = -pending.shape[2] % self.spec.temporal_ratio
+            rest = self.encode_chunk(pending[:, :, -1:].expand(-1, -1, missing, -1, -1), state)
+        state.ended = True
+        return rest
 
     def encode(self, frames: Tensor, chunk_latents: int | None = None) -> Tensor:
         """Latents [B, C, T, h, w] of a whole clip [B, 3, 1 + r (T - 1), H, W]; the mean of the posterior.
@@ -290,7 +292,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
         """Posterior of the groups that `frames` complete, and the next slots."""
         self._check_state(state, "encode")
         shape = (state.batch_size, _RGB, None, state.height, state.width)
-        check_tensor("frames", frames, shape, self._weight)
+        check_chunk("frames", frames, state, shape, self._weight)
         waiting = torch.cat([state.slots[_PENDING], frames], dim=2)
         ready = self._complete_frames(waiting.shape[2], state)
         if ready == 0:
@@ -317,7 +319,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
         """Frames, not clamped, and the next slots."""
         self._check_state(state, "decode")
         batch_size, channels, _, *size = self._no_latents(state).shape
-        check_tensor("latents", latents, (batch_size, channels, None, *size), self._weight)
+        check_chunk("latents", latents, state, (batch_size, channels, None, *size), self._weight)
         if latents.shape[2] == 0:
             shape = (state.batch_size, _RGB, 0, state.height, state.width)
             return latents.new_zeros(shape), dict(state.slots)

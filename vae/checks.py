@@ -42,6 +42,15 @@ def check_frames(frames: Tensor, spec: VAESpec) -> None:
         )
 
 
+def check_chunk(
+    name: str, chunk: Tensor, state: VAEState, expected: tuple[int | None, ...], like: Tensor
+) -> None:
+    """`check_tensor`, and a stream that is at its end takes nothing more."""
+    check_tensor(name, chunk, expected, like)
+    if state.ended and chunk.shape[2]:
+        raise ValueError(f"{name} must not follow a flush, which ends a stream: start a new one (init_state)")
+
+
 def check_tensor(name: str, tensor: Tensor, expected: tuple[int | None, ...], like: Tensor) -> None:
     """Compare with the shape that a state was made for, None being any length, and with weights `like`.
 
@@ -80,6 +89,8 @@ def check_owner(state: VAEState, direction: Direction, vae: str) -> None:
 def check_state(state: VAEState, direction: Direction, vae: str, like: Tensor) -> None:
     """`check_owner`, and what is remembered must be like the weights."""
     check_owner(state, direction, vae)
+    if not state.slots:
+        raise ValueError("state must hold what its stream remembers, got no slots")
     for name, slot in state.slots.items():
         check_like("state", slot, like)
         if slot.shape[0] != state.batch_size:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 Direction = Literal["encode", "decode"]
 
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 _METADATA_KEY = "genstream_vae_state"
 
 
@@ -31,6 +31,8 @@ class VAESpec:
         lookahead_latents: latent frames that must be known behind a frame before it can be decoded.
         exactness: "exact": any chunking equals the whole clip. "partition": equals the whole clip, which is
             itself defined by `first_latents` and `chunk_latents`. "approximate": differs from the whole clip.
+            Equal is up to rounding: of adapters, whose exactness is measured, errors of up to the square root
+            of the precision of their weights, relative to the largest value, count as that.
     """
 
     temporal_ratio: int
@@ -55,6 +57,7 @@ class VAEState:
         height: pixels.
         width: pixels.
         steps: latent frames produced (encode) or consumed (decode) so far.
+        ended: after `flush`; nothing may follow.
         slots: remembered tensors by name.
     """
 
@@ -64,6 +67,7 @@ class VAEState:
     height: int
     width: int
     steps: int = 0
+    ended: bool = False
     slots: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -95,6 +99,7 @@ class VAEState:
             "height": self.height,
             "width": self.width,
             "steps": self.steps,
+            "ended": self.ended,
             "slots": sorted(self.slots),
         }
 
@@ -163,7 +168,7 @@ class StreamingVAE(Protocol):
     def flush(self, state: VAEState) -> Tensor:
         """What still waits in `state`: a last latent frame (encode) or frames (decode), else length 0.
 
-        The stream is then at its end: what comes after is not part of it.
+        The stream is then at its end, and takes nothing more.
         """
         ...
 

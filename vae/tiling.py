@@ -98,7 +98,9 @@ class TiledVAE:
     def flush(self, state: VAEState) -> Tensor:
         """What still waits in `state`."""
         self._check_owner(state, state.direction)
-        return self._run(state, lambda inner, part: self.vae.flush(inner))
+        rest = self._run(state, lambda inner, part: self.vae.flush(inner))
+        state.ended = True
+        return rest
 
     def encode(self, frames: Tensor) -> Tensor:
         """Latents of a whole clip [B, 3, first_frames + r (T - 1), H, W]."""

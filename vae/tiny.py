@@ -20,11 +20,11 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from genstream.vae.checks import (
+    check_chunk,
     check_clip,
     check_frames,
     check_start,
     check_state,
-    check_tensor,
     latent_statistics,
 )
 from genstream.vae.chunks import cut_clip, decoding_state
@@ -215,7 +215,7 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
         """Latents [B, C, T, h, w] that become complete with `frames` [B, 3, F, H, W]; the rest waits."""
         weight = next(self.parameters())
         check_state(state, "encode", describe(self), weight)
-        check_tensor("frames", frames, (state.batch_size, RGB, None, state.height, state.width), weight)
+        check_chunk("frames", frames, state, (state.batch_size, RGB, None, state.height, state.width), weight)
         waiting = torch.cat([state.slots[_PENDING], frames], dim=2)
         if _at_start(state) and frames.shape[2] > 0:
             first = frames[:, :, :1].expand(-1, -1, self.config.first_frame_copies, -1, -1)
@@ -238,7 +238,7 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
         check_state(state, "decode", describe(self), weight)
         spec = self.spec
         size = (state.height // spec.spatial_ratio, state.width // spec.spatial_ratio)
-        check_tensor("latents", latents, (state.batch_size, spec.latent_channels, None, *size), weight)
+        check_chunk("latents", latents, state, (state.batch_size, spec.latent_channels, None, *size), weight)
         if latents.shape[2] == 0:
             return latents.new_zeros((state.batch_size, RGB, 0, state.height, state.width))
         raw = latents * self._per_channel(self._latents_std) + self._per_channel(self._latents_mean)
@@ -258,12 +258,14 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
         if state.direction == "decode":
             size = (state.height // self.spec.spatial_ratio, state.width // self.spec.spatial_ratio)
             shape = (state.batch_size, self.spec.latent_channels, 0, *size)
-            return self.decode_chunk(next(self.parameters()).new_zeros(shape), state)
-        check_state(state, "encode", describe(self), next(self.parameters()))
-        pending = state.slots[_PENDING]
-        missing = -pending.shape[2] % self.spec.temporal_ratio
-        latents: Tensor = self.encode_chunk(pending[:, :, -1:].expand(-1, -1, missing, -1, -1), state)
-        return latents
+            rest: Tensor = self.decode_chunk(next(self.parameters()).new_zeros(shape), state)
+        else:
+            check_state(state, "encode", describe(self), next(self.parameters()))
+            pending = state.slots[_PENDING]
+            missing = -pending.shape[2] % self.spec.temporal_ratio
+            rest = self.encode_chunk(pending[:, :, -1:].expand(-1, -1, missing, -1, -1), state)
+        state.ended = True
+        return rest
 
     def encode(self, frames: Tensor, chunk_latents: int | None = None) -> Tensor:
         """Latents [B, C, T, h, w] of a whole clip [B, 3, F, H, W].

@@ -14,7 +14,7 @@ from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
-from genstream.vae.checks import check_clip, check_start, check_state, check_tensor
+from genstream.vae.checks import check_chunk, check_clip, check_start, check_state, check_tensor
 from genstream.vae.chunks import decoding_state
 from genstream.vae.identity import describe
 from genstream.vae.layers import Memory, remembering_layers
@@ -155,7 +155,7 @@ class TurboVAED(ModelMixin, ConfigMixin):
         ratio = self.spec.spatial_ratio
         size = (state.height // ratio, state.width // ratio)
         shape = (state.batch_size, self.config.latent_channels, None, *size)
-        check_tensor("latents", latents, shape, self._weight)
+        check_chunk("latents", latents, state, shape, self._weight)
         if latents.shape[2] == 0:
             return self._no_frames(state)
         return self._next_frames(latents, state) if self.is_causal else self._next_windows(latents, state)
@@ -163,12 +163,13 @@ class TurboVAED(ModelMixin, ConfigMixin):
     def flush(self, state: VAEState) -> Tensor:
         """Frames of the latents that still wait for later ones; the stream is then at its end."""
         check_state(state, "decode", describe(self), self._weight)
-        if self.is_causal or state.slots[_WAITING].shape[2] == 0:
-            return self._no_frames(state)
-        waiting, done = state.slots[_WAITING], self._decoded_latents(state.steps)
-        windows = self._windows(waiting, range(done, state.steps, self.config.chunk_latents), state.steps)
-        frames = torch.cat([self._no_frames(state), *windows], dim=2).clamp(-1, 1)
-        state.advance(0, {_WAITING: waiting[:, :, :0].clone()})
+        frames = self._no_frames(state)
+        if not self.is_causal and state.slots[_WAITING].shape[2] > 0:
+            waiting, done = state.slots[_WAITING], self._decoded_latents(state.steps)
+            windows = self._windows(waiting, range(done, state.steps, self.config.chunk_latents), state.steps)
+            frames = torch.cat([frames, *windows], dim=2).clamp(-1, 1)
+            state.advance(0, {_WAITING: waiting[:, :, :0].clone()})
+        state.ended = True
         return frames
 
     def encode(self, frames: Tensor) -> Tensor:
@@ -225,8 +226,6 @@ class TurboVAED(ModelMixin, ConfigMixin):
 
     def _next_windows(self, latents: Tensor, state: VAEState) -> Tensor:
         """The frames of all windows that `latents` complete."""
-        if state.steps > 0 and state.slots[_WAITING].shape[2] == 0:
-            raise ValueError("state was flushed and is at its end: start the next stream with init_state")
         waiting = torch.cat([state.slots[_WAITING], latents], dim=2)
         known = state.steps + latents.shape[2]
         done, ready = self._decoded_latents(state.steps), self._decoded_latents(known)

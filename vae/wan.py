@@ -19,10 +19,10 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from genstream.vae.checks import (
+    check_chunk,
     check_frames,
     check_start,
     check_state,
-    check_tensor,
     latent_statistics,
 )
 from genstream.vae.chunks import cut_clip, decoding_state
@@ -257,7 +257,7 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
         """`encode_chunk` as raw mean and log-variance [B, 2C, T, h, w] of the posterior."""
         weight = next(self.parameters())
         check_state(state, "encode", describe(self), weight)
-        check_tensor("frames", frames, (state.batch_size, RGB, None, state.height, state.width), weight)
+        check_chunk("frames", frames, state, (state.batch_size, RGB, None, state.height, state.width), weight)
         waiting = torch.cat([state.slots[_PENDING], frames], dim=2)
         incomplete = (waiting.shape[2] - _first_frames(state)) % self.spec.temporal_ratio
         ready = max(waiting.shape[2] - incomplete, 0)
@@ -284,7 +284,9 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
         check_state(state, "decode", describe(self), weight)
         ratio = self.spec.spatial_ratio
         size = (state.height // ratio, state.width // ratio)
-        check_tensor("latents", latents, (state.batch_size, self.spec.latent_channels, None, *size), weight)
+        check_chunk(
+            "latents", latents, state, (state.batch_size, self.spec.latent_channels, None, *size), weight
+        )
         if latents.shape[2] == 0:
             return latents.new_zeros((state.batch_size, RGB, 0, state.height, state.width))
         raw = latents * self._per_channel(self._latents_std) + self._per_channel(self._latents_mean)
@@ -300,11 +302,14 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
         A decoding state never holds frames back: its result has length 0.
         """
         if state.direction == "decode":
-            return self.decode_chunk(self._no_latents(state, self.spec.latent_channels), state)
-        check_state(state, "encode", describe(self), next(self.parameters()))
-        pending = state.slots[_PENDING]
-        missing = -pending.shape[2] % self.spec.temporal_ratio
-        return self.encode_chunk(pending[:, :, -1:].expand(-1, -1, missing, -1, -1), state)
+            rest = self.decode_chunk(self._no_latents(state, self.spec.latent_channels), state)
+        else:
+            check_state(state, "encode", describe(self), next(self.parameters()))
+            pending = state.slots[_PENDING]
+            missing = -pending.shape[2] % self.spec.temporal_ratio
+            rest = self.encode_chunk(pending[:, :, -1:].expand(-1, -1, missing, -1, -1), state)
+        state.ended = True
+        return rest
 
     def encode(self, frames: Tensor, chunk_latents: int | None = 1) -> Tensor:
         """Latents [B, C, T, h, w] of a whole clip [B, 3, 1 + r (T - 1), H, W].

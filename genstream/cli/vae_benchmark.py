@@ -296,19 +296,28 @@ def table(rows: Sequence[VAEFigures]) -> str:
                 if row.exactness != "exact"
             ),
             "",
-            f"Medians of the first and of the last tenth of the chunks, where there were {_PARTS} at least in"
-            " the time that was given:",
-            "",
-            "| VAE | direction | chunks | ms per frame, first | last | memory, first | last |",
-            "|---|---|---|---|---|---|---|",
-            *(
-                _steadiness(row, name, stream)
-                for row in rows
-                for name, stream in _streams(row)
-                if stream.chunks >= _PARTS
-            ),
+            *_steady_table(rows),
         ]
     )
+
+
+def _steady_table(rows: Sequence[VAEFigures]) -> list[str]:
+    steady = [
+        _steadiness(row, name, stream)
+        for row in rows
+        for name, stream in _streams(row)
+        if stream.chunks >= _PARTS
+    ]
+    if not steady:
+        return [f"How steady they are was not measured: there were fewer than {_PARTS} chunks."]
+    return [
+        f"Medians of the first and of the last tenth of the chunks, where there were {_PARTS} at least in"
+        " the time that was given:",
+        "",
+        "| VAE | direction | chunks | ms per frame, first | last | memory, first | last |",
+        "|---|---|---|---|---|---|---|",
+        *steady,
+    ]
 
 
 def _streams(row: VAEFigures) -> list[tuple[str, StreamFigures]]:

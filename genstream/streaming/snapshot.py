@@ -29,7 +29,7 @@ from genstream.transformer.adapters import LoraUse, adapter_of, base_name, check
 from genstream.vae.protocol import VAEState
 from genstream.vae.wrapping import module_of
 
-FORMAT = 2
+FORMAT = 3
 _KEY = "genstream_stream"
 _INTAKE_TENSORS = ("waiting", "latents", "previous")
 _COUNTERS = (

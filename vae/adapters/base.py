@@ -13,11 +13,10 @@ from torch import Tensor
 from genstream.vae.adapters.memory import Memory
 from genstream.vae.adapters.scale import LatentScale
 from genstream.vae.checks import (
+    check_chunk,
     check_frames,
-    check_like,
-    check_owner,
     check_start,
-    check_tensor,
+    check_state,
 )
 from genstream.vae.chunks import decoding_state
 from genstream.vae.identity import weights_digest
@@ -143,7 +142,7 @@ class Adapter(ABC):
         """Latents [B, C, T, h, w] that become complete with `frames` [B, 3, F, H, W]; the rest waits."""
         self._load()
         self._check_state(state, "encode")
-        self._check_tensor("frames", frames, self._frames_shape(state))
+        self._check_chunk("frames", frames, self._frames_shape(state), state)
         waiting = torch.cat([state.slots[_PENDING], frames], dim=2)
         groups = (waiting.shape[2] + self._missing_first(state.steps)) // self.spec.temporal_ratio
         return self._encode_pieces(waiting, self._ready("encode", groups, state.steps), state)
@@ -156,7 +155,7 @@ class Adapter(ABC):
         """`decode_chunk` before the clamp."""
         self._load()
         self._check_state(state, "decode")
-        self._check_tensor("latents", latents, self._latents_shape(state))
+        self._check_chunk("latents", latents, self._latents_shape(state), state)
         waiting = torch.cat([state.slots[_PENDING], latents], dim=2)
         return self._decode_pieces(waiting, self._ready("decode", waiting.shape[2], state.steps), state)
 
@@ -171,7 +170,9 @@ class Adapter(ABC):
     def flush_unclamped(self, state: VAEState) -> Tensor:
         """`flush` before the clamp of frames."""
         self._load()
-        return self._flush_encode(state) if state.direction == "encode" else self._flush_decode(state)
+        rest = self._flush_encode(state) if state.direction == "encode" else self._flush_decode(state)
+        state.ended = True
+        return rest
 
     def encode(self, frames: Tensor) -> Tensor:
         """Latents [B, C, T, h, w] of a whole clip [B, 3, first_frames + r (T - 1), H, W]."""
@@ -258,12 +259,12 @@ class Adapter(ABC):
         return f"{type(self.vae).__name__}[{self._settings}], weights {weights_digest(self.vae)}"
 
     def _check_state(self, state: VAEState, direction: Direction) -> None:
-        check_owner(state, direction, self._describe())
-        check_like("state", state.slots[_PENDING], self._like)
+        waiting = {_PENDING: state.slots[_PENDING]} if _PENDING in state.slots else {}
+        check_state(replace(state, slots=waiting), direction, self._describe(), self._like)
 
-    def _check_tensor(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    def _check_chunk(self, name: str, chunk: Tensor, shape: tuple[int, ...], state: VAEState) -> None:
         """Compare with the shape that the state was made for; the third dimension may have any length."""
-        check_tensor(name, tensor, (*shape[:2], None, *shape[3:]), self._like)
+        check_chunk(name, chunk, state, (*shape[:2], None, *shape[3:]), self._like)
 
     @property
     def _like(self) -> Tensor:

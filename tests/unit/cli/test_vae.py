@@ -97,6 +97,9 @@ def test_every_kind_of_vae_is_measured(name):
     assert VAEFigures.from_json(json.loads(json.dumps(dataclasses.asdict(figures)))) == figures
     text = table([figures])
     assert text.count(f"| {name} | decode") == 2
+    few = dataclasses.replace(figures, decode=dataclasses.replace(figures.decode, chunks=9), encode=None)
+    assert table([few]).count(f"| {name} | decode") == 1
+    assert "not measured: there were fewer than 10 chunks" in table([few])
     assert section_title(figures) == "Speed at 64x32, float64 on cpu"
 
 

@@ -43,7 +43,7 @@ def test_other_dtype(saved, build_pipeline):
 
 def test_other_format(saved, pipe):
     with_meta(saved, format=99)
-    with pytest.raises(ValueError, match=r"stream\.safetensors.*format 2, got 99"):
+    with pytest.raises(ValueError, match=r"stream\.safetensors.*format 3, got 99"):
         pipe.load_state(saved)
 
 

@@ -216,6 +216,27 @@ def test_a_chunk_costs_the_same_however_long_the_stream(name, direction):
     assert len(set(costs[-4:])) == 1
 
 
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("name", EVERY)
+def test_nothing_follows_a_flush(name, direction):
+    if name in DECODERS and direction == "encode":
+        pytest.skip("has no encoder")
+    vae = small_vae(name)
+    count = enough_latents(vae)
+    clip = latents_for(vae, count) if direction == "decode" else frames_for(vae, count)
+    step = vae.decode_chunk if direction == "decode" else vae.encode_chunk
+    state = start(vae, direction, clip)
+    step(clip, state)
+    vae.flush(state)
+    state = restored(state)
+    steps = state.steps
+    assert vae.flush(state).shape[2] == 0
+    assert step(clip[:, :, :0], state).shape[2] == 0
+    with pytest.raises(ValueError, match=r"must not follow a flush, which ends a stream: start a new one"):
+        step(clip[:, :, :1], state)
+    assert state.steps == steps
+
+
 @pytest.mark.parametrize("name", ENCODERS)
 def test_one_thread_may_encode_while_another_decodes(name):
     vae = small_vae(name)

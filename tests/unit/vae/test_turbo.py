@@ -102,7 +102,7 @@ def test_frames_come_when_their_look_ahead_is_known():
     assert counts == [0, 0, 5, 0, 8]
     assert vae.flush(state).shape[2] == 4
     assert vae.flush(state).shape[2] == 0
-    with pytest.raises(ValueError, match="state was flushed and is at its end"):
+    with pytest.raises(ValueError, match="latents must not follow a flush"):
         vae.decode_chunk(some_latents(1), state)
 
 
