@@ -20,7 +20,7 @@ from genstream.pipelines.allocation import Allocated, AttentionResult, allocated
 from genstream.pipelines.memory import bare_vae
 from genstream.training.denoiser import set_attention
 from genstream.training.model_run import model_folder
-from genstream.training.rollout import GradientCache
+from genstream.training.rollout import Copies, GradientCache
 from genstream.training.self_forcing import SelfForcingSettings
 from genstream.transformer.attention import AttentionProcessor
 from genstream.transformer.causal_dit import CausalDiT
@@ -118,7 +118,7 @@ def distillation_memory(settings: SelfForcingSettings, processes: int) -> Distil
     largest = max(_count(block) for block in (*built.blocks, *taught.blocks))
     passes = _Passes(settings, student, teacher, bare_vae(student.folder))
     chunk, critic = passes.chunk(), passes.critic()
-    graphs = passes.horizon_chunks * chunk.held_bytes
+    graphs = passes.horizon_chunks * chunk.held_bytes + passes.copied_bytes
     return DistillationMemory(
         trained_bytes=_FLOAT * trained // processes,
         frozen_bytes=_FLOAT * frozen // processes,
@@ -157,6 +157,7 @@ class _Passes:
         self.size = (index["default_height"] // ratio, index["default_width"] // ratio)
         window = index.get("window_frames")
         sinks = index.get("sink_frames", 0)
+        self.shares_copies = index.get("context", "clean") == "clean"
         longest = settings.stream_chunks * self.chunk_frames
         self.layout = CacheLayout(
             chunk_frames=self.chunk_frames,
@@ -170,8 +171,24 @@ class _Passes:
         layers: int = self.student.transformer["num_layers"]
         return layers * self._cache(self.student.build(1)).nbytes
 
+    @property
+    def copied_bytes(self) -> int:
+        """Of all past frames that the chunks with gradient see, and of the sinks in each place of theirs.
+
+        0 where each pass makes its own.
+        """
+        if not self.shares_copies:
+            return 0
+        layout, chunks = self.layout, self.horizon_chunks
+        seen_frames = layout.capacity_frames + (chunks - 2) * layout.chunk_frames
+        seen_frames += (chunks - 1) * layout.sink_frames
+        layers: int = self.student.transformer["num_layers"]
+        cache = self._cache(self.student.build(1))
+        frame_bytes = (cache.keys[0].nbytes + cache.values[0].nbytes) // layout.capacity_frames
+        return layers * seen_frames * frame_bytes
+
     def chunk(self) -> Allocated:
-        """The pass of a chunk with gradient, in full context, and its gradient."""
+        """The pass of a chunk with gradient, in full context, and its gradient; copies of the past apart."""
         return self._of_all_layers(self._chunk, self.student)
 
     def critic(self) -> Allocated:
@@ -183,11 +200,15 @@ class _Passes:
         x, frames = self._latents(transformer, self.chunk_frames), self.chunk_frames
         start = 2 * self.chunk_frames * cache.layout.capacity_frames
 
+        copies: Copies = {}
+
         def velocity() -> Tensor:
-            context = GradientCache(cache)
+            context = GradientCache(cache, copies if self.shares_copies else {})
             context.begin(start, frames)
             return self._velocity(transformer, x, range(start, start + frames), context)
 
+        with torch.no_grad():
+            velocity()  # copies the past, which the passes of all chunks share
         return self._with_gradient(velocity, transformer, [x, *cache.tensors().values()])
 
     def _piece(self, transformer: CausalDiT) -> Allocated:

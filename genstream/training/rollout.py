@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,48 +23,77 @@ from genstream.streaming.state import StreamState
 _CONTEXTS = (ContextPolicy.CLEAN, ContextPolicy.RECOMPUTE)
 
 
+Copy = tuple[Tensor, Tensor]
+"""Keys and values of a past frame, `[B, tokens, N, D]`."""
+
+Copies = dict[tuple[int, int, int | None], Copy]
+"""By layer, frame and, for a sink, where it stands."""
+
+_copies: WeakKeyDictionary[KVCache, Copies] = WeakKeyDictionary()
+
+
 class GradientCache:
     """A stream's cache for one pass with gradient: the pass sees all it would write, but writes nothing.
 
-    Later passes overwrite the cache in place, which a graph that has seen it would not survive. What the pass
-    has seen of the past is kept, since gradient checkpointing makes the pass again when all is overwritten.
+    Later passes overwrite the cache in place, which a graph that has seen it would not survive, nor would
+    gradient checkpointing, which makes the pass again when all is overwritten. So the pass sees copies of the
+    past frames.
+
+    Args:
+        past: the stream's cache.
+        copies: what passes before this one have copied, as long as that has not changed; is added to.
     """
 
-    def __init__(self, past: KVCache) -> None:
+    def __init__(self, past: KVCache, copies: Copies) -> None:
         self.past = past
         self.parts: list[CachePart] = []
-        self._seen: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by part and layer
+        self._frames: dict[int, int] = {}  # past frames by their slot, counted from the cache's origin
+        self._shared = copies
+        self._seen: dict[tuple[int, int], dict[int, Copy]] = {}  # by part and layer, then by first token
 
     def begin(self, start: int, frames: int, *, finished_frames: int = 0, past_weight: float = 1.0) -> None:
         """Prepare a pass over `frames` frames from absolute frame `start`."""
         self.past.begin(start, frames, finished_frames=finished_frames, past_weight=past_weight)
         self.parts = list(self.past.parts)
+        layout, first = self.past.layout, start - self.past.origin
+        kept = [*range(min(first, layout.sink_frames)), *layout.kept(first, first + frames)]
+        self._frames = {layout.slot(frame): frame for frame in kept}
 
     def write(
         self, part: CachePart, layer: int, keys: Tensor, rotated_keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """All that the part attends to: a copy of the past, and its own keys and values with gradient."""
+        """All that the part attends to: copies of the past, and its own keys and values with gradient."""
         del keys
-        seen_keys, seen_values = self._past(part, layer)
         own_keys, own_values = rotated_keys[:, part.tokens], values[:, part.tokens]
-        first = part.visible.start or 0
-        for slots, tokens in part.runs:
-            place = slice(slots.start - first, slots.stop - first)
-            seen_keys = _replaced(seen_keys, place, own_keys[:, tokens])
-            seen_values = _replaced(seen_values, place, own_values[:, tokens])
-        return seen_keys, seen_values
+        pieces = dict(self._past(part, layer))
+        pieces |= {slots.start: (own_keys[:, tokens], own_values[:, tokens]) for slots, tokens in part.runs}
+        # In the order of the slots: sums in another one would round differently than without gradient.
+        seen_keys, seen_values = zip(*(pieces[place] for place in sorted(pieces)), strict=True)
+        return torch.cat(seen_keys, dim=1), torch.cat(seen_values, dim=1)
 
-    def _past(self, part: CachePart, layer: int) -> tuple[Tensor, Tensor]:
-        key = (id(part), layer)
-        if key not in self._seen:
-            past, sinks = self.past, self.past.sinks[layer]
-            keys, values = (
-                each[layer][:, part.visible].detach().clone() for each in (past.keys, past.values)
-            )
-            if part.sinks_at is not None:
-                keys[:, : sinks.shape[1]] = rotate(sinks, part.sinks_at)
-            self._seen[key] = keys, values
-        return self._seen[key]
+    def _past(self, part: CachePart, layer: int) -> dict[int, Copy]:
+        """Copies of the visible past frames, by their first token in the buffer."""
+        if (part_id := (id(part), layer)) not in self._seen:
+            shape, sinks = self.past.shape, self.past.layout.sink_frames
+            visible = {
+                (layer, frame, part.sinks_place if frame < sinks else None): shape.tokens(slot, 1)
+                for slot, frame in self._frames.items()
+                if shape.tokens(slot, 1).start >= (part.visible.start or 0)
+            }
+            for gone in [key for key in self._shared if key[0] == layer and key not in visible]:
+                del self._shared[gone]
+            for key, tokens in visible.items():
+                if key not in self._shared:
+                    self._shared[key] = self._copy(part, layer, tokens)
+            self._seen[part_id] = {tokens.start: self._shared[key] for key, tokens in visible.items()}
+        return self._seen[part_id]
+
+    def _copy(self, part: CachePart, layer: int, tokens: slice) -> Copy:
+        past, keys = self.past, self.past.keys[layer]
+        sinks = past.sinks[layer]
+        if part.sinks_at is not None and tokens.start < sinks.shape[1]:
+            keys = rotate(sinks, part.sinks_at)
+        return keys[:, tokens].detach().clone(), past.values[layer][:, tokens].detach().clone()
 
 
 @dataclass(frozen=True)
@@ -104,7 +134,10 @@ class RolloutEngine(CacheEngine):
             with torch.no_grad():
                 return super().predict(x, timestep, state)
         past = state.kv
-        state.kv = cast(KVCache, GradientCache(past))
+        # Finished frames do not change, unless all of them are made anew for every chunk.
+        lasting = state.request.settings.context is ContextPolicy.CLEAN
+        copies = _copies.setdefault(past, {}) if lasting else {}
+        state.kv = cast(KVCache, GradientCache(past, copies))
         try:
             return super().predict(x, timestep, state)
         finally:
@@ -127,7 +160,3 @@ def rollout(engine: RolloutEngine, request: StreamRequest, exit_step: int) -> Te
         assert latents is not None
         chunks.append(latents)
     return torch.cat(chunks, dim=2)
-
-
-def _replaced(x: Tensor, place: slice, values: Tensor) -> Tensor:
-    return torch.cat([x[:, : place.start], values, x[:, place.stop :]], dim=1)
