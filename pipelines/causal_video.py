@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,6 +56,8 @@ from genstream.transformer.adapters import active_loras, loaded_loras
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.vae.protocol import StreamingVAE
 from genstream.vae.wrapping import as_streaming, module_of, streams
+
+logger = logging.getLogger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DEFAULT_SECONDS = 4.0
@@ -479,6 +482,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             settings = _start_from_image(settings)
         if initial_latents is not None:
             self._check_latents(initial_latents, len(embeds), height, width, num_frames)
+        settings = self._fitting(settings, num_frames, initial_latents)
         return StreamRequest(
             prompt=tuple(prompts),
             prompt_embeds=embeds,
@@ -830,6 +834,24 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         preset.check_scheduler(name, type(self.scheduler).__name__)
         preset.check_chunk(name, self.config.chunk_frames)
         preset.check_channels(name, config.in_channels, self.transformer.out_channels)
+
+    def _fitting(
+        self, settings: StreamSettings, num_frames: int | None, initial_latents: Tensor | None
+    ) -> StreamSettings:
+        """Where a chunk is a whole clip, it is as long as the clip; a longer one would not hold together."""
+        if settings.window_frames != 0 or settings.sink_frames != 0 or initial_latents is not None:
+            return settings
+        ratio = self.streaming_vae.spec.temporal_ratio
+        longest = frames_of(settings.chunk_frames, ratio)
+        if num_frames is None or num_frames > longest:
+            logger.warning(
+                f"num_frames is {num_frames or 'endless'}, and this model makes clips of {longest} frames"
+                " that know nothing of each other: it has neither a window nor sinks"
+            )
+            return settings
+        if isinstance(self.scheduler, FewStepScheduler):
+            return settings
+        return replace(settings, chunk_frames=latent_frames_covering(num_frames, ratio))
 
     def _check_size(self, height: int, width: int) -> None:
         _, patch_height, patch_width = self.transformer.config.patch_size

@@ -82,6 +82,9 @@ class LoraLoaderMixin(LoraBaseMixin):
         except SafetensorError as error:
             source = str(pretrained_model_name_or_path_or_dict)
             raise ValueError(f"LoRA {source!r} must be a whole .safetensors file: {error}") from error
+        for name, tensor in tensors.items():
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"LoRA must be finite, got NaN or infinity in {name!r}")
         trained = metadata or _peft_config(pretrained_model_name_or_path_or_dict)
         trained = {name.removeprefix(f"{self.transformer_name}."): value for name, value in trained.items()}
         adapter, config = peft_adapter(tensors, self.transformer, trained)

@@ -23,7 +23,7 @@ from transformers import AutoConfig
 import genstream
 from genstream.cache.joint_context import JointContext
 from genstream.cache.kv_cache import TextCache
-from genstream.io.checkpoint import open_checkpoint
+from genstream.io.checkpoint import naming, open_checkpoint
 from genstream.io.model_folder import INDEX_NAME, read_object
 from genstream.pipelines.allocation import peak_bytes
 from genstream.pipelines.causal_video import ENGINES
@@ -37,7 +37,7 @@ from genstream.streaming.queue_engine import QueueEngine
 from genstream.streaming.request import StreamRequest
 from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSettings
 from genstream.transformer.causal_dit import CausalDiT
-from genstream.transformer.conversion import places, read_config
+from genstream.transformer.conversion import places, whole_config
 from genstream.vae.adapters.registry import adapter_of
 from genstream.vae.protocol import StreamingVAE
 from genstream.vae.tiny import TinyVideoVAE
@@ -183,7 +183,8 @@ class MemoryPlanner:
                 stream would keep everything.
         """
         vae = _vae(plan)
-        config = read_config(read_object(plan.folder / "transformer" / "config.json"))
+        config = transformer_config(plan.folder)
+        transformer_bytes = sum(_transformer_bytes(config, plan).values())  # they must fit before all else
         stream = _Stream(config, vae, plan)
         decoded = replace(_plain(plan), tiny_vae=plan.tiny_vae)
         if decoded not in self._decoding:
@@ -197,7 +198,7 @@ class MemoryPlanner:
         state_bytes, decode_bytes = self._decoding[decoded]
         intake_bytes, intake_pass_bytes = self._taking_in[decoded] if plan.transform else (0, 0)
         return MemoryEstimate(
-            transformer_bytes=sum(_transformer_bytes(config, plan).values()),
+            transformer_bytes=transformer_bytes,
             vae_bytes=_nbytes(_tensors(module_of(vae))),
             text_encoder_bytes=encoder_bytes,
             image_encoder_bytes=_image_encoder_bytes(plan),
@@ -214,19 +215,23 @@ class MemoryPlanner:
 
     def proposals(self, plan: StreamPlan) -> list[Proposal]:
         """What would take less memory; first what harms the picture least."""
-        found, together = [], plan
+        found, together, before = [], plan, self.estimate(plan).peak_bytes
+        least = before
         for option, changed in _smaller(plan):
-            together = replace(together, **changed)
-            alone = replace(plan, **changed)
+            alone, more = replace(plan, **changed), replace(together, **changed)
+            peak_bytes, together_bytes = self.estimate(alone).peak_bytes, self.estimate(more).peak_bytes
+            if peak_bytes > before or together_bytes > least:
+                continue
+            together, least = more, together_bytes
             found.append(
-                Proposal(
-                    option=option,
-                    plan=alone,
-                    peak_bytes=self.estimate(alone).peak_bytes,
-                    together_bytes=self.estimate(together).peak_bytes,
-                )
+                Proposal(option=option, plan=alone, peak_bytes=peak_bytes, together_bytes=together_bytes)
             )
         return found
+
+
+def transformer_config(folder: Path) -> dict[str, Any]:
+    """All arguments of `CausalDiT` of a model folder."""
+    return whole_config(read_object(folder / "transformer" / "config.json"))
 
 
 def _plain(plan: StreamPlan) -> StreamPlan:
@@ -489,8 +494,10 @@ def _tiny_fits(plan: StreamPlan) -> bool:
 
 def _transformer_bytes(config: Mapping[str, Any], plan: StreamPlan) -> dict[str, int]:
     """Of each weight of the transformer."""
-    stored = open_checkpoint(plan.folder / "transformer", None).shapes
-    shapes = {ours: stored[theirs] for ours, theirs in places(stored, config).items()}
+    folder = plan.folder / "transformer"
+    stored = open_checkpoint(folder, None).shapes
+    with naming(folder):
+        shapes = {ours: stored[theirs] for ours, theirs in places(stored, config).items()}
     sizes = _loaded_bytes(shapes, plan.dtype, CausalDiT._keep_in_fp32_modules)
     if plan.weights is not None:
         scale = plan.dtype.itemsize if plan.weights is WeightFormat.INT8 else torch.float32.itemsize
@@ -555,7 +562,7 @@ def _text_tokens(plan: StreamPlan) -> int:
 
 def _smaller_size(plan: StreamPlan) -> tuple[int, int] | None:
     """Three quarters of width and height, in whole tokens; None where nothing is left."""
-    patch = read_config(read_object(plan.folder / "transformer" / "config.json"))["patch_size"][1]
+    patch = transformer_config(plan.folder)["patch_size"][1]
     pixels = _vae(plan).spec.spatial_ratio * patch
     width, height = (3 * side // 4 // pixels * pixels for side in (plan.width, plan.height))
     return (width, height) if min(width, height) > 0 else None

@@ -54,4 +54,6 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 f"{name} must be {list(tensor.shape)} in {type(module).__name__}, "
                 f"got {list(tensors[name].shape)}"
             )
+        if not bool(tensors[name].isfinite().all()):
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
     module.load_state_dict(dict(tensors))

@@ -402,6 +402,8 @@ def _architectures(folder: Path) -> list[str]:
 
 
 def _check_equal(component: Component, name: str, argument: str, config: Mapping[str, Any]) -> None:
+    if config[argument] is None:
+        raise ValueError(f"{component.name} has no place: the transformer has no {argument}")
     if name in component.config and component.config[name] != config[argument]:
         raise ValueError(
             f"{component.name} must have {name} {config[argument]} like the transformer's {argument}, "

@@ -32,6 +32,8 @@ _CONFIG_NAME = "config.json"
 # What a configuration of such a transformer tells, under the names of Wan or of diffusers.
 _TELLING = ({"dim", "num_heads"}, {"num_attention_heads", "attention_head_dim"})
 _ORIGINAL = ("WanModel", "WanTransformer3DModel")
+_STUDENTS = ("generator", "generator_ema")
+"""Weights in a torch file that only distillation leaves."""
 """Classes of Wan's own transformers, in its code and in diffusers."""
 Kind = Literal["genstream", "diffusers"]
 LoRAMode = Literal["merge", "adapter"]
@@ -91,6 +93,8 @@ class ConversionSettings:
             for name in ("text_encoder", "tokenizer", "vae", "image_encoder", "preset"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} has no place in a folder of kind (--to) 'diffusers'")
+        if self.license is not None and not self.license.strip():
+            raise ValueError(f"license (--license) must be a name, got {self.license!r}")
         if self.lora is None and self.lora_alpha is not None:
             raise ValueError(f"lora_alpha (--lora-alpha) needs a lora (--lora), got {self.lora_alpha}")
         if self.lora is None and self.lora_mode != "merge":
@@ -194,7 +198,11 @@ def _plan_transformer(settings: ConversionSettings) -> _Plan:
         config=config,
         tensors=[_cast(tensor, settings.dtype) for tensor in tensors],
         text_tokens=_text_tokens(content),
-        is_original=content.get("_class_name") in _ORIGINAL and is_unwrapped(checkpoint.shapes),
+        is_original=(
+            content.get("_class_name") in _ORIGINAL
+            and is_unwrapped(checkpoint.shapes)
+            and checkpoint.weights not in _STUDENTS
+        ),
         files=[(f"{_TRANSFORMER}{weights}", file) for file in checkpoint.files],
         notes=notes,
     )
@@ -309,6 +317,7 @@ def _card(settings: ConversionSettings, plan: _Plan, parts: Parts) -> Conversion
     files = [*plan.files, *((part.name, file) for part in parts.components for file in part.files)]
     return ConversionCard(
         title=settings.output.name,
+        task="image-to-video" if _takes_image(plan.config) else "text-to-video",
         library=settings.kind,
         usage=_usage(settings, _half(plan.tensors)),
         notes=[*plan.notes, *parts.notes, f"converted by genstream {genstream.__version__}"],
@@ -319,6 +328,10 @@ def _card(settings: ConversionSettings, plan: _Plan, parts: Parts) -> Conversion
         terms=find_license(settings.license, settings.source),
         source=settings.source,
     )
+
+
+def _takes_image(config: Mapping[str, Any]) -> bool:
+    return config["image_dim"] is not None or config["in_channels"] != config["out_channels"]
 
 
 def _license(settings: ConversionSettings, part: str, file: Path) -> str | None:

@@ -86,9 +86,9 @@ def streaming_of(
     if preset is None and not is_own and (source / "scheduler" / _SCHEDULER_CONFIG).is_file():
         return _as_its_scheduler(source, values)
     if preset is None and is_original:
-        return _many_steps(values, _WAN_SHIFT, "as the weights are Wan's own and no student's")
+        return _many_steps(values, _WAN_SHIFT, "as nothing tells that they are a student's weights")
     name = preset or DEFAULT_PRESET
-    if is_own:
+    if is_own and index.get("scheduler", ("", ""))[1] == FewStepScheduler.__name__:
         find_preset(name).check_chunk(name, values["chunk_frames"])
     scheduler = _apply(name, values, config)
     note = f"streams by the preset {name!r}" + ("" if preset else ", as none was given (--preset)")
@@ -117,7 +117,7 @@ def _many_steps(values: dict[str, Any], shift: float, why: str) -> Streaming:
     values |= {"chunk_frames": _WAN_LATENT_FRAMES, "window_frames": 0, "guidance_scale": _WAN_GUIDANCE}
     note = (
         f"makes clips of {_WAN_LATENT_FRAMES} latent frames in {_WAN_STEPS} steps at shift {shift:g} with "
-        f"guidance {_WAN_GUIDANCE:g}, {why}; --preset makes it a student"
+        f"guidance {_WAN_GUIDANCE:g}, {why}; for a student convert with --preset"
     )
     scheduler = FlowEulerScheduler(num_steps=_WAN_STEPS, shift=shift)
     return Streaming(values=values, scheduler=_part(scheduler), note=note)

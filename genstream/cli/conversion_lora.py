@@ -48,7 +48,10 @@ class LoRA:
         layer = self.layers[weight.name]
         down, up = self.checkpoint.tensors[layer.down], self.checkpoint.tensors[layer.up]
         scale = self.alphas[weight.name] / layer.rank
-        return replace(weight, read=lambda: merged(weight.read(), down.read(), up.read(), scale))
+        source = f"{weight.source} with {self.checkpoint.files[0].name}"
+        return replace(
+            weight, source=source, read=lambda: merged(weight.read(), down.read(), up.read(), scale)
+        )
 
     def write_adapter(self, folder: Path) -> None:
         """Write the file that diffusers' `load_lora_adapter` reads."""
@@ -78,7 +81,7 @@ def open_lora(path: Path, config: Mapping[str, Any], weights: Shapes, alpha: flo
     """The LoRA in a file.
 
     Args:
-        path: safetensors or torch file.
+        path: safetensors or torch file, or a folder with one of safetensors.
         config: arguments of `CausalDiT`.
         weights: shapes of the transformer's tensors.
         alpha: where neither the file nor PEFT's configuration beside it tells.
@@ -89,7 +92,7 @@ def open_lora(path: Path, config: Mapping[str, Any], weights: Shapes, alpha: flo
     checkpoint = open_checkpoint(path, None, usual=_USUAL_WEIGHTS)
     with naming(path):
         layers = lora_layers(checkpoint.shapes, config, weights)
-        said = _said_by_peft(path)
+        said = _said_by_peft(checkpoint.files[0])
         alphas = {name: _alpha(name, layer, checkpoint, said, alpha) for name, layer in layers.items()}
     return LoRA(checkpoint=checkpoint, layers=layers, alphas=alphas)
 

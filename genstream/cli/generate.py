@@ -33,19 +33,19 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, help="length of the video (4)")
     length.add_argument("--frames", type=int, help="length in frames: 1 + 4 k for the embedded model")
-    add_run_options(parser)
+    add_run_options(parser, image="image to start from, in the size of the video")
     parser.set_defaults(run=run)
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every command that makes a video with a model."""
+def add_run_options(parser: argparse.ArgumentParser, *, image: str) -> None:
+    """Add the options of every command that makes a video with a model; `image` tells what one is for."""
     parser.add_argument(
         "-o",
         "--output",
         default="out.mp4",
         help=".mp4, .webm, .gif, .png (one frame), or a name without suffix: a folder of png (out.mp4)",
     )
-    parser.add_argument("--image", type=Path, help="image to start from, in the size of the video")
+    parser.add_argument("--image", type=Path, help=image)
     parser.add_argument("--seed", type=int, default=0, help="same seed, same video (0)")
     parser.add_argument("--model", default="toyworld", help="installed model or model folder (toyworld)")
     parser.add_argument(

@@ -83,7 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     plan, planner = make_plan(arguments, folder), MemoryPlanner()
     estimate, reserve_bytes = planner.estimate(plan), int(arguments.reserve * _GIB)
     if arguments.json:
-        print(json.dumps(_figures(estimate, reserve_bytes, planner.proposals(plan)), indent=2))
+        found = planner.proposals(plan)
+        print(json.dumps(_figures(estimate, reserve_bytes, found, arguments.vram), indent=2))
         return 0
     lines = [_title(arguments, plan), *_lines(estimate, reserve_bytes)]
     lines += _verdict(estimate, reserve_bytes, arguments.vram)
@@ -141,14 +142,14 @@ def _settings(arguments: argparse.Namespace, folder: Path) -> StreamSettings:
 
 def _preset(name: str, folder: Path, index: Mapping[str, Any], *, transform: bool) -> Preset:
     """The preset of that name, if the model can be run that way; `transform` tells of a video to follow."""
-    from genstream.transformer.conversion import read_config
+    from genstream.pipelines.memory import transformer_config
 
     preset = find_preset(name)
     if transform:
         preset.check_source(name)
     preset.check_scheduler(name, index["scheduler"][1])
     preset.check_chunk(name, index.get("chunk_frames", StreamSettings.chunk_frames))
-    config = read_config(read_object(folder / "transformer" / "config.json"))
+    config = transformer_config(folder)
     preset.check_channels(name, config["in_channels"], config.get("out_channels", config["in_channels"]))
     return preset
 
@@ -224,17 +225,27 @@ def _table(found: list["Proposal"], reserve_bytes: int, vram: float | None) -> I
         yield "None of it is enough."
 
 
-def _figures(estimate: "MemoryEstimate", reserve_bytes: int, found: list["Proposal"]) -> dict[str, object]:
+def _figures(
+    estimate: "MemoryEstimate", reserve_bytes: int, found: list["Proposal"], vram: float | None
+) -> dict[str, object]:
+    """In bytes; what `fits` is told where the memory of the card is known."""
+
+    def verdict(name: str, size_bytes: int) -> dict[str, bool]:
+        return {} if vram is None else {name: size_bytes + reserve_bytes <= vram * _GIB}
+
     return {
         **dataclasses.asdict(estimate),
         "reserve_bytes": reserve_bytes,
         "streaming_bytes": estimate.streaming_bytes + reserve_bytes,
         "peak_bytes": estimate.peak_bytes + reserve_bytes,
+        **verdict("fits", estimate.peak_bytes),
         "proposals": [
             {
                 "option": proposal.option,
                 "peak_bytes": proposal.peak_bytes + reserve_bytes,
                 "together_bytes": proposal.together_bytes + reserve_bytes,
+                **verdict("fits", proposal.peak_bytes),
+                **verdict("together_fits", proposal.together_bytes),
             }
             for proposal in found
         ],

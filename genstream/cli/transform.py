@@ -24,7 +24,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "transform", help="make a video from a video and a prompt", description=__doc__, allow_abbrev=False
     )
-    parser.add_argument("input", type=Path, help="video file, or folder of png, in the size of the video")
+    parser.add_argument(
+        "input", type=Path, help="video file, or folder of frame_*.png, in the size of the video"
+    )
     parser.add_argument("prompt", help="what to show, such as: a blue square moving left")
     parser.add_argument(
         "--strength",
@@ -34,7 +36,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--motion-aware", action="store_true", help="less noise where the input moves much")
     parser.add_argument("--frames", type=int, help="end after so many frames, if the input is longer")
-    add_run_options(parser)
+    add_run_options(parser, image="image of image-to-video models, in the size of the video")
     parser.set_defaults(run=run)
 
 

@@ -204,7 +204,7 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
         tensors[name] = stored = StoredTensor(
             file=path,
             start=start + first,
-            dtype=_dtype(DTYPES.get(entry["dtype"]), entry["dtype"], name),
+            dtype=_dtype(DTYPES.get(entry["dtype"]), entry["dtype"], name, path),
             shape=tuple(entry["shape"]),
             stride=contiguous_stride(entry["shape"]),
         )
@@ -216,10 +216,10 @@ def _safetensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _dtype(dtype: torch.dtype | None, told: str, name: str) -> torch.dtype:
+def _dtype(dtype: torch.dtype | None, told: str, name: str, path: Path) -> torch.dtype:
     if dtype not in DTYPES.values():
         allowed = ", ".join(str(kind).removeprefix("torch.") for kind in DTYPES.values())
-        raise ValueError(f"{name!r} must be of dtype {allowed}, got {told}")
+        raise ValueError(f"{name!r} must be of dtype {allowed}, got {told} in {str(path)!r}")
     assert dtype is not None
     return dtype
 
@@ -256,7 +256,7 @@ def _stored(path: Path, entry: Mapping[str, Any], size: int) -> StoredTensor:
     tensor = StoredTensor(
         file=path,
         start=entry["start"],
-        dtype=_dtype(getattr(torch, entry["dtype"], None), entry["dtype"], name),
+        dtype=_dtype(getattr(torch, entry["dtype"], None), entry["dtype"], name, path),
         shape=tuple(entry["shape"]),
         stride=tuple(entry["stride"]),
     )

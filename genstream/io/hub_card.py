@@ -88,6 +88,7 @@ class ConversionCard:
     """
 
     title: str
+    task: str
     library: str
     usage: str
     notes: Sequence[str]
@@ -128,7 +129,7 @@ class ConversionCard:
 
     def _header(self) -> str:
         """The Hub takes licences from its list; any other one is "other", with its text linked."""
-        data = ModelCardData(library_name=self.library, pipeline_tag="text-to-video", tags=["genstream"])
+        data = ModelCardData(library_name=self.library, pipeline_tag=self.task, tags=["genstream"])
         if self._others:
             data.license, data.license_name = _OTHER, "several"
             data.license_link = CARD_NAME

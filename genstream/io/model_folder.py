@@ -14,6 +14,7 @@ SHARD_INDICES = "*.safetensors.index.json"
 _CARD_NAME = "model_card.json"
 INDEX_NAME = "model_index.json"
 _MODEL_FILES = ("config.json",)
+_NEEDED = ("transformer", "scheduler")
 _FILES_OF: Mapping[str, tuple[str, ...]] = {
     "Scheduler": ("scheduler_config.json",),
     "TokenizersBackend": ("tokenizer_config.json", "tokenizer.json"),
@@ -100,7 +101,11 @@ def check_model_folder(folder: Path, replaced: Collection[str] = ()) -> None:
     """
     if not (folder / INDEX_NAME).is_file():
         raise ValueError(f"model folder {str(folder)!r} has no {INDEX_NAME}")
-    for name, kind in _components(folder).items():
+    components = _components(folder)
+    for name in _NEEDED:
+        if name not in components and name not in replaced:
+            raise ValueError(f"{str(folder / INDEX_NAME)!r} must name a {name}")
+    for name, kind in components.items():
         if name in replaced:
             continue
         if not (folder / name).is_dir():

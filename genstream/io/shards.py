@@ -23,17 +23,20 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTensor:
-    """A tensor to write; `read` makes it when its turn comes."""
+    """A tensor to write; `read` makes it when its turn comes, of the file that `source` names."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    source: str = ""
 
     @classmethod
     def of(cls, name: str, stored: StoredTensor) -> PlannedTensor:
         """A stored tensor as it is, under another name."""
-        return cls(name=name, dtype=stored.dtype, shape=stored.shape, read=stored.read)
+        return cls(
+            name=name, dtype=stored.dtype, shape=stored.shape, read=stored.read, source=stored.file.name
+        )
 
     @property
     def size_bytes(self) -> int:
@@ -107,7 +110,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         OutputError: `path` is there and not an empty folder, or its parent is missing.
     """
     check_new_folder(path)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.resolve().parent))
+    try:
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.resolve().parent))
+    except OSError as error:
+        raise OutputError(f"cannot write output {str(path)!r}: {error.strerror}") from error
     try:
         yield partial
         partial.chmod(0o755)
@@ -144,7 +150,9 @@ def _numbers(planned: PlannedTensor) -> memoryview:
         raise ValueError(f"{planned.name!r} must be {list(planned.shape)}, got {list(tensor.shape)}")
     # The sum is finite only if all are, and needs no memory; it may overflow in float16, so look closer then.
     if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
+        dtype = str(planned.dtype).removeprefix("torch.")
         raise ValueError(
-            f"{planned.name!r} holds NaN or infinity as {str(planned.dtype).removeprefix('torch.')}"
+            f"{planned.name!r} holds NaN or infinity as {dtype}"
+            + (f", made of {planned.source}" if planned.source else "")
         )
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -41,8 +41,8 @@ Predict = Callable[[Tensor, float], Tensor]
 Draw = Callable[[int], Tensor]
 
 
-class NonFiniteLatentsError(ArithmeticError):
-    """The model produced NaN or infinite latents."""
+class NonFiniteError(ArithmeticError):
+    """Latents or frames are NaN or infinite."""
 
 
 def _wait_a_little() -> None:
@@ -118,7 +118,7 @@ class CacheEngine:
         it resumes or is reset), gives a chunk without latents and frames.
 
         Raises:
-            NonFiniteLatentsError: the chunk's latents are not finite.
+            NonFiniteError: the chunk's latents are not finite.
             ValueError: the stream is finished, or a control does not fit it, such as a prompt that is too
                 long; that control is dropped.
         """
@@ -196,7 +196,7 @@ class CacheEngine:
             source = state.intake.latents[:, :, :frames].to(noise)
             x, schedule = (1 - level) * source + level * noise, schedule.starting_at(level)
         latents = denoise(lambda x, t: self.predict(x, t, state), x, schedule, draw)
-        check_finite(latents, state)
+        check_finite("latents", latents, state)
         return latents
 
     def predict(self, x: Tensor, timestep: float, state: StreamState) -> Tensor:
@@ -441,6 +441,7 @@ class CacheEngine:
             state.vae = state.vae.clone()
         like = next(iter(state.vae.slots.values()))
         frames = self.vae.decode_chunk(latents.to(like), state.vae)
+        check_finite("frames", frames, state)
         if state.request.settings.reencodes:
             recent = frames if state.pixels is None else torch.cat([state.pixels, frames], dim=2)
             kept = frames_of(state.kv.layout.window_frames, self._temporal_ratio)
@@ -576,12 +577,12 @@ def _kept(history: Tensor, state: StreamState) -> Tensor:
     return torch.cat([history[:, :, :sinks], recent], dim=2)
 
 
-def check_finite(latents: Tensor, state: StreamState) -> None:
+def check_finite(name: str, tensor: Tensor, state: StreamState) -> None:
     """One synchronisation, so that a broken chunk never enters the cache, the queue or the video."""
-    if not bool(latents.isfinite().all()):
-        raise NonFiniteLatentsError(
-            f"latents of chunk {state.chunk_index} (from latent frame {state.frame}) are not finite; "
-            f"the model or its dtype ({latents.dtype}) is at fault"
+    if not bool(tensor.isfinite().all()):
+        raise NonFiniteError(
+            f"{name} of chunk {state.chunk_index} (from latent frame {state.frame}) are not finite; "
+            f"the {'VAE' if name == 'frames' else 'model'} or its dtype ({tensor.dtype}) is at fault"
         )
 
 

@@ -47,7 +47,10 @@ class Preset:
     def check_scheduler(self, name: str, scheduler: str) -> None:
         """Raise ValueError if a model with a scheduler of that class cannot be run that way."""
         if scheduler != _FEW_STEP:
-            raise ValueError(f"preset {name!r} needs a few-step student, this model has a {scheduler}")
+            raise ValueError(
+                f"preset {name!r} needs a few-step student, this model has a {scheduler}; if its weights are"
+                f" a student's, genstream convert FOLDER --preset {name} -o NEW_FOLDER says so"
+            )
 
     def check_chunk(self, name: str, chunk_frames: int) -> None:
         """Raise ValueError if a model that was trained for such chunks cannot be run that way."""

@@ -59,8 +59,7 @@ class QueueEngine(CacheEngine):
         """
         if request.transform is not None:
             raise ValueError(
-                "strength must be None for a queue of chunks (Rolling Forcing), which all start as noise and"
-                f" cannot follow a source; got {request.transform.strength:g}"
+                "a source cannot be followed by a queue of chunks (Rolling Forcing), which all start as noise"
             )
         settings, levels = request.settings, len(request.schedule.timesteps)
         chunk, sinks = settings.chunk_frames, settings.sink_frames
@@ -121,7 +120,7 @@ class QueueEngine(CacheEngine):
             advanced.append(schedule.advance(at, chunk, of_chunk, draw))
             start += chunk.shape[2]
         following = torch.cat(advanced, dim=2)
-        check_finite(following, state)
+        check_finite("latents", following, state)
         return following
 
     def _with_noise(self, state: StreamState) -> list[Tensor]:

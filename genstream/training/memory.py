@@ -24,7 +24,7 @@ from genstream.training.rollout import Copies, GradientCache
 from genstream.training.self_forcing import SelfForcingSettings
 from genstream.transformer.attention import AttentionProcessor
 from genstream.transformer.causal_dit import CausalDiT
-from genstream.transformer.conversion import read_config
+from genstream.transformer.conversion import whole_config
 from genstream.vae.protocol import StreamingVAE
 
 _FLOAT = 4
@@ -73,7 +73,7 @@ class _Model:
     def of(cls, name: str, given: str) -> _Model:
         folder = model_folder(name, given)
         index = read_object(folder / INDEX_NAME)
-        return cls(index, read_config(read_object(folder / "transformer" / "config.json")), folder)
+        return cls(index, whole_config(read_object(folder / "transformer" / "config.json")), folder)
 
     def build(self, layers: int | None = None) -> CausalDiT:
         """The transformer without weights."""

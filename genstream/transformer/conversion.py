@@ -197,6 +197,12 @@ def read_config(content: Mapping[str, Any]) -> dict[str, Any]:
     return taken
 
 
+def whole_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of `CausalDiT`: those of a configuration, like `read_config`, and defaults."""
+    known = {**_CONFIG, **read_config(content)}
+    return {**known, "out_channels": known["out_channels"] or known["in_channels"]}
+
+
 def _positive(name: str, content: Mapping[str, Any]) -> float:
     value = content[name]
     if type(value) not in (int, float) or not value > 0:

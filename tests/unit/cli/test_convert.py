@@ -625,12 +625,55 @@ def test_original_weights_stay_many_step_models(wan, vae, tmp_path, capsys):
     save_file({name.removeprefix("model."): weight for name, weight in wan.items()}, folder / "a.safetensors")
     (folder / "config.json").write_text(json.dumps(WAN_CONFIG))
     convert(folder, "-o", tmp_path / "out", "--vae", vae)
-    assert "in 50 steps at shift 5 with guidance 5, as the weights are Wan's own" in capsys.readouterr().out
+    assert "in 50 steps at shift 5 with guidance 5, as nothing tells that" in capsys.readouterr().out
     pipe = CausalVideoPipeline.from_pretrained(tmp_path / "out")
     assert len(pipe.scheduler.schedule().timesteps) == 50
+    convert(tmp_path / "out", "-o", tmp_path / "later", "--preset", "causvid")
+    later = CausalVideoPipeline.from_pretrained(tmp_path / "later")
+    assert later.settings == find_preset("causvid").settings
     convert(folder, "-o", tmp_path / "student", "--vae", vae, "--preset", "causvid")
     pipe = CausalVideoPipeline.from_pretrained(tmp_path / "student")
     assert pipe.settings == find_preset("causvid").settings
+
+
+@pytest.mark.parametrize("name", ["generator", "generator_ema"])
+def test_a_generator_is_a_student_without_prefixes_too(wan, tmp_path, capsys, name):
+    bare = {name.removeprefix("model."): weight for name, weight in wan.items()}
+    torch.save({name: bare}, tmp_path / "student.pt")
+    (tmp_path / "config.json").write_text(json.dumps(WAN_CONFIG))
+    convert(tmp_path / "student.pt", "-o", tmp_path / "out")
+    assert "streams by the preset 'self-forcing', as none was given" in capsys.readouterr().out
+
+
+def test_a_folder_with_a_lora_tells_its_alpha(source, tmp_path, capsys):
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    save_file(lora(), folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 16}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 5}))  # of something else
+    convert(source, "-o", tmp_path / "file", "--lora", folder / "adapter_model.safetensors")
+    convert(source, "-o", tmp_path / "folder", "--lora", folder)
+    first, second = (
+        load_file(tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors")
+        for name in ("file", "folder")
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    capsys.readouterr()
+    command = [source, "--lora", folder, "--lora-alpha", 4, "-o", tmp_path / "out"]
+    check_refused(capsys, command, "must be 16, as the LoRA says, got 4")
+
+
+def test_a_vae_with_nan_is_refused(source, tmp_path, capsys):
+    vae = WanVideoVAE(encoder_widths=(4,) * 5, decoder_widths=(4,) * 5)
+    weights = vae.state_dict()
+    next(iter(weights.values())).view(-1)[0] = torch.nan
+    torch.save(weights, tmp_path / "Wan2.1_VAE.pth")
+    command = [source, "--vae", tmp_path / "Wan2.1_VAE.pth", "-o", tmp_path / "out"]
+    check_refused(capsys, command, "Wan2.1_VAE.pth", "must be finite, got NaN")
+
+
+def test_an_empty_licence_is_refused(source, tmp_path, capsys):
+    check_refused(capsys, [source, "--license", " ", "-o", tmp_path / "out"], "license (--license)", "a name")
 
 
 def test_a_preset_of_other_chunks_is_refused(source, vae, tmp_path, capsys):

@@ -19,7 +19,7 @@ from genstream.cli.pipeline import to_uint8
 from genstream.io.reader import read_video
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.streaming.controls import PromptControl
-from genstream.streaming.engine import CacheEngine, NonFiniteLatentsError
+from genstream.streaming.engine import CacheEngine, NonFiniteError
 from genstream.streaming.state import StreamState
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -207,7 +207,7 @@ def test_bad_request(
             "out of memory: use a smaller",
         ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: use a smaller --size"),
-        (NonFiniteLatentsError("latents of chunk 1 (from latent frame 3) are not finite"), "not finite"),
+        (NonFiniteError("latents of chunk 1 (from latent frame 3) are not finite"), "not finite"),
     ],
 )
 def test_failure_in_the_middle(

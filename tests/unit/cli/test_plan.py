@@ -68,6 +68,14 @@ def test_a_stream_that_follows_a_video(plan):
     assert "'rolling-forcing' starts all chunks as noise and cannot follow a video" in error
 
 
+def test_json_tells_what_fits(plan):
+    figures = json.loads(plan("--json", "--vram", "1.5")[1])
+    assert figures["fits"] is True
+    assert all(found["fits"] and found["together_fits"] for found in figures["proposals"])
+    assert json.loads(plan("--json", "--vram", "0.5")[1])["fits"] is False
+    assert "fits" not in json.loads(plan("--json")[1])
+
+
 def test_what_fits_and_what_does_not(plan):
     figures = json.loads(plan("--json", "--reserve", "0")[1])
     needed = figures["peak_bytes"] / GIB
@@ -174,3 +182,18 @@ def test_a_damaged_model_is_named(plan, tmp_path):
     code, text = plan(model=folder)
     assert code == 2
     assert f"model file {str(path)!r} is cut off" in text
+
+
+def test_an_index_without_scheduler_and_an_empty_configuration(plan, folder, tmp_path):
+    for name, damage in (("bare", {}), ("unscheduled", {"scheduler": None})):
+        shutil.copytree(folder, tmp_path / name)
+        place = tmp_path / name / ("transformer/config.json" if name == "bare" else "model_index.json")
+        content = {} if name == "bare" else json.loads(place.read_text()) | damage
+        content.pop("scheduler", None)
+        place.write_text(json.dumps(content))
+    code, error = plan(model=tmp_path / "bare")
+    assert code == 2
+    assert "transformer': checkpoint lacks 'blocks" in error
+    code, error = plan(model=tmp_path / "unscheduled")
+    assert code == 2
+    assert "model_index.json' must name a scheduler" in error

@@ -551,3 +551,15 @@ def test_float8_storage(build_pipeline):
     assert state.kv.keys[0].dtype == torch.float32
     latents = pipe(RED, num_frames=21, output_type="latent").frames
     assert 0 < (latents - expected).norm() < 0.1 * expected.norm()
+
+
+def test_a_clip_of_one_chunk_is_no_longer_than_asked_for(build_pipeline, caplog):
+    """Many-step models of whole clips denoise as many latent frames as the clip has."""
+    options = {"scheduler": FlowEulerScheduler(num_steps=2), "sink_frames": 0, "window_frames": 0}
+    pipe, short = (build_pipeline(**options, chunk_frames=count) for count in (6, 3))
+    clip = pipe(RED, num_frames=9, output_type="latent").frames
+    assert clip.shape[2] == 3
+    assert torch.equal(clip, short(RED, num_frames=9, output_type="latent").frames)
+    assert not caplog.records
+    pipe.request(RED, num_frames=25)
+    assert "makes clips of 21 frames that know nothing of each other" in caplog.text

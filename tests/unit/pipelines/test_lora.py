@@ -307,3 +307,12 @@ def test_bad_control(arguments, error):
 )
 def test_controls_as_json(control):
     assert from_json(json.loads(json.dumps(to_json(control)))) == control
+
+
+def test_a_lora_with_nan_is_refused(build_pipeline, build_lora):
+    pipe = build_pipeline()
+    tensors = build_lora(pipe.transformer)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="LoRA must be finite, got NaN or infinity in"):
+        pipe.load_lora_weights(tensors, "broken")
+    assert not getattr(pipe.transformer, "peft_config", {})

@@ -7,7 +7,7 @@ import torch
 
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.streaming.controls import PromptControl, ResetControl
-from genstream.streaming.engine import NonFiniteLatentsError
+from genstream.streaming.engine import NonFiniteError
 from genstream.streaming.noise import GivenNoise, SeededNoise
 from genstream.streaming.settings import ContextPolicy, PositionPolicy, RecachePolicy, StreamSettings
 
@@ -254,7 +254,7 @@ def test_a_step_that_fails_leaves_the_stream_as_it_was(pipe, ask, collect, monke
             patch.setattr(pipe.vae, "decode_chunk", fail)
             pipe.step(state)
         bias.data.fill_(float("nan"))
-        with pytest.raises(NonFiniteLatentsError):
+        with pytest.raises(NonFiniteError):
             pipe.step(state)
         bias.data.copy_(good)
         frames.append(pipe.step(state).frames)

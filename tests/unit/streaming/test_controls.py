@@ -15,7 +15,7 @@ from genstream.streaming.controls import (
     from_json,
     to_json,
 )
-from genstream.streaming.engine import NonFiniteLatentsError
+from genstream.streaming.engine import NonFiniteError
 from genstream.streaming.settings import RecachePolicy
 
 RED, BLUE = "a red circle moving right", "a blue square moving left"
@@ -291,7 +291,7 @@ def test_broken_weights_never_reach_cache_or_video(build_pipeline):
     good = bias.detach().clone()
     for index, frames in enumerate(expected):
         bias.data.fill_(float("nan"))
-        with pytest.raises(NonFiniteLatentsError, match=f"chunk {index} .*float32"):
+        with pytest.raises(NonFiniteError, match=f"chunk {index} .*float32"):
             pipe.step(state)
         bias.data.copy_(good)
         assert_same(pipe.step(state).frames, frames)
@@ -348,3 +348,11 @@ def test_controls_from_other_threads(pipe, ask):
     numbers = [item.sequence for item in (*state.log, *state.pending)]
     assert sorted(numbers) == list(range(1, 1801))
     assert len(state.pending) == 900
+
+
+def test_frames_that_are_not_finite_are_never_given(build_pipeline):
+    pipe = build_pipeline()
+    state = pipe.start(pipe.request(RED, num_frames=21))
+    next(pipe.vae.decoder.parameters()).data.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match=r"frames of chunk 0 .* the VAE or its dtype .*float32"):
+        pipe.step(state)

@@ -215,7 +215,7 @@ def test_a_queue_that_does_not_fit_its_window(build_pipeline, pipe):
 
 def test_a_queue_follows_no_source(pipe, ask):
     with pytest.raises(
-        ValueError, match=r"strength must be None for a queue .* cannot follow a source; got 0\.6"
+        ValueError, match=r"a source cannot be followed by a queue of chunks .* start as noise"
     ):
         pipe.start(ask(strength=0.6), source=[torch.zeros(3, 32, 32)])
 
