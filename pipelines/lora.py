@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -88,9 +89,12 @@ class LoraLoaderMixin(LoraBaseMixin):
         trained = metadata or _peft_config(pretrained_model_name_or_path_or_dict)
         trained = {name.removeprefix(f"{self.transformer_name}."): value for name, value in trained.items()}
         adapter, config = peft_adapter(tensors, self.transformer, trained)
-        self.transformer.load_lora_adapter(
-            adapter, prefix=None, adapter_name=adapter_name, metadata=config, _pipeline=self
-        )
+        with warnings.catch_warnings():
+            # Several at once are what adapters are for.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            self.transformer.load_lora_adapter(
+                adapter, prefix=None, adapter_name=adapter_name, metadata=config, _pipeline=self
+            )
 
     def fuse_lora(
         self,

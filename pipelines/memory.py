@@ -79,6 +79,7 @@ class StreamPlan:
         tiny_vae: decode with TAEHV in place of the model's own VAE.
         batch_size: streams that advance together.
         transform: whether it follows a video, which is encoded on the GPU.
+        loras: files or folders of the LoRAs that are loaded.
     """
 
     folder: Path
@@ -94,6 +95,7 @@ class StreamPlan:
     tiny_vae: bool = False
     batch_size: int = 1
     transform: bool = False
+    loras: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,7 @@ class MemoryEstimate:
 
     Attributes:
         transformer_bytes: weights.
+        lora_bytes: weights of the LoRAs.
         vae_bytes: weights.
         text_encoder_bytes: weights that stay; 0 where it is offloaded or there is none.
         image_encoder_bytes: likewise.
@@ -118,6 +121,7 @@ class MemoryEstimate:
     """
 
     transformer_bytes: int
+    lora_bytes: int
     vae_bytes: int
     text_encoder_bytes: int
     image_encoder_bytes: int
@@ -134,7 +138,7 @@ class MemoryEstimate:
     @property
     def resting_bytes(self) -> int:
         """Between two steps of a stream."""
-        weights = self.transformer_bytes + self.vae_bytes
+        weights = self.transformer_bytes + self.lora_bytes + self.vae_bytes
         weights += self.text_encoder_bytes + self.image_encoder_bytes
         stream = self.kv_cache_bytes + self.text_cache_bytes + self.vae_state_bytes + self.intake_bytes
         return weights + stream
@@ -199,6 +203,7 @@ class MemoryPlanner:
         intake_bytes, intake_pass_bytes = self._taking_in[decoded] if plan.transform else (0, 0)
         return MemoryEstimate(
             transformer_bytes=transformer_bytes,
+            lora_bytes=sum(_lora_bytes(path, plan.dtype) for path in plan.loras),
             vae_bytes=_nbytes(_tensors(module_of(vae))),
             text_encoder_bytes=encoder_bytes,
             image_encoder_bytes=_image_encoder_bytes(plan),
@@ -505,6 +510,10 @@ def _transformer_bytes(config: Mapping[str, Any], plan: StreamPlan) -> dict[str,
             if name.partition(".")[0] not in KEPT and name.endswith(".weight") and len(shape) == 2:
                 sizes[name] = shape[0] * shape[1] + shape[0] * scale
     return sizes
+
+
+def _lora_bytes(path: Path, dtype: torch.dtype) -> int:
+    return sum(_loaded_bytes(open_checkpoint(path, None).shapes, dtype, ()).values())
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:

@@ -1,12 +1,13 @@
 """Loading the pipeline, and its frames as bytes."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import PipelineQuantizationConfig
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
@@ -47,7 +48,7 @@ def load_pipeline(
     _use_loras(pipe, loras)
     match TextEncoderOffload(offload):
         case TextEncoderOffload.NONE:
-            pipe.to(target)
+            _move(pipe, target)
         case TextEncoderOffload.MODEL:
             pipe.enable_model_cpu_offload(device=target)
         case TextEncoderOffload.GROUP:
@@ -60,6 +61,17 @@ def quiet_loading() -> None:
     """Hide the bars of diffusers and transformers for reading a few files: they would stand before ours."""
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+
+
+def _move(pipe: CausalVideoPipeline, target: torch.device) -> None:
+    # diffusers warns that half precision cannot run on CPUs, where it runs.
+    logger = diffusers_logging.get_logger(DiffusionPipeline.__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        pipe.to(target)
+    finally:
+        logger.setLevel(level)
 
 
 def _use_loras(pipe: CausalVideoPipeline, loras: Sequence[LoraFile]) -> None:

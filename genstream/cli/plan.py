@@ -54,6 +54,14 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument(
         "--transform", action="store_true", help="for a stream that follows a video, which is encoded too"
     )
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="LoRA that is loaded, a .safetensors file or a folder; may be given several times",
+    )
     parser.add_argument("--tiny-vae", action="store_true", help="decode with TAEHV (the model's own VAE)")
     parser.add_argument(
         "--reserve",
@@ -125,6 +133,7 @@ def make_plan(arguments: argparse.Namespace, folder: Path) -> "StreamPlan":
         tiny_vae=arguments.tiny_vae,
         batch_size=arguments.batch,
         transform=arguments.transform,
+        loras=tuple(arguments.lora),
     )
 
 
@@ -175,6 +184,7 @@ def _title(arguments: argparse.Namespace, plan: "StreamPlan") -> str:
 def _lines(estimate: "MemoryEstimate", reserve_bytes: int) -> Iterator[str]:
     rows = (
         ("weights", "transformer", estimate.transformer_bytes),
+        ("", "LoRA", estimate.lora_bytes),
         ("", "VAE", estimate.vae_bytes),
         ("", "text encoder", estimate.text_encoder_bytes),
         ("", "image encoder", estimate.image_encoder_bytes),

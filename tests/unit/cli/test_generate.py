@@ -1,6 +1,7 @@
 """`generate` end to end, on a pipeline of tiny random weights."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -88,6 +89,13 @@ def test_a_preset_that_the_model_cannot_run(model: str, tmp_path: Path, capsys: 
     assert generate(model, "-o", str(tmp_path / "out.mp4"), "--preset", "motionstream") == 2
     assert "'motionstream' is for image-to-video models" in error_of(capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_half_precision_says_nothing_false(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    records: list[logging.LogRecord] = []
+    monkeypatch.setattr(logging.getLogger("diffusers.pipelines.pipeline_utils"), "handle", records.append)
+    assert generate(model, "-o", str(tmp_path / "out.mp4"), "--frames", "9", "--dtype", "float16") == 0
+    assert [record for record in records if "cannot run with `cpu`" in record.getMessage()] == []
 
 
 def test_eight_bit_weights(model: str, tmp_path: Path):

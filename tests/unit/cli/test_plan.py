@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from sparse_models import write_wan
 
 from genstream.cli.__main__ import main
@@ -66,6 +68,19 @@ def test_a_stream_that_follows_a_video(plan):
     code, error = plan("--transform", "--preset", "rolling-forcing")
     assert code == 2
     assert "'rolling-forcing' starts all chunks as noise and cannot follow a video" in error
+
+
+def test_loras_are_counted(plan, tmp_path):
+    save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7)}, tmp_path / "lora.safetensors")
+    bare, twice = (
+        json.loads(plan("--json", *["--lora", str(tmp_path / "lora.safetensors")] * count)[1])
+        for count in (0, 2)
+    )
+    assert (bare["lora_bytes"], twice["lora_bytes"]) == (0, 2 * 22 * 2)
+    assert twice["peak_bytes"] == bare["peak_bytes"] + 2 * 22 * 2
+    code, error = plan("--lora", str(tmp_path / "nowhere"))
+    assert code == 2
+    assert "nowhere' does not exist" in error
 
 
 def test_json_tells_what_fits(plan):
