@@ -4,6 +4,8 @@ A causal video VAE with temporal ratio r turns the first latent frame into one f
 one into r frames: F = 1 + r (T - 1).
 """
 
+from numbers import Integral
+
 
 def frames_of(latent_frames: int, temporal_ratio: int) -> int:
     """Frames that `latent_frames` (>= 1) decode to: F = 1 + r (T - 1)."""
@@ -40,8 +42,8 @@ def frames_for_seconds(seconds: float, fps: float) -> int:
 
 
 def check_whole(name: str, value: object) -> None:
-    """Raise ValueError unless `value` is an int."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    """Raise ValueError unless `value` is an int, of numpy's too."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
 
 

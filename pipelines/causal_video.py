@@ -184,7 +184,8 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         Args:
             pretrained_model_name_or_path: name of an installed model ("toyworld"), a folder in diffusers
                 layout, or a repository on the Hugging Face Hub.
-            **kwargs: such as `dtype`, or a component to use instead of the folder's.
+            **kwargs: such as `dtype`, float32 for all parts when not given, or a component to use instead of
+                the folder's.
 
         Raises:
             ValueError: a file of the folder is missing or cut off, or a tensor of the transformer is missing,
@@ -192,6 +193,9 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 missing or of another shape; the message names it.
         """
         folder = installed_folder(str(pretrained_model_name_or_path)) or Path(pretrained_model_name_or_path)
+        if "torch_dtype" not in kwargs:
+            # Else transformers loads the text encoder as its file is, and diffusers the rest in float32.
+            kwargs.setdefault("dtype", torch.float32)
         if not folder.is_dir():
             _check_repository(str(pretrained_model_name_or_path))
             loaded: Self = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -458,10 +462,12 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         height = self.config.default_height if height is None else height
         width = self.config.default_width if width is None else width
         self._check_size(height, width)
+        height, width = int(height), int(width)
         if num_frames is not None and seconds is not None:
             raise ValueError(f"num_frames and seconds exclude each other, got {num_frames} and {seconds}")
         if num_frames is not None:
             check_whole("num_frames", num_frames)
+            num_frames = int(num_frames)
             if strength is None:
                 latent_frames_of(num_frames, self.streaming_vae.spec.temporal_ratio)
         if seconds is not None:
@@ -940,11 +946,14 @@ def _transform(strength: float | None, motion: MotionNoise | None) -> TransformS
 
 
 def _seeds(seed: int | list[int], count: int) -> tuple[int, ...]:
-    if isinstance(seed, int):
-        return tuple(seed + i for i in range(count))
+    if not isinstance(seed, list | tuple):
+        check_whole("seed", seed)
+        return tuple(int(seed) + i for i in range(count))
     if len(seed) != count:
         raise ValueError(f"seed must be one number or one for each of {count} videos, got {len(seed)}")
-    return tuple(seed)
+    for each in seed:
+        check_whole("seed", each)
+    return tuple(map(int, seed))
 
 
 def _draw_seeds(generator: torch.Generator | list[torch.Generator], count: int) -> list[int]:

@@ -83,6 +83,9 @@ class Generation:
             if start in taken:
                 raise ValueError(f"switch at {switch.seconds:g}s falls into the same chunk as the one before")
             taken.add(start)
+            if start > switch.seconds * plan.fps:
+                begins = f"frame {start}, {start / plan.fps:.4g} s, where the next chunk starts"
+                print(f"genstream: note: switch at {switch.seconds:g}s begins at {begins}", file=sys.stderr)
             state.submit(PromptControl(prompt=switch.prompt), not_before=start)
         return state
 

@@ -53,7 +53,8 @@ def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, to
 
 def unknown_words(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Words of the prompt that the tokenizer has no token for, in order and once each."""
-    words = dict.fromkeys(re.findall(r"[\w'-]+", prompt.lower()))
+    # Words, and signs that are no punctuation: emoji, for example.
+    words = dict.fromkeys(re.findall(r"[\w'-]+|[^\w\s!-/:-@\[-`{-~\u2010-\u2027]", prompt.lower()))
     return [
         word
         for word in words

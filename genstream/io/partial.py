@@ -1,8 +1,32 @@
-"""The name of an output while it is unfinished."""
+"""An output while it is unfinished: its name, and who writes it."""
 
+import os
 from pathlib import Path
+
+from genstream.io.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that is being written cannot be replaced anyway
+    fcntl = None  # type: ignore[assignment]
 
 
 def partial_path(path: Path) -> Path:
     """Name of the unfinished file or folder: `out.mp4` -> `out.partial.mp4`."""
     return path.with_name(f"{path.stem}.partial{path.suffix}")
+
+
+def claim(path: Path) -> int:
+    """A descriptor that keeps other runs from writing to the unfinished output of `path`; to be closed.
+
+    Raises:
+        OutputError: another run writes it.
+    """
+    descriptor = os.open(partial_path(path), os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise OutputError(f"output path {str(path)!r} is being written by another run") from error
+    return descriptor

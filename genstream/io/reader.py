@@ -18,6 +18,8 @@ from genstream.io.png import FRAME_PATTERN
 from genstream.shapes import check_same_size
 
 _OPAQUE = 255
+_DEEP_MODES = ("I", "F")
+"""Pillow's for 16 and 32 bits, which it would cut off."""
 _FRAME_RATE = re.compile(rb"Video:.* (\d+(?:\.\d+)?) fps")
 
 
@@ -164,6 +166,8 @@ def _open_rgb(path: Path) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith(_DEEP_MODES):
+                raise ValueError(f"image {str(path)!r} must have 8 bits per channel, got mode {upright.mode}")
             if upright.has_transparency_data:
                 lowest_alpha, _ = upright.convert("RGBA").getchannel("A").getextrema()
                 if lowest_alpha != _OPAQUE:

@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 from genstream.io.encoder import VIDEO_SUFFIXES, Encoder
 from genstream.io.errors import OutputError
 from genstream.io.metadata import VideoMetadata
-from genstream.io.partial import partial_path
+from genstream.io.partial import claim, partial_path
 from genstream.io.png import FRAME_PATTERN, UNFINISHED_NAME, PngFolder, PngImage
 
 ALLOWED_PATHS = ".mp4, .webm, .gif, .png (one frame), or no suffix for a folder of png files"
+
+_MOST_FPS = {".gif": 100, ".mp4": 1000, ".webm": 1000}
+"""A gif counts in hundredths of a second."""
 
 
 class FrameSink(Protocol):
@@ -43,13 +46,16 @@ class VideoWriter:
     Encoding runs on a thread, at most one `write` behind.
     """
 
-    def __init__(self, path: Path, sink: FrameSink, *, width: int, height: int, overwrite: bool) -> None:
+    def __init__(
+        self, path: Path, sink: FrameSink, claimed: int, *, width: int, height: int, overwrite: bool
+    ) -> None:
         self.path = path
         self.partial = partial_path(path)
         self.frames_written = 0
         self._frame_shape = (height, width, 3)
         self._overwrite = overwrite
         self._sink = sink
+        self._claimed = claimed
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="video-writer")
         self._pending: Future[None] | None = None
         self._open = True
@@ -122,9 +128,11 @@ class VideoWriter:
             self._pending.result()
 
     def _shut_down(self) -> None:
-        self._open = False
-        self._thread.shutdown()
-        self._sink.release()
+        if self._open:
+            self._open = False
+            self._thread.shutdown()
+            self._sink.release()
+            os.close(self._claimed)
 
     def _remove_partial(self) -> None:
         if self.partial.is_dir():
@@ -147,34 +155,39 @@ def open_writer(
     Sizes in pixels, `fps` in frames per second. Without a suffix, or ending in "/", `path` is a folder.
     """
     target = check_path(path, overwrite=overwrite)
+    if not overwrite and os.path.lexists(partial := partial_path(target)):
+        raise OutputError(f"output path {str(path)!r} would replace {str(partial)!r} and overwriting is off")
     suffix = target.suffix.lower()
     if not 0 < fps < math.inf:
         raise ValueError(f"fps must be a positive number, got {fps}")
+    if fps > (most := _MOST_FPS.get(suffix, math.inf)):
+        raise ValueError(f"fps must be at most {most} for {suffix}, got {fps:g}")
     if suffix in (".mp4", ".webm") and (width % 2 or height % 2):
         raise ValueError(
             f"width and height must be even for {suffix}, got {width}x{height}; .gif and .png take any size"
         )
-    _start_partial(target)
+    claimed = _start_partial(target)
     sink: FrameSink
     if suffix in VIDEO_SUFFIXES:
         sink = Encoder(target, fps=fps, width=width, height=height, metadata=metadata)
     else:
         sink = PngImage(target, metadata) if suffix else PngFolder(target, metadata)
-    return VideoWriter(target, sink, width=width, height=height, overwrite=overwrite)
+    return VideoWriter(target, sink, claimed, width=width, height=height, overwrite=overwrite)
 
 
 def check_path(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """`path` as a Path, if its format is known, its folder exists and nothing stands in the way."""
     target = Path(path)
     suffix = "" if os.fspath(path).endswith(("/", os.sep)) else target.suffix.lower()
-    if target.name in ("", ".."):
+    if target.name in ("", "..", "-") or target.name.lower() in (".png", *VIDEO_SUFFIXES):
         raise ValueError(f"output path must name a file, got {os.fspath(path)!r}; allowed: {ALLOWED_PATHS}")
     if target.suffix and not suffix:
         raise ValueError(f"a folder as output path must have no suffix, got {os.fspath(path)!r}")
     if suffix not in ("", ".png", *VIDEO_SUFFIXES):
         raise ValueError(f"output path must end in {ALLOWED_PATHS}; got {os.fspath(path)!r}")
     if not target.parent.is_dir():
-        raise OutputError(f"output path {str(target)!r}: the folder {str(target.parent)!r} does not exist")
+        found = "is no folder" if target.parent.exists() else "does not exist"
+        raise OutputError(f"output path {str(target)!r}: the folder {str(target.parent)!r} {found}")
     check_replaceable(target, overwrite=overwrite)
     return target
 
@@ -188,7 +201,11 @@ def check_replaceable(path: Path, *, overwrite: bool) -> None:
     if path.is_dir():
         if path.suffix:
             raise OutputError(f"output path {str(path)!r} is a folder; give the name of a file")
+        if path.is_symlink():
+            raise OutputError(f"output path {str(path)!r} is a link to a folder; give the folder's own name")
         _check_only_frames(path)
+    elif not path.suffix:
+        raise OutputError(f"output path {str(path)!r} is a file; without suffix it must be a folder of png")
 
 
 def _check_only_frames(folder: Path) -> None:
@@ -201,17 +218,21 @@ def _check_only_frames(folder: Path) -> None:
         )
 
 
-def _start_partial(target: Path) -> None:
-    """Make the partial file or folder, so that a path that cannot be written is known at once."""
+def _start_partial(target: Path) -> int:
+    """Make and claim the partial file or folder, so that a path that cannot be written is known at once."""
     partial = partial_path(target)
     try:
         if not target.suffix:
             if partial.is_dir():
+                os.close(claim(target))
                 _check_only_frames(partial)
                 shutil.rmtree(partial)
             partial.mkdir()
-        else:
-            partial.open("wb").close()
+            return claim(target)
+        partial.open("ab").close()
+        claimed = claim(target)
+        partial.open("wb").close()
+        return claimed
     except OutputError:
         raise
     except OSError as error:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genstream.shapes import check_whole
 from genstream.streaming.settings import RecachePolicy
 from genstream.transformer.adapters import LoraUse
 
@@ -54,6 +55,7 @@ class PromptControl(Control):
                 )
         elif not self.prompt.strip():
             raise ValueError("prompt must not be empty")
+        check_whole("blend_chunks", self.blend_chunks)
         if self.blend_chunks < 1:
             raise ValueError(f"blend_chunks must be at least 1, got {self.blend_chunks}")
         _check_recache(self.recache)
@@ -128,8 +130,10 @@ class ResetControl(Control):
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
+        if self.seed is not None:
+            check_whole("seed", self.seed)
+            if not 0 <= self.seed < 2**63:
+                raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
 
 
 _KINDS: dict[str, type[Control]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -436,9 +437,9 @@ class CacheEngine:
             return None
         count = self._count_frames(latents.shape[2], state)
         is_last = state.frames_out + count == state.num_frames
-        if is_last or state.held is not None:
-            # One of its own, so that a failure behind the decoding leaves the stream as it was.
-            state.vae = state.vae.clone()
+        # One of its own, so that a failure behind the decoding leaves the stream as it was; a step makes new
+        # tensors and leaves the old ones as they are.
+        state.vae = copy.copy(state.vae)
         like = next(iter(state.vae.slots.values()))
         frames = self.vae.decode_chunk(latents.to(like), state.vae)
         check_finite("frames", frames, state)

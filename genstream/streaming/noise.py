@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from genstream.shapes import check_whole
+
 
 class NoiseSource(Protocol):
     """Noise of a request as a function of place, so that it needs no position of its own.
@@ -45,6 +47,7 @@ class SeededNoise:
 
     def __post_init__(self) -> None:
         for seed in self.seeds:
+            check_whole("seed", seed)
             if not 0 <= seed < 2**63:
                 raise ValueError(f"seed must be in [0, 2^63), got {seed}")
 

@@ -10,6 +10,7 @@ from threading import Lock
 from torch import Tensor
 
 from genstream.cache.kv_cache import KVCache, TextCache
+from genstream.shapes import check_whole
 from genstream.streaming.controls import Applied, Control, Submitted
 from genstream.streaming.intake import Intake
 from genstream.streaming.noise import NoiseSource
@@ -123,6 +124,7 @@ class StreamState:
         """
         if not isinstance(control, Control):
             raise ValueError(f"control must be one of genstream's, got {control!r}")
+        check_whole("not_before", not_before)
         with self.lock:
             self.sequence += 1
             self.pending.append(Submitted(self.sequence, control, not_before))

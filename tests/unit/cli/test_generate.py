@@ -150,6 +150,7 @@ def test_switch_changes_what_follows(model: str, tmp_path: Path, capsys: pytest.
     differing = np.flatnonzero((first != second).any(axis=(1, 2, 3)))
     assert differing[0] == 21  # chunks of 3 latent frames: 9 frames, then 12 each
     assert (plain, switched) == ([], [21])
+    assert "note: switch at 1s begins at frame 21, 1.312 s, where the next chunk starts" in captured.err
     assert "had no effect" not in captured.err
 
 

@@ -96,3 +96,5 @@ def test_unknown_words(tokenizer):
         "an",
     ]
     assert unknown_words("a light-red circle", tokenizer) == []
+    assert unknown_words("a red circle \U0001f680!", tokenizer) == ["\U0001f680"]
+    assert unknown_words("a red circle, (a); a: \u201cred\u201d \u2013 a 'red' circle...?!", tokenizer) == []

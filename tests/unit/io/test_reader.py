@@ -121,3 +121,10 @@ def test_a_video_that_cannot_be_counted_is_named(tmp_path: Path):
     (tmp_path / "text.mp4").write_text("not a video")
     with pytest.raises(ValueError, match=r"text\.mp4' cannot be read"):
         inspect_video(tmp_path / "text.mp4")
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_deep_images_are_refused(tmp_path: Path, mode: str):
+    Image.new(mode, (8, 8), 40000).save(tmp_path / "deep.tiff")
+    with pytest.raises(ValueError, match=r"deep\.tiff' must have 8 bits per channel, got mode"):
+        read_image(tmp_path / "deep.tiff", 8, 8)

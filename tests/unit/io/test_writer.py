@@ -108,7 +108,7 @@ def test_no_overwrite_keeps(tmp_path: Path, name: str):
         ("missing/out.mp4", "does not exist"),
         ("folder.mp4", "is a folder"),
         ("documents", "holds other things"),
-        ("file/out.mp4", "does not exist"),
+        ("file/out.mp4", "is no folder"),
         (f"{'x' * 300}.mp4", "File name too long"),
     ],
 )
@@ -272,3 +272,47 @@ def test_a_png_that_could_not_be_written_leaves_nothing(tmp_path: Path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == []
     assert not getattr(caught.value, "__notes__", [])
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.gif", "frames"])
+def test_two_writers_of_one_name(tmp_path: Path, name: str):
+    with writer_to(tmp_path / name) as writer:
+        writer.write(clip(12))
+        with pytest.raises(OutputError, match=rf"{name}' is being written by another run"):
+            writer_to(tmp_path / name)
+        writer.write(clip(12))
+    assert len(list(read_video(tmp_path / name))) == 24
+    with writer_to(tmp_path / name) as again:
+        again.write(clip(5))
+    assert len(list(read_video(tmp_path / name))) == 5
+
+
+def test_no_overwriting_of_unfinished_outputs(tmp_path: Path):
+    (tmp_path / "out.partial.mp4").write_text("mine")
+    with pytest.raises(OutputError, match=r"would replace .*out\.partial\.mp4' and overwriting is off"):
+        open_writer(
+            tmp_path / "out.mp4", fps=16, width=WIDTH, height=HEIGHT, metadata=METADATA, overwrite=False
+        )
+    assert (tmp_path / "out.partial.mp4").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("name", "fps"), [("out.gif", 101), ("out.mp4", 1e9), ("out.webm", 1001)])
+def test_more_frames_than_a_format_can_hold(tmp_path: Path, name: str, fps: float):
+    with pytest.raises(ValueError, match=r"fps must be at most 100"):
+        open_writer(tmp_path / name, fps=fps, width=WIDTH, height=HEIGHT, metadata=METADATA, overwrite=True)
+    assert os.listdir(tmp_path) == []
+
+
+def test_folders_that_cannot_become_folders(tmp_path: Path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    for name, message in (
+        ("file", "is a file; without suffix it must be a folder of png"),
+        ("link", "is a link to a folder"),
+        ("-", "must name a file"),
+        (".mp4", "must name a file"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            writer_to(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "link"]

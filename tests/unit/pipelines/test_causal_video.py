@@ -563,3 +563,10 @@ def test_a_clip_of_one_chunk_is_no_longer_than_asked_for(build_pipeline, caplog)
     assert not caplog.records
     pipe.request(RED, num_frames=25)
     assert "makes clips of 21 frames that know nothing of each other" in caplog.text
+
+
+def test_all_parts_load_in_the_same_dtype():
+    """Also those whose files are in another one, as the shipped model's are."""
+    for options, dtype in (({}, torch.float32), ({"torch_dtype": torch.bfloat16}, torch.bfloat16)):
+        pipe = CausalVideoPipeline.from_pretrained("toyworld", **options)
+        assert {part.dtype for part in (pipe.text_encoder, pipe.transformer, pipe.vae)} == {dtype}

@@ -3,6 +3,7 @@
 import json
 from threading import Thread
 
+import numpy as np
 import pytest
 import torch
 
@@ -352,7 +353,39 @@ def test_controls_from_other_threads(pipe, ask):
 
 def test_frames_that_are_not_finite_are_never_given(build_pipeline):
     pipe = build_pipeline()
-    state = pipe.start(pipe.request(RED, num_frames=21))
-    next(pipe.vae.decoder.parameters()).data.fill_(float("nan"))
-    with pytest.raises(NonFiniteError, match=r"frames of chunk 0 .* the VAE or its dtype .*float32"):
-        pipe.step(state)
+    expected = [chunk.frames for chunk in pipe.stream(RED, num_frames=45)]
+    state = pipe.start(pipe.request(RED, num_frames=45))
+    weight = next(pipe.vae.decoder.parameters())
+    good = weight.detach().clone()
+    for index, frames in enumerate(expected):
+        weight.data.fill_(float("nan"))
+        message = rf"frames of chunk {index} .* the VAE or its dtype .*float32"
+        with pytest.raises(NonFiniteError, match=message):
+            pipe.step(state)
+        weight.data.copy_(good)
+        assert_same(pipe.step(state).frames, frames)
+
+
+@pytest.mark.parametrize("wrong", [1.5, True, float("nan"), "2"])
+def test_numbers_that_are_not_whole(build_pipeline, wrong):
+    pipe = build_pipeline()
+    with pytest.raises(ValueError, match="blend_chunks must be a whole number"):
+        PromptControl(prompt=RED, blend_chunks=wrong)
+    for seed in (wrong, [wrong]):
+        with pytest.raises(ValueError, match="seed must be a whole number"):
+            pipe.request(RED, seed=seed)
+    with pytest.raises(ValueError, match="seed must be a whole number"):
+        ResetControl(seed=wrong)
+    state = pipe.start(pipe.request(RED))
+    with pytest.raises(ValueError, match="not_before must be a whole number"):
+        state.submit(StopControl(), not_before=wrong)
+    assert not state.pending
+
+
+def test_whole_numbers_of_numpy(build_pipeline, tmp_path):
+    pipe = build_pipeline()
+    sizes = {"num_frames": 9, "height": 32, "width": 32, "seed": 3}
+    whole = {name: np.int64(value) for name, value in sizes.items()}
+    expected, state = pipe.stream(RED, **sizes), pipe.start(pipe.request(RED, **whole))
+    pipe.save_state(state, tmp_path / "stream.safetensors")
+    assert_same(next(pipe.run(state)).frames, next(expected).frames)
