@@ -4,7 +4,7 @@ A causal video VAE with temporal ratio r turns the first latent frame into one f
 one into r frames: F = 1 + r (T - 1).
 """
 
-from numbers import Integral
+from numbers import Integral, Real
 
 
 def frames_of(latent_frames: int, temporal_ratio: int) -> int:
@@ -31,6 +31,9 @@ def latent_frames_covering(frames: int, temporal_ratio: int) -> int:
 
 def frames_for_seconds(seconds: float, fps: float) -> int:
     """Exactly round(seconds * fps) frames; a duration that rounds to no frame is an error."""
+    for name, value in (("fps", fps), ("seconds", seconds)):
+        if not isinstance(value, Real):
+            raise ValueError(f"{name} must be a number, got {value!r}")
     if not 0 < fps < float("inf"):
         raise ValueError(f"fps must be a positive number, got {fps}")
     if not 0 < seconds < float("inf"):

@@ -575,14 +575,21 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         return self.engine.run(state)
 
     def save_state(self, state: StreamState, path: str | Path) -> None:
-        """Write a running stream to a file, to go on later with `load_state`."""
+        """Write a running stream to a file, to go on later with `load_state`.
+
+        Raises:
+            ValueError: the path is a folder, or lies in none.
+            OSError: it cannot be written.
+        """
         fingerprint = model_fingerprint(self.transformer, module_of(self.vae), loras=state.loras)
         save_state(state, path, fingerprint)
 
     def load_state(
         self, path: str | Path, source: FrameSource | Iterable[Picture] | None = None
     ) -> StreamState:
-        """A stream that `save_state` wrote.
+        """A stream that `save_state` wrote, with the same transformer, VAE and LoRAs.
+
+        The text encoder is not compared: only prompts to come depend on it.
 
         Args:
             path: the snapshot.
@@ -658,6 +665,8 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         wanted = callback_on_step_end_tensor_inputs or ["latents"]
         if wanted != ["latents"]:
             raise ValueError(f"callback_on_step_end_tensor_inputs must be ['latents'], got {wanted}")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"callback_on_step_end must be callable, got {callback_on_step_end!r}")
         if num_frames is None and seconds is None:
             seconds = DEFAULT_SECONDS
         _check_one_of(seed=seed, noise=noise, generator=generator)
@@ -888,11 +897,14 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         self, prompt: str | list[str] | None, prompt_embeds: Tensor | None, repeats: int = 1
     ) -> tuple[list[str], Tensor]:
         """Prompts and their embeddings, each `repeats` times."""
+        check_whole("num_videos_per_prompt", repeats)
         if repeats < 1:
             raise ValueError(f"num_videos_per_prompt must be at least 1, got {repeats}")
         if prompt is None and prompt_embeds is None:
             raise ValueError("prompt or prompt_embeds must be given")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        prompts = [prompt] if isinstance(prompt, str) else prompt or []
+        if not isinstance(prompts, list | tuple) or not all(isinstance(text, str) for text in prompts):
+            raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r}")
         if prompt_embeds is None:
             if not prompts:
                 raise ValueError("prompt must name at least one prompt, got an empty list")
@@ -961,6 +973,9 @@ def _draw_seeds(generator: torch.Generator | list[torch.Generator], count: int) 
     if isinstance(generator, list) and len(generator) != count:
         raise ValueError(f"generator must be one or one for each of {count} videos, got {len(generator)}")
     sources = generator if isinstance(generator, list) else [generator] * count
+    for source in sources:
+        if not isinstance(source, torch.Generator):
+            raise ValueError(f"generator must be a torch.Generator or a list of them, got {source!r}")
     return [int(torch.randint(2**63 - 1, (1,), generator=g, device=g.device)) for g in sources]
 
 

@@ -203,6 +203,9 @@ class KVCache:
     def load(self, tensors: dict[str, Tensor], origin: int) -> None:
         """Take over the tensors of a snapshot of a cache of the same shape."""
         for name, tensor in self.tensors().items():
+            if tensors[name].shape != tensor.shape:
+                found = list(tensors[name].shape)
+                raise ValueError(f"{name} must have the cache's shape {list(tensor.shape)}, got {found}")
             tensor.copy_(tensors[name])
         self.origin, self.placed = origin, None
 

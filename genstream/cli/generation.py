@@ -81,7 +81,10 @@ class Generation:
             self.pipe.encode_prompt(switch.prompt)
             start = self._chunk_start_from(math.ceil(switch.seconds * plan.fps), request, switch)
             if start in taken:
-                raise ValueError(f"switch at {switch.seconds:g}s falls into the same chunk as the one before")
+                raise ValueError(
+                    f"switch at {switch.seconds:g}s falls into the same chunk as the one before, which"
+                    f" starts at {start / plan.fps:g}s; choose a time after that"
+                )
             taken.add(start)
             if start > switch.seconds * plan.fps:
                 begins = f"frame {start}, {start / plan.fps:.4g} s, where the next chunk starts"

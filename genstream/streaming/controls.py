@@ -53,6 +53,8 @@ class PromptControl(Control):
                 raise ValueError(
                     f"prompt_embeds must be finite [B, tokens, C], got {list(self.prompt_embeds.shape)}"
                 )
+        elif not isinstance(self.prompt, str):
+            raise ValueError(f"prompt must be one text for the whole batch, got {self.prompt!r}")
         elif not self.prompt.strip():
             raise ValueError("prompt must not be empty")
         check_whole("blend_chunks", self.blend_chunks)

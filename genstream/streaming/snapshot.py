@@ -102,9 +102,15 @@ def save_state(state: StreamState, path: str | Path, fingerprint: str) -> None:
     }
     if not Path(path).parent.is_dir():
         raise ValueError(f"path must lie in an existing folder, got {str(path)!r}")
+    if Path(path).is_dir():
+        raise ValueError(f"path must name a file, got {str(path)!r}, which is a folder")
     partial = Path(f"{path}.partial")
-    save_file(tensors, partial, metadata={_KEY: json.dumps(_meta(state, fingerprint))})
-    os.replace(partial, path)
+    try:
+        save_file(tensors, partial, metadata={_KEY: json.dumps(_meta(state, fingerprint))})
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"path {str(path)!r} cannot be written: {error}") from error
 
 
 def load_state(path: str | Path, engine: CacheEngine) -> StreamState:
@@ -137,6 +143,8 @@ def load_state(path: str | Path, engine: CacheEngine) -> StreamState:
         raise ValueError(f"path must be a whole stream snapshot, got {str(path)!r}: {error}") from error
     except KeyError as error:
         raise ValueError(f"path must be a whole snapshot, got {str(path)!r}, which lacks {error}") from error
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"path must be a snapshot of this version, got {str(path)!r}: {error}") from error
 
 
 def _check_format(meta: dict[str, Any], path: str | Path) -> None:
@@ -205,12 +213,16 @@ def _restore(meta: dict[str, Any], tensors: dict[str, Tensor], engine: CacheEngi
     layout = asdict(state.kv.layout)
     if meta["layout"] != layout:
         raise ValueError(f"snapshot must have the engine's cache layout {layout}, got {meta['layout']}")
-    for name, value in meta["counters"].items():
+    for name in _COUNTERS:
+        value, kind = meta["counters"][name], type(getattr(state, name))
+        if type(value) is not kind:
+            raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r}")
         setattr(state, name, value)
     state.noise = restore_noise(meta["noise"], _under("noise", tensors))
     state.prompt_embeds = tensors["prompt_embeds"].to(state.prompt_embeds)
     with loras_in_use(engine.transformer, loras):
         state.text = engine.text_cache(state.prompt_embeds, state.request)
+    _check_history(tensors["history"], state.history)
     state.history = tensors["history"].to(state.history)
     state.queue = tensors["queue"].to(state.history) if "queue" in tensors else None
     state.kv.load(_under("kv", tensors), meta["origin"])
@@ -231,6 +243,14 @@ def _restore(meta: dict[str, Any], tensors: dict[str, Tensor], engine: CacheEngi
         Submitted(**{**item, "control": from_json(item["control"])}) for item in meta["pending"]
     )
     return state
+
+
+def _check_history(found: Tensor, empty: Tensor) -> None:
+    """The latents must be a stream's of this size, of any length."""
+    (batch, channels, _, *size), shape = empty.shape, list(found.shape)
+    if len(shape) != empty.ndim or [*shape[:2], *shape[3:]] != [batch, channels, *size]:
+        wanted = f"[{batch}, {channels}, any, {size[0]}, {size[1]}]"
+        raise ValueError(f"snapshot must have a history of shape {wanted}, got {shape}")
 
 
 def _restore_request(meta: dict[str, Any], tensors: dict[str, Tensor]) -> StreamRequest:

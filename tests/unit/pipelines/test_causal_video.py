@@ -570,3 +570,20 @@ def test_all_parts_load_in_the_same_dtype():
     for options, dtype in (({}, torch.float32), ({"torch_dtype": torch.bfloat16}, torch.bfloat16)):
         pipe = CausalVideoPipeline.from_pretrained("toyworld", **options)
         assert {part.dtype for part in (pipe.text_encoder, pipe.transformer, pipe.vae)} == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": 5}, "prompt must be a text or a list of texts, got 5"),
+        ({"prompt": [RED, None]}, "prompt must be a text or a list of texts, got"),
+        ({"seconds": "1"}, "seconds must be a number, got '1'"),
+        ({"seconds": 1, "fps": "7"}, "fps must be a number, got '7'"),
+        ({"generator": 5}, "generator must be a torch.Generator or a list of them, got 5"),
+        ({"num_videos_per_prompt": 1.5}, "num_videos_per_prompt must be a whole number, got 1.5"),
+        ({"callback_on_step_end": 5}, "callback_on_step_end must be callable, got 5"),
+    ],
+)
+def test_arguments_of_another_kind(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"prompt": RED, **arguments})

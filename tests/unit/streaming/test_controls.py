@@ -382,6 +382,12 @@ def test_numbers_that_are_not_whole(build_pipeline, wrong):
     assert not state.pending
 
 
+@pytest.mark.parametrize("prompt", [None, [RED, BLUE], 5])
+def test_a_prompt_control_has_one_text(prompt):
+    with pytest.raises(ValueError, match="prompt must be one text for the whole batch, got"):
+        PromptControl(prompt=prompt)
+
+
 def test_whole_numbers_of_numpy(build_pipeline, tmp_path):
     pipe = build_pipeline()
     sizes = {"num_frames": 9, "height": 32, "width": 32, "seed": 3}

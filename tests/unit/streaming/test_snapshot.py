@@ -1,6 +1,7 @@
 """Files of streams that do not fit are refused by name."""
 
 import json
+import resource
 
 import pytest
 from safetensors import safe_open
@@ -80,6 +81,59 @@ def test_a_folder_that_does_not_exist(saved, pipe, tmp_path):
     state = pipe.load_state(saved)
     with pytest.raises(ValueError, match=r"path must lie in an existing folder, got .*missing"):
         pipe.save_state(state, tmp_path / "missing" / "state.safetensors")
+    with pytest.raises(ValueError, match=r"path must name a file, got .* which is a folder"):
+        pipe.save_state(state, tmp_path)
+
+
+def test_a_full_disk_leaves_the_snapshot_before(saved, pipe, tmp_path):
+    """A file size limit stands in for it."""
+    before, state = saved.read_bytes(), pipe.load_state(saved)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+        with pytest.raises(OSError, match=r"path .*stream\.safetensors' cannot be written: .*"):
+            pipe.save_state(state, saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["stream.safetensors"]
+    assert saved.read_bytes() == before
+
+
+def meta_of(path):
+    with safe_open(str(path), framework="pt") as file:
+        return json.loads(file.metadata()["genstream_stream"])
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("request", {"settings": {"unheard_of": 1}}),
+        ("request", {"schedule": {"kind": "Unheard", "timesteps": [1.0], "sigmas": [1.0]}}),
+        ("counters", {"frame": "9"}),
+        ("counters", {"paused": 1}),
+    ],
+)
+def test_what_this_version_does_not_know(saved, pipe, part, change):
+    with_meta(saved, **{part: {**meta_of(saved)[part], **change}})
+    with pytest.raises(ValueError, match=r"path must be a snapshot of this version, got .*stream"):
+        pipe.load_state(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("history", r"must have a history of shape \[1, 4, any, 4, 4\], got"),
+        ("kv.keys.0", r"keys\.0 must have the cache's shape"),
+    ],
+)
+def test_tensors_of_another_shape(saved, pipe, name, message):
+    with safe_open(str(saved), framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(saved)
+    tensors[name] = tensors[name][:, :1].clone()
+    save_file(tensors, saved, metadata=metadata)
+    with pytest.raises(ValueError, match=message):
+        pipe.load_state(saved)
 
 
 def test_a_folder_is_no_snapshot(pipe, tmp_path):
