@@ -50,6 +50,9 @@ class VAESpec:
 class VAEState:
     """Everything that changes while one stream is encoded or decoded; advanced in place by the VAE.
 
+    A step puts new tensors into `slots` and leaves those of before as they are: `copy.copy` of a state is
+    enough to go back to.
+
     Attributes:
         direction: what the state is for.
         vae: class, settings and weights of the VAE that made it; any other refuses the state.

@@ -397,7 +397,7 @@ class CacheEngine:
         height, width = self._latent_size(request)
         state.kv = self.transformer.kv_cache(state.kv.layout, request.batch_size, height, width)
         if state.vae is not None and state.waiting_frames > 0:
-            held = self.vae.flush(state.vae.clone())
+            held = self.vae.flush(copy.copy(state.vae))
             state.held = held if state.held is None else torch.cat([state.held, held], dim=2)
         state.vae = self._vae_state(request)
         state.history = state.history[:, :, :0]
