@@ -1,20 +1,16 @@
 """The suite of ablations, from nothing to its page, in tiny."""
 
-import importlib.util
-from pathlib import Path
+import os
+import time
 
 import pytest
 
-SUITE = Path(__file__).resolve().parents[2] / "benchmarks" / "training.py"
+import benchmarks.training as module
 
 
 @pytest.fixture
 def suite(tmp_path, monkeypatch):
     """The module, with fewer runs, that writes into a temporary folder."""
-    spec = importlib.util.spec_from_file_location("training_benchmark", SUITE)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, spec.name, module)
-    spec.loader.exec_module(module)
     (tmp_path / "pictures").mkdir()
     changes = {
         "PAGE": tmp_path / "training.md",
@@ -55,7 +51,7 @@ def test_the_suite_writes_its_page_and_goes_on_where_it_was_cut_off(suite, tmp_p
     with pytest.raises(KeyboardInterrupt):
         suite.main(["--output", str(output)], scale)
     logs = {path: path.read_text() for path in output.rglob("log.csv")}
-    assert len(logs) == 6  # both phases of the VAE, base, teacher, teacher forcing, diffusion forcing
+    assert len(logs) == 4  # both phases of the VAE, base, teacher
     monkeypatch.setattr(suite, "distill_student", distill)
     suite.main(["--output", str(output)], scale)
     assert all(path.read_text() == text for path, text in logs.items())
@@ -69,3 +65,14 @@ def test_the_suite_writes_its_page_and_goes_on_where_it_was_cut_off(suite, tmp_p
     assert len(scores) == 3 + 2 + 4 + 2 + 2
     suite.main(["--output", str(output)], scale)  # all is there: nothing is judged again
     assert all(path.stat().st_mtime_ns == written for path, written in scores.items())
+
+
+@pytest.mark.slow
+def test_jobs_side_by_side_wait_for_what_they_start_from():
+    second = module.Job(name="second", function=time.time_ns, arguments=(), after=("first",))
+    first = module.Job(name="first", function=time.time_ns, arguments=())
+    process = module.Job(name="process", function=os.getpid, arguments=())
+    done = module.do_all([second, first, process], 2)
+    assert done.keys() == {"first", "second", "process"}
+    assert done["first"] < done["second"]
+    assert done["process"] != os.getpid()
