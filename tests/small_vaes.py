@@ -198,13 +198,21 @@ OWN = {
         TinyVideoVAE,
         TINY | {"first_frame_copies": 3, "encoder_start": "still", "decoder_blocks": (1, 3, 2)},
     ),
+    "tiny_folding": (
+        TinyVideoVAE,
+        TINY | {"first_frame_copies": 3, "decoder_spatial_strides": (2, 2, 1), "decoder_patch_size": 2},
+    ),
     "taehv": (TinyVideoVAE, TINY),
     "taehv_super": (TinyVideoVAE, TINY | {"decoder_block": "super"}),
     "taehv_wide": (TinyVideoVAE, TINY | {"encoder_block": "wide", "decoder_block": "wide"}),
     "wan2.1": (WanVideoVAE, WIDTHS),
     "wan2.2": (WanVideoVAE, WIDTHS | {"version": "2.2", "patch_size": 2}),
     "causal": (CausalVideoVAE, CAUSAL),
-    "causal_channel": (CausalVideoVAE, CAUSAL | {"norm": "channel", "latents": "deterministic"}),
+    # The root mean square of fewer channels comes near zero at some pixels and magnifies their rounding.
+    "causal_channel": (
+        CausalVideoVAE,
+        CAUSAL | {"norm": "channel", "latents": "deterministic", "block_out_channels": (8, 8, 8, 8)},
+    ),
     "turbo": (TurboVAED, TURBO | {"decoder_causal": True, "depthwise_causal": True}),
     "turbo_windows": (TurboVAED, TURBO | {"context_latents": 2, "chunk_latents": 2, "lookahead_latents": 1}),
     "tiled": (TinyVideoVAE, TINY | {"patch_size": 2, "first_frame_copies": 3}),

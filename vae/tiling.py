@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from genstream.vae.checks import check_frames, check_owner, check_start
+from genstream.vae.checks import check_clip, check_frames, check_owner, check_start
 from genstream.vae.chunks import decoding_state
 from genstream.vae.protocol import Direction, StreamingVAE, VAESpec, VAEState
 
@@ -103,8 +103,11 @@ class TiledVAE:
         return rest
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Latents of a whole clip [B, 3, first_frames + r (T - 1), H, W]."""
-        check_frames(frames, self.spec)
+        """Latents of a whole clip [B, 3, first_frames + r (T - 1), H, W]; any F where the VAE takes it."""
+        if getattr(self.vae, "is_aligned", True):
+            check_frames(frames, self.spec)
+        else:
+            check_clip("frames", frames)
         state = self.init_state("encode", frames.shape[0], frames.shape[3], frames.shape[4])
         return torch.cat([self.encode_chunk(frames, state), self.flush(state)], dim=2)
 

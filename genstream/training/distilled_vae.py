@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ class VAEDistillationSettings(VAERunSettings):
         widths: channels of the student's decoder from the latents to the frames: of "tiny" four, of "turbo"
             one for each size of frames on the way.
         blocks: residual blocks of each stage of the decoder of "tiny".
+        growths: stages of it that double height and width, the first ones; the last layer unfolds the rest.
         encoder_width: channels of the encoder that "tiny" learns.
         layers: residual blocks of each level of "turbo".
         causal: whether "turbo" looks back only and so streams exactly; published ones do not.
@@ -75,8 +76,9 @@ class VAEDistillationSettings(VAERunSettings):
     clip_latents: tuple[int, ...] = (2, 3, 5)
     teacher: str = "toyworld"
     student: Literal["tiny", "turbo"] = "tiny"
-    widths: tuple[int, ...] = (64, 48, 28, 16)
+    widths: tuple[int, ...] = (64, 48, 32, 32)
     blocks: tuple[int, ...] = (2, 2, 1)
+    growths: int = 2
     encoder_width: int = 64
     layers: int = 2
     causal: bool = True
@@ -93,6 +95,8 @@ class VAEDistillationSettings(VAERunSettings):
             raise ValueError(f"student must be 'tiny' or 'turbo', got {self.student!r}")
         if not self.widths or min(self.widths) < 1:
             raise ValueError(f"widths must be numbers of at least 1, got {list(self.widths)}")
+        if not 0 <= self.growths <= STAGES:
+            raise ValueError(f"growths must be from 0 to {STAGES}, got {self.growths}")
         for name in ("layers", "encoder_width"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -187,16 +191,23 @@ def _tiny_student(settings: VAEDistillationSettings, teacher: TinyVideoVAE) -> T
     """The teacher with another decoder; its encoder is not trained."""
     # Private entries record which values were defaults, and would discard the others.
     config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
-    decoder = {
-        "decoder_widths": list(settings.widths),
-        "decoder_blocks": list(settings.blocks),
-        "decoder_block": "base",
-    }
-    student: TinyVideoVAE = TinyVideoVAE(**{**config, **decoder})
+    student: TinyVideoVAE = TinyVideoVAE(**{**config, **_tiny_decoder(settings, teacher.spec)})
     initialise_decoder(student)
     student.encoder.load_state_dict(teacher.encoder.state_dict())
     student.encoder.requires_grad_(requires_grad=False)
     return student
+
+
+def _tiny_decoder(settings: VAEDistillationSettings, spec: VAESpec) -> dict[str, Any]:
+    """Configuration of a decoder of the teacher's ratio."""
+    grown = HALVING**settings.growths
+    return {
+        "decoder_widths": list(settings.widths),
+        "decoder_blocks": list(settings.blocks),
+        "decoder_block": "base",
+        "decoder_spatial_strides": [HALVING] * settings.growths + [1] * (STAGES - settings.growths),
+        "decoder_patch_size": spec.spatial_ratio // grown,
+    }
 
 
 def _tiny_student_of_another(settings: VAEDistillationSettings, spec: VAESpec) -> TinyVideoVAE:
@@ -212,8 +223,7 @@ def _tiny_student_of_another(settings: VAEDistillationSettings, spec: VAESpec) -
         latent_channels=spec.latent_channels,
         patch_size=spec.spatial_ratio // HALVING**STAGES,
         encoder_width=settings.encoder_width,
-        decoder_widths=list(settings.widths),
-        decoder_blocks=list(settings.blocks),
+        **_tiny_decoder(settings, spec),
         encoder_temporal_strides=strides[::-1],
         decoder_temporal_strides=strides,
         first_frame_copies=spec.temporal_ratio - 1,

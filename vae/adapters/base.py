@@ -200,7 +200,7 @@ class Adapter(ABC):
             latents.append(self.scale.normalised(raw, memory.steps))
             frames = frames[:, :, count:]
             memory.advance(piece)
-        state.advance(sum(pieces), {**memory.past, _PENDING: frames.detach().clone()})
+        state.advance(sum(pieces), self._slots(memory, frames))
         return torch.cat(latents, dim=2)
 
     def _decode_pieces(self, latents: Tensor, pieces: list[int], state: VAEState) -> Tensor:
@@ -212,8 +212,13 @@ class Adapter(ABC):
             frames.append(self._decode_piece(raw, memory))
             latents = latents[:, :, piece:]
             memory.advance(piece)
-        state.advance(sum(pieces), {**memory.past, _PENDING: latents.detach().clone()})
+        state.advance(sum(pieces), self._slots(memory, latents))
         return torch.cat(frames, dim=2)
+
+    def _slots(self, memory: Memory, waiting: Tensor) -> dict[str, Tensor]:
+        """What to remember, in the precision of the weights: autocast may have made it coarser."""
+        past = {name: slot.to(self.dtype) for name, slot in memory.past.items()}
+        return {**past, _PENDING: waiting.detach().clone()}
 
     def _flush_encode(self, state: VAEState) -> Tensor:
         self._check_state(state, "encode")

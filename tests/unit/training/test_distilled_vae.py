@@ -79,6 +79,8 @@ def test_a_tiny_student_keeps_all_but_the_decoder(tmp_path):
     teacher, student = (load_vae(tmp_path / name) for name in ("teacher", "run/vae"))
     assert list(student.config.decoder_widths) == [4, 4, 4, 4]
     assert list(student.config.decoder_blocks) == [1, 2, 1]
+    assert list(student.config.decoder_spatial_strides) == [2, 2, 1]
+    assert student.config.decoder_patch_size == 2 * teacher.config.patch_size
     frames = torch.rand(1, 3, 5, 32, 32) * 2 - 1
     with torch.no_grad():
         latents = student.encode(frames)
@@ -242,6 +244,7 @@ def test_a_teacher_whose_frames_are_shifted_is_refused(tmp_path):
         ({"student": "huge"}, "student must be 'tiny' or 'turbo', got 'huge'"),
         ({"widths": (0,)}, r"widths must be numbers of at least 1, got \[0\]"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
+        ({"growths": 4}, "growths must be from 0 to 3, got 4"),
         ({"feature_pairs": ("a",)}, "feature_pairs must be like .*, got 'a'"),
         ({"latents_noise": 1.0}, r"latents_noise must be in \[0, 1\), got 1\.0"),
         ({"total_steps": 0}, "total_steps must be at least 1, got 0"),

@@ -3,6 +3,7 @@
 import copy
 import random
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -51,6 +52,19 @@ def start(vae: StreamingVAE, direction: Direction, data: Tensor) -> VAEState:
     """State of a stream of frames or latents like `data`."""
     scale = vae.spec.spatial_ratio if direction == "decode" else 1
     return vae.init_state(direction, data.shape[0], data.shape[3] * scale, data.shape[4] * scale)
+
+
+def beginning(
+    name: str, direction: Direction, dtype: torch.dtype = torch.float64
+) -> tuple[StreamingVAE, Tensor, Callable[[Tensor, VAEState], Tensor], VAEState]:
+    """A VAE, a clip for it, its step and a state that has not started."""
+    if name in DECODERS and direction == "encode":
+        pytest.skip("has no encoder")
+    vae = small_vae(name) if dtype == torch.float64 else in_precision(small_vae(name), dtype)
+    count = enough_latents(vae)
+    clip = latents_for(vae, count) if direction == "decode" else frames_for(vae, count)
+    step = vae.decode_chunk if direction == "decode" else vae.encode_chunk
+    return vae, clip.to(dtype), step, start(vae, direction, clip)
 
 
 def restored(state: VAEState) -> VAEState:
@@ -220,13 +234,7 @@ def test_a_chunk_costs_the_same_however_long_the_stream(name, direction):
 @pytest.mark.parametrize("name", EVERY)
 def test_a_step_leaves_the_tensors_of_its_state_as_they_are(name, direction):
     """So that a shallow copy of a state is enough to go back to."""
-    if name in DECODERS and direction == "encode":
-        pytest.skip("has no encoder")
-    vae = small_vae(name)
-    count = enough_latents(vae)
-    clip = latents_for(vae, count) if direction == "decode" else frames_for(vae, count)
-    step = vae.decode_chunk if direction == "decode" else vae.encode_chunk
-    state = start(vae, direction, clip)
+    vae, clip, step, state = beginning(name, direction)
     for act in (lambda: step(clip, state), lambda: step(clip, state), lambda: vae.flush(state)):
         before = copy.copy(state)
         kept = {key: slot.clone() for key, slot in before.slots.items()}
@@ -238,13 +246,7 @@ def test_a_step_leaves_the_tensors_of_its_state_as_they_are(name, direction):
 @pytest.mark.parametrize("direction", ["encode", "decode"])
 @pytest.mark.parametrize("name", EVERY)
 def test_nothing_follows_a_flush(name, direction):
-    if name in DECODERS and direction == "encode":
-        pytest.skip("has no encoder")
-    vae = small_vae(name)
-    count = enough_latents(vae)
-    clip = latents_for(vae, count) if direction == "decode" else frames_for(vae, count)
-    step = vae.decode_chunk if direction == "decode" else vae.encode_chunk
-    state = start(vae, direction, clip)
+    vae, clip, step, state = beginning(name, direction)
     step(clip, state)
     vae.flush(state)
     state = restored(state)
@@ -254,6 +256,20 @@ def test_nothing_follows_a_flush(name, direction):
     with pytest.raises(ValueError, match=r"must not follow a flush, which ends a stream: start a new one"):
         step(clip[:, :, :1], state)
     assert state.steps == steps
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("name", EVERY)
+def test_memory_keeps_its_precision_under_autocast(name, direction):
+    """So that a stream may go on outside of it, and its state is that of the weights."""
+    vae, clip, step, state = beginning(name, direction, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        coarse = torch.cat([step(clip, state) for _ in range(2)], dim=2)
+    assert {slot.dtype for slot in state.slots.values()} == {torch.float32}
+    again = start(vae, direction, clip)
+    exact = torch.cat([step(clip, again) for _ in range(2)], dim=2)
+    assert 0 < (coarse - exact).abs().mean() < 0.1
+    assert step(clip, state).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ENCODERS)

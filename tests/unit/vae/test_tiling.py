@@ -38,6 +38,13 @@ def restored(state: VAEState) -> VAEState:
     return VAEState.restore({name: slot.clone() for name, slot in state.tensors().items()}, state.meta())
 
 
+def test_a_clip_has_as_many_frames_as_the_vae_takes():
+    published = TinyVideoVAE(latent_channels=4, encoder_width=6, decoder_widths=[8, 6, 5, 4]).double()
+    assert TiledVAE(published, TILING).encode(clip(6)).shape[2] == 2  # fills up its last group
+    with pytest.raises(ValueError, match=r"frames must be 1 \+ 4n along dimension 2, got 6"):
+        TiledVAE(small_vae(), TILING).encode(clip(6))
+
+
 @pytest.mark.parametrize("parts", [[1] * 5, [2, 0, 3], [3, 1, 1]])
 def test_tiles_of_a_stream_equal_those_of_the_whole_clip(parts):
     tiled = TiledVAE(small_vae(), TILING)

@@ -222,6 +222,10 @@ def test_sizes_and_counts_that_do_not_divide_are_refused():
         vae.decode(torch.zeros((4, 2, 2), dtype=torch.float64))
     with pytest.raises(ValueError, match=r"latents must be torch.float64 on cpu like .* got torch.float32"):
         vae.decode(torch.zeros((1, 4, 1, 2, 2)))
+    with pytest.raises(
+        ValueError, match=r"decoder_patch_size .* encoder's 8 or less, got 2 times \[2, 2, 2\]"
+    ):
+        TinyVideoVAE(decoder_patch_size=2)
     with pytest.raises(ValueError, match="first_frame_copies must be 0 or 3, got 2"):
         small_vae(first_frame_copies=2)
     with pytest.raises(ValueError, match="encoder_start must be one of zeros, still, got 'frame'"):

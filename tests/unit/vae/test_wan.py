@@ -257,19 +257,6 @@ def test_works_when_loaded_in_half_precision(tmp_path):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_memory_stays_in_float32_under_autocast(version):
-    vae = build(version).float()
-    latents, frames = random_latents(vae, 3).float(), random_frames(5).float()
-    states = [vae.init_state(direction, 2, HEIGHT, WIDTH) for direction in ("decode", "encode")]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        decoded = [vae.decode_chunk(part, states[0]) for part in latents.split(1, dim=2)]
-        encoded = [vae.encode_chunk(part, states[1]) for part in frames.split([1, 4], dim=2)]
-    assert {slot.dtype for state in states for slot in state.slots.values()} == {torch.float32}
-    assert (torch.cat(decoded, dim=2) - vae.decode(latents)).abs().mean() < 0.02
-    assert (torch.cat(encoded, dim=2) - vae.encode(frames)).abs().mean() < 0.02
-
-
-@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_files_say_what_they_are(version, suffix, tmp_path):
     from safetensors.torch import save_file
