@@ -10,27 +10,18 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
+from diffusers import AutoencoderKL
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from genstream.vae.causal_network import Decoder, Encoder, NetworkSettings, Norm, inflate
-from genstream.vae.checks import (
-    check_chunk,
-    check_frames,
-    check_start,
-    check_state,
-    check_tensor,
-    latent_statistics,
-)
-from genstream.vae.chunks import cut_clip, decoding_state
+from genstream.vae.checks import check_state, check_tensor
 from genstream.vae.identity import describe
 from genstream.vae.layers import CausalConv3d, CausalInterpolation, FrameConv, Memory, remembering_layers
+from genstream.vae.native import PENDING, RGB, NativeVAE
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 
-_RGB = 3
-_PENDING = "pending"
 _TEXT = "text"
 _TEXT_MASK = "text_mask"
 _LOG_VARIANCE_RANGE = (-30.0, 20.0)
@@ -60,7 +51,7 @@ class Posterior:
         return self.mean + torch.exp(0.5 * self.log_variance) * noise
 
 
-class CausalVideoVAE(ModelMixin, ConfigMixin):
+class CausalVideoVAE(NativeVAE):
     """Causal video VAE for images and videos of any length that satisfies `StreamingVAE`.
 
     Frames are [B, 3, F, H, W] in [-1, 1], latents [B, C, T, h, w] with F = 1 + r (T - 1).
@@ -118,9 +109,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
         network = self._network(decoder_temporal_kernels)
         self.decoder = Decoder(network, latent_channels, text_dim, text_heads)
         self._memory_latents = _memory_latents(self.decoder)
-        mean, std = latent_statistics(latents_mean, latents_std, latent_channels)
-        self.register_buffer("_latents_mean", mean, persistent=False)
-        self.register_buffer("_latents_std", std, persistent=False)
+        self._set_statistics(latents_mean, latents_std, latent_channels)
 
     @classmethod
     def from_image_vae(
@@ -173,28 +162,6 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
             memory_latents=self._memory_latents,
         )
 
-    @apply_forward_hook  # type: ignore[untyped-decorator]
-    def init_state(self, direction: Direction, batch_size: int, height: int, width: int) -> VAEState:
-        """State of a stream that has not started; `height` and `width` in pixels."""
-        check_start(direction, batch_size, height, width, self.spec.spatial_ratio)
-        state = VAEState(
-            direction=direction,
-            vae=describe(self),
-            batch_size=batch_size,
-            height=height,
-            width=width,
-        )
-        like = self._weight
-        network = self.encoder if direction == "encode" else self.decoder
-        for name in remembering_layers(network).values():
-            state.slots[name] = like.new_zeros((batch_size, 0))
-        if direction == "encode":
-            state.slots[_PENDING] = like.new_zeros((batch_size, _RGB, 0, height, width))
-        else:
-            state.slots[_TEXT] = like.new_zeros((batch_size, 0, self.config.text_dim or 0))
-            state.slots[_TEXT_MASK] = like.new_zeros((batch_size, 0))
-        return state
-
     def condition(self, state: VAEState, text: Tensor, mask: Tensor) -> None:
         """Let the decoder follow a caption from the next chunk on; no tokens at all stand for none.
 
@@ -203,7 +170,7 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
             text: [B, L, D] tokens of a text encoder.
             mask: [B, L], 0 where a caption has no token.
         """
-        self._check_state(state, "decode")
+        check_state(state, "decode", describe(self), self._weight)
         if self.config.text_dim is None:
             raise ValueError("text needs a VAE with text_dim, got one whose text_dim is None")
         like = self._weight
@@ -231,11 +198,11 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
         return posterior
 
     @apply_forward_hook  # type: ignore[untyped-decorator]
-    def decode_chunk(self, latents: Tensor, state: VAEState) -> Tensor:
-        """Frames [B, 3, F, H, W] in [-1, 1] of `latents` [B, C, T, h, w]; the stream's first gives one."""
+    def decode_chunk_unclamped(self, latents: Tensor, state: VAEState) -> Tensor:
+        """`decode_chunk` before the clamp, whose gradient is zero outside the range."""
         frames, slots = self._decode(latents, state)
         state.advance(latents.shape[2], _detached(slots))
-        return frames.clamp(-1, 1)
+        return frames
 
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def decode_window(self, latents: Tensor, state: VAEState) -> Tensor:
@@ -244,90 +211,49 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
         state.advance(latents.shape[2], slots)
         return frames
 
-    def flush(self, state: VAEState) -> Tensor:
-        """The last, incomplete group as one latent frame, filled up with its last frame; else length 0.
-
-        A decoding state never holds frames back: its result has length 0.
-        """
-        if state.direction == "decode":
-            rest: Tensor = self.decode_chunk(self._no_latents(state), state)
-        else:
-            self._check_state(state, "encode")
-            pending = state.slots[_PENDING]
-            missing = -pending.shape[2] % self.spec.temporal_ratio
-            rest = self.encode_chunk(pending[:, :, -1:].expand(-1, -1, missing, -1, -1), state)
-        state.ended = True
-        return rest
-
-    def encode(self, frames: Tensor, chunk_latents: int | None = None) -> Tensor:
-        """Latents [B, C, T, h, w] of a whole clip [B, 3, 1 + r (T - 1), H, W]; the mean of the posterior.
-
-        The result is the same for any `chunk_latents`: groups of frames that go together, None for all. With
-        a number, memory besides that of the clip itself does not grow with its length.
-        """
-        check_frames(frames, self.spec)
-        state = self.init_state("encode", frames.shape[0], frames.shape[3], frames.shape[4])
-        parts = cut_clip(frames, chunk_latents, self.spec.temporal_ratio)
-        return torch.cat([self.encode_chunk(part, state) for part in parts], dim=2)
-
-    def decode(self, latents: Tensor, chunk_latents: int | None = None) -> Tensor:
-        """Frames [B, 3, 1 + r (T - 1), H, W] in [-1, 1] of a whole clip [B, C, T, h, w].
-
-        `chunk_latents` latent frames go together, as in `encode`.
-        """
-        state = decoding_state(self, latents)
-        parts = cut_clip(latents, chunk_latents, 1)
-        return torch.cat([self.decode_chunk(part, state) for part in parts], dim=2)
-
-    def decode_unclamped(self, latents: Tensor) -> Tensor:
-        """`decode` before the clamp, whose gradient is zero outside the range."""
-        frames: Tensor = self.decode_window(latents, decoding_state(self, latents))
-        return frames
-
-    def forward(self, sample: Tensor) -> Tensor:
-        """Reconstruction of a clip."""
-        return self.decode(self.encode(sample))
-
     def _encode(self, frames: Tensor, state: VAEState) -> tuple[Posterior, dict[str, Tensor]]:
         """Posterior of the groups that `frames` complete, and the next slots."""
-        self._check_state(state, "encode")
-        shape = (state.batch_size, _RGB, None, state.height, state.width)
-        check_chunk("frames", frames, state, shape, self._weight)
-        waiting = torch.cat([state.slots[_PENDING], frames], dim=2)
+        waiting = self._with_pending(frames, state)
         ready = self._complete_frames(waiting.shape[2], state)
         if ready == 0:
             nothing = self._no_latents(state)
-            return self._posterior(nothing, nothing), {**state.slots, _PENDING: waiting}
+            return self._posterior(nothing, nothing), {**state.slots, PENDING: waiting}
         memory = Memory(self.encoder, state.slots)
         moments = self.quant_conv(self.encoder(waiting[:, :, :ready], memory))
         mean, *rest = moments.split(self.config.latent_channels, dim=1)
         posterior = self._posterior(mean, rest[0] if rest else mean)
-        return posterior, {**memory.slots, _PENDING: waiting[:, :, ready:].clone()}
+        return posterior, {**memory.slots, PENDING: waiting[:, :, ready:].clone()}
 
     def _posterior(self, mean: Tensor, log_variance: Tensor) -> Posterior:
         """Normalise raw moments. The variance is kept in a range where its exponential is finite."""
-        offset, std = self._per_channel(self._latents_mean), self._per_channel(self._latents_std)
-        # The statistics may be float32 in a VAE that was loaded in half precision.
-        dtype = self._weight.dtype
-        normalised = ((mean - offset) / std).to(dtype)
+        normalised = self._normalised(mean)
         if self.config.latents == "deterministic":
             return Posterior(mean=normalised, log_variance=None)
         bounded = log_variance.clamp(*_LOG_VARIANCE_RANGE)
-        return Posterior(mean=normalised, log_variance=(bounded - 2 * std.log()).to(dtype))
+        _, std = self._statistics()
+        return Posterior(mean=normalised, log_variance=(bounded - 2 * std.log()).to(normalised.dtype))
 
     def _decode(self, latents: Tensor, state: VAEState) -> tuple[Tensor, dict[str, Tensor]]:
         """Frames, not clamped, and the next slots."""
-        self._check_state(state, "decode")
-        batch_size, channels, _, *size = self._no_latents(state).shape
-        check_chunk("latents", latents, state, (batch_size, channels, None, *size), self._weight)
+        self._check_latents(latents, state)
         if latents.shape[2] == 0:
-            shape = (state.batch_size, _RGB, 0, state.height, state.width)
-            return latents.new_zeros(shape), dict(state.slots)
-        raw = latents * self._per_channel(self._latents_std) + self._per_channel(self._latents_mean)
+            return self._no_frames(state), dict(state.slots)
         text, mask = state.slots[_TEXT], state.slots[_TEXT_MASK]
         memory = Memory(self.decoder, state.slots)
-        frames = self.decoder(self.post_quant_conv(raw.to(latents.dtype)), memory, text, mask)
+        frames = self.decoder(self.post_quant_conv(self._raw(latents)), memory, text, mask)
         return frames, {**memory.slots, _TEXT: text, _TEXT_MASK: mask}
+
+    def _first_slots(
+        self, direction: Direction, batch_size: int, height: int, width: int
+    ) -> dict[str, Tensor]:
+        network = self.encoder if direction == "encode" else self.decoder
+        slots = {
+            name: self._weight.new_zeros((batch_size, 0)) for name in remembering_layers(network).values()
+        }
+        if direction == "decode":
+            slots[_TEXT] = self._weight.new_zeros((batch_size, 0, self.config.text_dim or 0))
+            slots[_TEXT_MASK] = self._weight.new_zeros((batch_size, 0))
+        return slots
 
     def _complete_frames(self, waiting: int, state: VAEState) -> int:
         """How many of the waiting frames fill whole groups; the first group of a stream is one frame."""
@@ -335,18 +261,6 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
         if state.steps > 0 or waiting == 0:
             return waiting - waiting % ratio
         return waiting - (waiting - 1) % ratio
-
-    def _no_latents(self, state: VAEState) -> Tensor:
-        """[B, C, 0, h, w]."""
-        ratio = self.spec.spatial_ratio
-        shape = (
-            state.batch_size,
-            self.config.latent_channels,
-            0,
-            state.height // ratio,
-            state.width // ratio,
-        )
-        return self._weight.new_zeros(shape)
 
     def _network(self, temporal_kernels: Sequence[int]) -> NetworkSettings:
         config = self.config
@@ -359,17 +273,6 @@ class CausalVideoVAE(ModelMixin, ConfigMixin):
             norm_groups=config.norm_num_groups,
             attention=config.mid_block_add_attention,
         )
-
-    @property
-    def _weight(self) -> Tensor:
-        weight: Tensor = next(self.parameters())
-        return weight
-
-    def _per_channel(self, values: Tensor) -> Tensor:
-        return values.view(1, -1, 1, 1, 1)
-
-    def _check_state(self, state: VAEState, direction: Direction) -> None:
-        check_state(state, direction, describe(self), self._weight)
 
 
 def detach_state(state: VAEState) -> None:
@@ -430,8 +333,8 @@ def _check_image_config(config: FrozenDict) -> None:
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "act_fn": "silu",
-        "in_channels": _RGB,
-        "out_channels": _RGB,
+        "in_channels": RGB,
+        "out_channels": RGB,
     }
     for name, wanted in expected.items():
         value = list(config[name]) if isinstance(wanted, list) else config[name]

@@ -14,26 +14,16 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from genstream.vae.checks import (
-    check_chunk,
-    check_clip,
-    check_frames,
-    check_start,
-    check_state,
-    latent_statistics,
-)
-from genstream.vae.chunks import cut_clip, decoding_state
-from genstream.vae.identity import describe
+from genstream.vae.checks import check_clip, check_frames
+from genstream.vae.native import PENDING, NativeVAE
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 from genstream.vae.tiny_blocks import (
     BLOCKS_PER_STAGE,
     HALVING,
-    RGB,
     STAGES,
     BlockKind,
     MemBlock,
@@ -46,8 +36,6 @@ from genstream.vae.tiny_blocks import (
 __all__ = ["MemBlock", "TemporalGrow", "TemporalPool", "TinyVideoVAE"]
 
 EncoderStart = Literal["zeros", "still"]
-
-_PENDING = "pending"
 
 
 def _to_images(video: Tensor, patch_size: int = 1) -> Tensor:
@@ -83,7 +71,7 @@ def _run(
     return x, slots
 
 
-class TinyVideoVAE(ModelMixin, ConfigMixin):
+class TinyVideoVAE(NativeVAE):
     """Tiny causal video VAE (TAEHV architecture) that satisfies `StreamingVAE`.
 
     Frames are [B, 3, F, H, W] in [-1, 1], latents [B, C, T, h, w], with F = 1 + r (T - 1) on decoding.
@@ -176,9 +164,7 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
             decoder_blocks,
             decoder_block,
         )
-        mean, std = latent_statistics(latents_mean, latents_std, latent_channels)
-        self.register_buffer("_latents_mean", mean, persistent=False)
-        self.register_buffer("_latents_std", std, persistent=False)
+        self._set_statistics(latents_mean, latents_std, latent_channels)
 
     @property
     def spec(self) -> VAESpec:
@@ -199,83 +185,38 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
         lead: int = math.prod(self.config.encoder_temporal_strides) - 1
         return bool(self.config.first_frame_copies == lead)
 
-    @apply_forward_hook  # type: ignore[untyped-decorator]
     def init_state(self, direction: Direction, batch_size: int, height: int, width: int) -> VAEState:
         """State of a stream that has not started; `height` and `width` in pixels."""
-        check_start(direction, batch_size, height, width, self.spec.spatial_ratio)
         if direction == "encode" and self._reduced:
             raise ValueError("direction must be 'decode' for a reduced decoder, got 'encode'")
-        state = VAEState(
-            direction=direction,
-            vae=describe(self),
-            batch_size=batch_size,
-            height=height,
-            width=width,
-        )
-        weight = next(self.parameters())
-        for name, (channels, ratio) in self._memories(direction).items():
-            shape = (batch_size, channels, height // ratio, width // ratio)
-            state.slots[name] = weight.new_zeros(shape)
-        if direction == "encode":
-            state.slots[_PENDING] = weight.new_zeros((batch_size, RGB, 0, height, width))
+        state: VAEState = super().init_state(direction, batch_size, height, width)
         return state
 
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def encode_chunk(self, frames: Tensor, state: VAEState) -> Tensor:
         """Latents [B, C, T, h, w] that become complete with `frames` [B, 3, F, H, W]; the rest waits."""
-        weight = next(self.parameters())
-        check_state(state, "encode", describe(self), weight)
-        check_chunk("frames", frames, state, (state.batch_size, RGB, None, state.height, state.width), weight)
-        waiting = torch.cat([state.slots[_PENDING], frames], dim=2)
-        if _at_start(state) and frames.shape[2] > 0:
+        waiting = self._with_pending(frames, state)
+        if frames.shape[2] and state.steps == 0 and waiting.shape[2] == frames.shape[2]:
             first = frames[:, :, :1].expand(-1, -1, self.config.first_frame_copies, -1, -1)
             waiting = torch.cat([first, waiting], dim=2)
         ready = waiting.shape[2] - waiting.shape[2] % self.spec.temporal_ratio
         latents, slots = self._encode_groups(waiting[:, :, :ready], state)
-        slots[_PENDING] = waiting[:, :, ready:].detach().clone()
+        slots[PENDING] = waiting[:, :, ready:].detach().clone()
         state.advance(latents.shape[2], slots)
         return latents
-
-    def decode_chunk(self, latents: Tensor, state: VAEState) -> Tensor:
-        """Frames [B, 3, F, H, W] in [-1, 1] of `latents` [B, C, T, h, w]; the stream's first gives one."""
-        frames: Tensor = self.decode_chunk_unclamped(latents, state)
-        return frames.clamp_(-1, 1)
 
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def decode_chunk_unclamped(self, latents: Tensor, state: VAEState) -> Tensor:
         """`decode_chunk` before the clamp, whose gradient is zero outside the range."""
-        weight = next(self.parameters())
-        check_state(state, "decode", describe(self), weight)
-        spec = self.spec
-        size = (state.height // spec.spatial_ratio, state.width // spec.spatial_ratio)
-        check_chunk("latents", latents, state, (state.batch_size, spec.latent_channels, None, *size), weight)
+        self._check_latents(latents, state)
         if latents.shape[2] == 0:
-            return latents.new_zeros((state.batch_size, RGB, 0, state.height, state.width))
-        raw = latents * self._per_channel(self._latents_std) + self._per_channel(self._latents_mean)
-        # The statistics may be float32 in a VAE that was loaded in half precision.
-        images, slots = _run(self.decoder, _to_images(raw.to(latents.dtype)), state)
+            return self._no_frames(state)
+        images, slots = _run(self.decoder, _to_images(self._raw(latents)), state)
         frames = _to_video(images, state.batch_size, self._decoder_patch_size)
         # A first latent frame grows into r frames like every other, of which only the last is real.
-        surplus = spec.temporal_ratio - 1 if state.steps == 0 else 0
+        surplus = self.spec.temporal_ratio - 1 if state.steps == 0 else 0
         state.advance(latents.shape[2], slots)
         return frames[:, :, surplus:].mul_(2).sub_(1)
-
-    def flush(self, state: VAEState) -> Tensor:
-        """The last, incomplete group as one latent frame, filled up with its last frame; else length 0.
-
-        A decoding state never holds frames back: its result has length 0.
-        """
-        if state.direction == "decode":
-            size = (state.height // self.spec.spatial_ratio, state.width // self.spec.spatial_ratio)
-            shape = (state.batch_size, self.spec.latent_channels, 0, *size)
-            rest: Tensor = self.decode_chunk(next(self.parameters()).new_zeros(shape), state)
-        else:
-            check_state(state, "encode", describe(self), next(self.parameters()))
-            pending = state.slots[_PENDING]
-            missing = -pending.shape[2] % self.spec.temporal_ratio
-            rest = self.encode_chunk(pending[:, :, -1:].expand(-1, -1, missing, -1, -1), state)
-        state.ended = True
-        return rest
 
     def encode(self, frames: Tensor, chunk_latents: int | None = None) -> Tensor:
         """Latents [B, C, T, h, w] of a whole clip [B, 3, F, H, W].
@@ -283,45 +224,28 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
         With `first_frame_copies` F must be 1 + r (T - 1). Without, T = ceil(F / r). The result is the same
         for any `chunk_latents`: groups of frames that go together, None for all. Fewer take less memory.
         """
-        check_clip("frames", frames)
         if self.config.first_frame_copies:
             check_frames(frames, self.spec)
-        state = self.init_state("encode", frames.shape[0], frames.shape[3], frames.shape[4])
-        parts = cut_clip(frames, chunk_latents, self.spec.temporal_ratio)
-        latents = [self.encode_chunk(part, state) for part in parts]
-        return torch.cat([*latents, self.flush(state)], dim=2)
-
-    def decode(self, latents: Tensor, chunk_latents: int | None = None) -> Tensor:
-        """Frames [B, 3, 1 + r (T - 1), H, W] in [-1, 1] of a whole clip [B, C, T, h, w].
-
-        The result is the same for any `chunk_latents`: latent frames that go together, None for all.
-        """
-        state = decoding_state(self, latents)
-        frames = [self.decode_chunk(part, state) for part in cut_clip(latents, chunk_latents, 1)]
-        return torch.cat(frames, dim=2)
-
-    def decode_unclamped(self, latents: Tensor) -> Tensor:
-        """`decode` before the clamp."""
-        frames: Tensor = self.decode_chunk_unclamped(latents, decoding_state(self, latents))
-        return frames
-
-    def forward(self, sample: Tensor) -> Tensor:
-        """Reconstruction of a clip; frames are shifted by r - 1 unless the VAE `is_aligned`."""
-        return self.decode(self.encode(sample))
+        else:
+            check_clip("frames", frames)
+        return self._encode_clip(frames, chunk_latents)
 
     def _encode_groups(self, frames: Tensor, state: VAEState) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents of whole groups of frames, and the next slots."""
         if frames.shape[2] == 0:
-            ratio = self.spec.spatial_ratio
-            size = (state.height // ratio, state.width // ratio)
-            shape = (state.batch_size, self.spec.latent_channels, 0, *size)
-            return frames.new_zeros(shape), dict(state.slots)
+            return self._no_latents(state), dict(state.slots)
         images = _to_images((frames + 1) / 2, self.config.patch_size)
         still = self.config.encoder_start == "still" and state.steps == 0
         raw, slots = _run(self.encoder, images, state, still=still)
-        latents = _to_video(raw, state.batch_size)
-        mean, std = self._per_channel(self._latents_mean), self._per_channel(self._latents_std)
-        return ((latents - mean) / std).to(frames.dtype), slots
+        return self._normalised(_to_video(raw, state.batch_size)), slots
+
+    def _first_slots(
+        self, direction: Direction, batch_size: int, height: int, width: int
+    ) -> dict[str, Tensor]:
+        return {
+            name: self._weight.new_zeros((batch_size, channels, height // ratio, width // ratio))
+            for name, (channels, ratio) in self._memories(direction).items()
+        }
 
     def _memories(self, direction: Direction) -> dict[str, tuple[int, int]]:
         """For each MemBlock of one direction: channels and pixels per feature pixel."""
@@ -344,18 +268,11 @@ class TinyVideoVAE(ModelMixin, ConfigMixin):
         """Whether the decoder gives fewer or smaller frames than the encoder takes."""
         spec, config = self.spec, self.config
         in_time = spec.temporal_ratio < math.prod(config.encoder_temporal_strides)
-        return in_time or spec.spatial_ratio < HALVING**STAGES * int(config.patch_size)
+        return bool(in_time or spec.spatial_ratio < HALVING**STAGES * config.patch_size)
 
     @property
     def _decoder_patch_size(self) -> int:
         return int(self.config.decoder_patch_size or self.config.patch_size)
-
-    def _per_channel(self, values: Tensor) -> Tensor:
-        return values.view(1, -1, 1, 1, 1)
-
-
-def _at_start(state: VAEState) -> bool:
-    return state.steps == 0 and state.slots[_PENDING].shape[2] == 0
 
 
 def _check_strides(name: str, strides: Sequence[int]) -> None:

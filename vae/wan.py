@@ -12,21 +12,11 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Literal
 
-import torch
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from genstream.vae.checks import (
-    check_chunk,
-    check_frames,
-    check_start,
-    check_state,
-    latent_statistics,
-)
-from genstream.vae.chunks import cut_clip, decoding_state
-from genstream.vae.identity import describe
+from genstream.vae.native import PENDING, RGB, NativeVAE
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 from genstream.vae.wan_blocks import (
     SCALE,
@@ -45,12 +35,10 @@ from genstream.vae.wan_blocks import (
 
 Version = Literal["2.1", "2.2"]
 
-RGB = 3
 STAGES = 4
 ENCODER_BLOCKS = 2
 """Residual blocks of an encoder stage."""
 DECODER_BLOCKS = 3
-_PENDING = "pending"
 
 # Of the published VAEs, by latent channels: what the diffusion models' latents are normalised with.
 _LATENTS_MEAN = {
@@ -161,7 +149,7 @@ def _from_patches(patches: Tensor, size: int) -> Tensor:
     return frames.flatten(5, 6).flatten(3, 4)
 
 
-class WanVideoVAE(ModelMixin, ConfigMixin):
+class WanVideoVAE(NativeVAE):
     """Video VAE of Wan 2.1 or Wan 2.2 that satisfies `StreamingVAE`, exactly for any chunking.
 
     Frames are [B, 3, F, H, W] in [-1, 1], latents [B, C, T, h, w] normalised, with F = 1 + 4 (T - 1).
@@ -206,13 +194,11 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
         for name, layer in self.named_modules():
             if isinstance(layer, CausalConv3d):
                 layer.slot = name
-        mean, std = latent_statistics(
+        self._set_statistics(
             _statistic("latents_mean", latents_mean, latent_channels, _LATENTS_MEAN),
             _statistic("latents_std", latents_std, latent_channels, _LATENTS_STD),
             latent_channels,
         )
-        self.register_buffer("_latents_mean", mean, persistent=False)
-        self.register_buffer("_latents_std", std, persistent=False)
         self._spec = VAESpec(
             temporal_ratio=math.prod(temporal_strides),
             spatial_ratio=SCALE ** (STAGES - 1) * patch_size,
@@ -225,115 +211,57 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
         """Ratios and channels."""
         return self._spec
 
-    @apply_forward_hook  # type: ignore[untyped-decorator]
-    def init_state(self, direction: Direction, batch_size: int, height: int, width: int) -> VAEState:
-        """State of a stream that has not started; `height` and `width` in pixels."""
-        check_start(direction, batch_size, height, width, self.spec.spatial_ratio)
-        state = VAEState(
-            direction=direction,
-            vae=describe(self),
-            batch_size=batch_size,
-            height=height,
-            width=width,
-        )
-        weight = next(self.parameters())
-        for layer, ratio in self._causal_convolutions(direction):
-            size = (height // ratio, width // ratio)
-            shape = (batch_size, layer.in_channels, layer.memory_frames, *size)
-            state.slots[layer.slot] = weight.new_zeros(shape)
-        if direction == "encode":
-            state.slots[_PENDING] = weight.new_zeros((batch_size, RGB, 0, height, width))
-        return state
-
     def encode_chunk(self, frames: Tensor, state: VAEState) -> Tensor:
         """Latents [B, C, T, h, w] that become complete with `frames` [B, 3, F, H, W]; the rest waits."""
-        moments: Tensor = self.encode_chunk_moments(frames, state)
-        mean, std = self._per_channel(self._latents_mean), self._per_channel(self._latents_std)
-        # The statistics may be float32 in a VAE that was loaded in half precision.
-        return ((moments.chunk(2, dim=1)[0] - mean) / std).to(frames.dtype)
+        mean, _ = self.encode_chunk_moments(frames, state).chunk(2, dim=1)
+        return self._normalised(mean)
 
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def encode_chunk_moments(self, frames: Tensor, state: VAEState) -> Tensor:
         """`encode_chunk` as raw mean and log-variance [B, 2C, T, h, w] of the posterior."""
-        weight = next(self.parameters())
-        check_state(state, "encode", describe(self), weight)
-        check_chunk("frames", frames, state, (state.batch_size, RGB, None, state.height, state.width), weight)
-        waiting = torch.cat([state.slots[_PENDING], frames], dim=2)
+        waiting = self._with_pending(frames, state)
         incomplete = (waiting.shape[2] - _first_frames(state)) % self.spec.temporal_ratio
         ready = max(waiting.shape[2] - incomplete, 0)
         run = Pass(past=state.slots, at_start=state.steps == 0)
         if ready == 0:
-            moments = self._no_latents(state, 2 * self.spec.latent_channels)
+            moments = self._no_latents(state).repeat(1, 2, 1, 1, 1)
             run.remembered.update(state.slots)
         else:
             patches = _to_patches(waiting[:, :, :ready], self.config.patch_size)
             moments = self.conv1(self.encoder(patches, run))
-        run.remembered[_PENDING] = waiting[:, :, ready:].detach().clone()
+        run.remembered[PENDING] = waiting[:, :, ready:].detach().clone()
         state.advance(moments.shape[2], run.remembered)
         return moments
-
-    def decode_chunk(self, latents: Tensor, state: VAEState) -> Tensor:
-        """Frames [B, 3, F, H, W] in [-1, 1] of `latents` [B, C, T, h, w]; the stream's first gives one."""
-        frames: Tensor = self.decode_chunk_unclamped(latents, state)
-        return frames.clamp(-1, 1)
 
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def decode_chunk_unclamped(self, latents: Tensor, state: VAEState) -> Tensor:
         """`decode_chunk` before the clamp, whose gradient is zero outside the range."""
-        weight = next(self.parameters())
-        check_state(state, "decode", describe(self), weight)
-        ratio = self.spec.spatial_ratio
-        size = (state.height // ratio, state.width // ratio)
-        check_chunk(
-            "latents", latents, state, (state.batch_size, self.spec.latent_channels, None, *size), weight
-        )
+        self._check_latents(latents, state)
         if latents.shape[2] == 0:
-            return latents.new_zeros((state.batch_size, RGB, 0, state.height, state.width))
-        raw = latents * self._per_channel(self._latents_std) + self._per_channel(self._latents_mean)
+            return self._no_frames(state)
         run = Pass(past=state.slots, at_start=state.steps == 0)
-        patches = self.decoder(self.conv2(raw.to(latents.dtype)), run)
+        patches = self.decoder(self.conv2(self._raw(latents)), run)
         frames = _from_patches(patches, self.config.patch_size)
         state.advance(latents.shape[2], run.remembered)
         return frames
 
-    def flush(self, state: VAEState) -> Tensor:
-        """The last, incomplete group as one latent frame, filled up with its last frame; else length 0.
-
-        A decoding state never holds frames back: its result has length 0.
-        """
-        if state.direction == "decode":
-            rest = self.decode_chunk(self._no_latents(state, self.spec.latent_channels), state)
-        else:
-            check_state(state, "encode", describe(self), next(self.parameters()))
-            pending = state.slots[_PENDING]
-            missing = -pending.shape[2] % self.spec.temporal_ratio
-            rest = self.encode_chunk(pending[:, :, -1:].expand(-1, -1, missing, -1, -1), state)
-        state.ended = True
-        return rest
-
     def encode(self, frames: Tensor, chunk_latents: int | None = 1) -> Tensor:
-        """Latents [B, C, T, h, w] of a whole clip [B, 3, 1 + r (T - 1), H, W].
-
-        `chunk_latents` groups of frames go together, None for all: more take as much more memory.
-        """
-        check_frames(frames, self.spec)
-        state = self.init_state("encode", frames.shape[0], frames.shape[3], frames.shape[4])
-        parts = cut_clip(frames, chunk_latents, self.spec.temporal_ratio)
-        latents = [self.encode_chunk(part, state) for part in parts]
-        return torch.cat(latents, dim=2)
+        """As every VAE's, one group of frames after another unless told otherwise: the network is large."""
+        return super().encode(frames, chunk_latents)
 
     def decode(self, latents: Tensor, chunk_latents: int | None = 1) -> Tensor:
-        """Frames [B, 3, 1 + r (T - 1), H, W] in [-1, 1] of a whole clip [B, C, T, h, w].
+        """As every VAE's, one latent frame after another unless told otherwise."""
+        return super().decode(latents, chunk_latents)
 
-        `chunk_latents` latent frames go together, None for all: more take as much more memory.
-        """
-        state = decoding_state(self, latents)
-        frames = [self.decode_chunk(part, state) for part in cut_clip(latents, chunk_latents, 1)]
-        return torch.cat(frames, dim=2)
-
-    def forward(self, sample: Tensor) -> Tensor:
-        """Reconstruction of a clip."""
-        return self.decode(self.encode(sample))
+    def _first_slots(
+        self, direction: Direction, batch_size: int, height: int, width: int
+    ) -> dict[str, Tensor]:
+        slots = {}
+        for layer, ratio in self._causal_convolutions(direction):
+            size = (height // ratio, width // ratio)
+            shape = (batch_size, layer.in_channels, layer.memory_frames, *size)
+            slots[layer.slot] = self._weight.new_zeros(shape)
+        return slots
 
     def _causal_convolutions(self, direction: Direction) -> Iterator[tuple[CausalConv3d, int]]:
         """All of one direction in the order they run, with pixels per feature pixel."""
@@ -358,15 +286,6 @@ class WanVideoVAE(ModelMixin, ConfigMixin):
                 # Only upsampling convolves over time alone: behind it, frames come faster.
                 rate *= layer.out_channels // layer.in_channels
         return math.ceil(reach)
-
-    def _no_latents(self, state: VAEState, channels: int) -> Tensor:
-        ratio = self.spec.spatial_ratio
-        size = (state.height // ratio, state.width // ratio)
-        latents: Tensor = next(self.parameters()).new_zeros((state.batch_size, channels, 0, *size))
-        return latents
-
-    def _per_channel(self, values: Tensor) -> Tensor:
-        return values.view(1, -1, 1, 1, 1)
 
 
 def _first_frames(state: VAEState) -> int:

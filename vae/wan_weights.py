@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from genstream.vae.wan import DECODER_BLOCKS, ENCODER_BLOCKS, RGB, STAGES, Version, WanVideoVAE
+from genstream.vae.native import RGB
+from genstream.vae.wan import DECODER_BLOCKS, ENCODER_BLOCKS, STAGES, Version, WanVideoVAE
 from genstream.vae.weights import Weights, fill, read_weights, shape_of
 
 # diffusers' names and the published ones, applied in this order.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from genstream.io.model_folder import installed_folder
 from genstream.training.components import save_component
-from genstream.training.initialisation import initialise_decoder
+from genstream.training.initialisation import initialise_decoder, take_over_decoder
 from genstream.training.loop import run, steps_taken
 from genstream.training.processes import once, process
 from genstream.training.record import RECORD_FOLDER, Training, claim_run, write_record
@@ -193,6 +193,7 @@ def _tiny_student(settings: VAEDistillationSettings, teacher: TinyVideoVAE) -> T
     config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
     student: TinyVideoVAE = TinyVideoVAE(**{**config, **_tiny_decoder(settings, teacher.spec)})
     initialise_decoder(student)
+    take_over_decoder(student, teacher)
     student.encoder.load_state_dict(teacher.encoder.state_dict())
     student.encoder.requires_grad_(requires_grad=False)
     return student

@@ -7,6 +7,8 @@ many times more slowly.
 """
 
 import math
+from collections import Counter
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,33 @@ def initialise_decoder(vae: TinyVideoVAE) -> None:
     """Replace the decoder's weights, of base blocks, with those that fit latents of such an encoder."""
     _draw(vae.decoder)
     _pass_colours_into_frames(_spine(vae.decoder))
+
+
+@torch.no_grad()
+def take_over_decoder(vae: TinyVideoVAE, other: TinyVideoVAE) -> None:
+    """Let layers of the decoder start as those at the same place of the same stage of another.
+
+    A decoder with fewer blocks but the same widths in its first stages starts with half of what it needs:
+    blocks are residual, so that leaving some out changes little.
+    """
+    givers = dict(_places(other.decoder))
+    for place, layer in _places(vae.decoder):
+        weights = layer.state_dict()
+        given = givers[place].state_dict() if place in givers else {}
+        if {name: value.shape for name, value in weights.items()} == {
+            name: value.shape for name, value in given.items()
+        }:
+            layer.load_state_dict(given)
+
+
+def _places(decoder: nn.Sequential) -> Iterator[tuple[tuple[int, str, int], nn.Module]]:
+    """Layers by stage, kind and number."""
+    stage, counts = 0, Counter[tuple[int, str]]()
+    for layer in decoder:
+        kind = stage, type(layer).__name__
+        yield (*kind, counts[kind]), layer
+        counts[kind] += 1
+        stage += isinstance(layer, TemporalGrow)
 
 
 def _draw(network: nn.Module) -> None:
