@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from diffusers import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from diffusers.utils import BaseOutput
 from huggingface_hub import create_repo, upload_folder
 from PIL import Image
@@ -23,9 +25,11 @@ from genstream.conditioning.image import Picture, as_pixels, check_pixels, image
 from genstream.conditioning.text import check_prompts, encode_prompts, unknown_words
 from genstream.io.hub_card import CARD_NAME, copy_companions
 from genstream.io.model_folder import (
+    INDEX_NAME,
     check_model_folder,
     installed_folder,
     installed_models,
+    only_variant,
     read_json,
 )
 from genstream.pipelines.lora import LoraLoaderMixin
@@ -200,11 +204,9 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             _check_repository(str(pretrained_model_name_or_path))
             loaded: Self = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
             return loaded
-        check_model_folder(folder, kwargs)
-        index = read_json(folder / "model_index.json")
-        kind = index.get("_class_name")
-        if kind != cls.__name__:
-            raise ValueError(f"model folder {str(folder)!r} must hold a {cls.__name__}, got a {kind}")
+        check_model_folder(folder, kwargs, cls.__name__)
+        index = read_json(folder / INDEX_NAME)
+        kwargs.setdefault("variant", only_variant(folder))
         if "vae" not in kwargs and index.get("vae", [None])[0] is None:
             raise ValueError(
                 f"model folder {str(folder)!r} has no vae: give vae=..., or make a folder that has one with "
@@ -239,9 +241,11 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 f"LoRAs {loras} are loaded, and a model folder holds none: call unload_lora_weights() first, "
                 "and fuse_lora() before that to keep what they do"
             )
+        source = self._loaded_from
+        changes = [] if source is None else self._changes_since(source)
         super().save_pretrained(save_directory, **kwargs)
-        if (source := self._loaded_from) is not None:
-            copy_companions(source, Path(save_directory))
+        if source is not None:
+            copy_companions(source, Path(save_directory), changes, with_adapter=not self.fused_loras)
 
     def push_to_hub(
         self,
@@ -283,6 +287,24 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         """Folder that the pipeline was loaded from; None for one that was built, or came from the Hub."""
         name = self.name_or_path
         return Path(name) if name is not None and Path(name).is_dir() else None
+
+    def _changes_since(self, source: Path) -> list[str]:
+        """What was done to the pipeline since it was loaded from `source`, a sentence each."""
+        configs = [(self.config, read_json(source / INDEX_NAME))]
+        described = source / "scheduler" / SCHEDULER_CONFIG_NAME
+        if described.is_file():
+            configs.append((self.scheduler.config, read_json(described)))
+        changes = []
+        for ours, before in configs:
+            now = json.loads(json.dumps(dict(ours), default=str))
+            changes += [
+                f"`{name}` is {now[name]!r}, it was {before[name]!r}"
+                for name in sorted(now.keys() & before.keys())
+                if not name.startswith("_") and now[name] != before[name]
+            ]
+        if self.fused_loras:
+            changes.append(f"LoRAs fused into the transformer: {', '.join(sorted(self.fused_loras))}")
+        return changes
 
     @property
     def settings(self) -> StreamSettings:
@@ -749,7 +771,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             if self.image_encoder is None or self.image_processor is None:
                 raise ValueError(
                     "image_embeds must be given: this model takes CLIP tokens, and the pipeline was loaded"
-                    " without image_encoder and image_processor"
+                    " without image_encoder and image_processor (genstream convert --image-encoder adds them)"
                 )
             given = image_tokens(pixels, self.image_processor, self.image_encoder)
             self._offload_encoders()

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
 from diffusers.utils import is_peft_available
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # its client's, whichever it is
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -59,15 +60,17 @@ class LoraLoaderMixin(LoraBaseMixin):
 
         Raises:
             ImportError: peft is not installed.
+            FileNotFoundError: there is no such file or folder, and no repository could be read.
             ValueError: the LoRA is for other layers, or the name is taken, or the file is cut off; nothing is
                 changed.
         """
         if not is_peft_available():
             raise ImportError("load_lora_weights needs peft: pip install 'genstream[lora]'")
         self._check_name(adapter_name)
+        source = _source(pretrained_model_name_or_path_or_dict)
         try:
             tensors, metadata = _fetch_state_dict(
-                _source(pretrained_model_name_or_path_or_dict),
+                source,
                 weight_name=weight_name,
                 use_safetensors=True,
                 local_files_only=local_files_only,
@@ -81,8 +84,13 @@ class LoraLoaderMixin(LoraBaseMixin):
                 allow_pickle=False,
             )
         except SafetensorError as error:
-            source = str(pretrained_model_name_or_path_or_dict)
             raise ValueError(f"LoRA {source!r} must be a whole .safetensors file: {error}") from error
+        except (OSError, HTTPError) as error:
+            if isinstance(source, dict) or Path(source).exists():
+                raise
+            raise FileNotFoundError(
+                f"LoRA {source!r} is no file or folder here, nor a repository that the Hub gives: {error}"
+            ) from error
         for name, tensor in tensors.items():
             if not bool(tensor.isfinite().all()):
                 raise ValueError(f"LoRA must be finite, got NaN or infinity in {name!r}")

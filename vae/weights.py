@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from genstream.io.checkpoint import open_checkpoint
+from genstream.io.checkpoint import SeveralModelsError, open_checkpoint
 
 Weights = str | Path | Mapping[str, Tensor]
 """A checkpoint file, or the tensors by name."""
@@ -25,6 +25,8 @@ def read_weights(source: Weights) -> dict[str, Tensor]:
     try:
         checkpoint = open_checkpoint(path, None, usual=("state_dict",))
         return {name: tensor.read() for name, tensor in checkpoint.tensors.items()}
+    except SeveralModelsError as error:
+        raise ValueError(f"source must be a checkpoint file of one VAE, {str(path)!r} holds more") from error
     except ValueError as error:
         raise ValueError(f"source must be a checkpoint file of tensors by name: {error}") from error
 

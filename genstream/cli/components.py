@@ -8,13 +8,13 @@ from typing import Any
 
 from diffusers import ModelMixin
 from transformers import (
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     UMT5Config,
 )
 
+from genstream.conditioning.wan_image import WanImageProcessor
 from genstream.io.checkpoint import SAFETENSORS, TORCH_SUFFIXES, StoredTensor, naming, open_checkpoint
 from genstream.io.model_folder import INDEX_NAME, check_component, read_object, weight_files
 from genstream.io.shards import PlannedTensor, write_shards
@@ -293,7 +293,7 @@ def _stored_image_encoder(place: Path) -> tuple[Component, Component]:
 
 
 def _published_image_encoder(file: Path, max_shard_bytes: int) -> tuple[Component, Component]:
-    """The vision half of the published CLIP; the whole picture is brought to its size, as Wan 2.1 does."""
+    """The vision half of the published CLIP, and how Wan 2.1 brings a picture to its size."""
     checkpoint = open_checkpoint(file, None)
     with naming(file):
         arguments = infer_clip_config(checkpoint.shapes)
@@ -302,12 +302,11 @@ def _published_image_encoder(file: Path, max_shard_bytes: int) -> tuple[Componen
         name: checkpoint.tensors[place.name].part(place.first_row, place.shape)
         for name, place in places.items()
     }
-    size = {"height": arguments["image_size"], "width": arguments["image_size"]}
-    processor = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
+    processor = WanImageProcessor(size=arguments["image_size"])
     described = Component(
         name="image_processor",
-        library="transformers",
-        kind=CLIPImageProcessorPil.__name__,
+        library="genstream",
+        kind=WanImageProcessor.__name__,
         config={},
         files=(),
         write=processor.save_pretrained,
@@ -332,8 +331,9 @@ def _image_processor(folder: Path) -> Component:
         shutil.copy(file, target)
 
     kind = described.get("image_processor_type", "CLIPImageProcessor")
+    library = "genstream" if kind == WanImageProcessor.__name__ else "transformers"
     return Component(
-        name="image_processor", library="transformers", kind=kind, config=described, files=(), write=write
+        name="image_processor", library=library, kind=kind, config=described, files=(), write=write
     )
 
 

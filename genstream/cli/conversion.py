@@ -17,11 +17,17 @@ from genstream.cli.components import Parts, PartSources, find_parts
 from genstream.cli.conversion_index import ACCEPTED_PARTS, streaming_of
 from genstream.cli.conversion_lora import ADAPTER, LoRA, open_lora
 from genstream.io.checkpoint import Checkpoint, naming, open_checkpoint, sha256
-from genstream.io.hub_card import ConversionCard, Origin, find_license, license_of
+from genstream.io.hub_card import MODEL_PLACE, ConversionCard, Origin, find_license, license_of
 from genstream.io.model_folder import INDEX_NAME, check_model_folder, check_weights, read_object
 from genstream.io.shards import PlannedTensor, check_new_folder, new_folder, write_json, write_shards
 from genstream.transformer.causal_dit import CausalDiT
-from genstream.transformer.conversion import WAN_HEAD_WIDTH, infer_config, places, read_config
+from genstream.transformer.conversion import (
+    WAN_HEAD_WIDTH,
+    check_model_type,
+    infer_config,
+    places,
+    read_config,
+)
 from genstream.transformer.matching import is_unwrapped
 
 _TRANSFORMER = "transformer"
@@ -161,6 +167,10 @@ def convert(settings: ConversionSettings) -> Conversion:
         if settings.kind == "diffusers":
             _write_transformer(folder, "WanTransformer3DModel", plan, settings)
             parts = Parts()
+            if not plan.is_original:
+                plan.notes.append(
+                    "a model of diffusers tells no way to stream: converting back needs --preset"
+                )
         else:
             parts = _write_model(folder, plan, settings)
         if lora is not None and settings.lora_mode == "adapter":
@@ -185,6 +195,7 @@ def _plan_transformer(settings: ConversionSettings) -> _Plan:
     with naming(path):
         known = _with_heads(read_config(content), settings.heads)
         config = infer_config(checkpoint.shapes, known)
+        check_model_type(content, config)
         found = places(checkpoint.shapes, config)
     weights = "" if checkpoint.weights is None else f" {checkpoint.weights!r}"
     notes = [f"took weights{weights} of {path.name}, {len(found)} tensors", note, *_left_out(checkpoint)]
@@ -352,17 +363,16 @@ def _half(tensors: Sequence[PlannedTensor]) -> str | None:
 
 def _usage(settings: ConversionSettings, half: str | None) -> str:
     """Python code that loads the model, most of whose weights may be in a `half` precision."""
-    name = settings.output.name
-    folder = f"{name}/{ADAPTER.parent.as_posix()}"
-    dtype, torch_dtype = (f", {name}=torch.{half}" if half else "" for name in ("dtype", "torch_dtype"))
+    folder = f"{MODEL_PLACE}/{ADAPTER.parent.as_posix()}"
+    dtype, torch_dtype = (f", {key}=torch.{half}" if half else "" for key in ("dtype", "torch_dtype"))
     code, adapter = (
-        f'import genstream\n\npipe = genstream.CausalVideoPipeline.from_pretrained("{name}"{dtype})',
+        f'import genstream\n\npipe = genstream.CausalVideoPipeline.from_pretrained("{MODEL_PLACE}"{dtype})',
         f'pipe.load_lora_weights("{folder}")',
     )
     if settings.kind == "diffusers":
         code, adapter = (
             "from diffusers import WanTransformer3DModel\n\n"
-            f'transformer = WanTransformer3DModel.from_pretrained("{name}"{torch_dtype})',
+            f'transformer = WanTransformer3DModel.from_pretrained("{MODEL_PLACE}"{torch_dtype})',
             f'transformer.load_lora_adapter("{folder}", use_safetensors=True)',
         )
     if half:

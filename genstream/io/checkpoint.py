@@ -38,6 +38,12 @@ DTYPES: Mapping[str, torch.dtype] = {
 _REFUSED = re.compile(r"unsupported (?:global: )?(?:global |class |operand )?(\S+)", re.IGNORECASE)
 _LISTING = Path(__file__).with_name("torch_listing.py")
 _USUAL_WEIGHTS = ("generator_ema", "generator", "model", "state_dict")
+
+
+class SeveralModelsError(ValueError):
+    """A file holds several dictionaries of tensors, and nothing says which one to take."""
+
+
 """Dictionaries that trainers keep weights in; the first one that is there is taken."""
 
 
@@ -248,7 +254,7 @@ def _choice(path: Path, groups: list[str], weights: str | None, usual: Sequence[
     for candidate in candidates:
         if candidate in groups:
             return candidate
-    raise ValueError(f"weights (--weights) must be given for {str(path)!r}: one of {named}")
+    raise SeveralModelsError(f"weights (--weights) must be given for {str(path)!r}: one of {named}")
 
 
 def _stored(path: Path, entry: Mapping[str, Any], size: int) -> StoredTensor:

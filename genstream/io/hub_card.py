@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ ADAPTER_FOLDER = "lora"
 _LICENSE_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 _OTHER = "other"
 _ORIGIN = "## Origin"
+_CHANGES = "## Changed since"
+MODEL_PLACE = "path/to/this/folder"
+"""Stands for the model's folder, or its name on the Hub, in the code of a card."""
+_LORA_CALL = re.compile(r"^.*\bload_lora_\w+\(.*\n", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,15 +146,28 @@ class ConversionCard:
         return str(data.to_yaml())
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy card, licence and adapter from one model folder to another, where there are any."""
-    if source.resolve() == target.resolve():
-        return
-    for name in (CARD_NAME, _LICENSE_NAMES[0]):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    if (source / ADAPTER_FOLDER).is_dir():
-        shutil.copytree(source / ADAPTER_FOLDER, target / ADAPTER_FOLDER, dirs_exist_ok=True)
+def copy_companions(source: Path, target: Path, changes: Sequence[str], *, with_adapter: bool) -> None:
+    """Copy card, licence and adapter from one model folder to another, where there are any.
+
+    Args:
+        source: folder that a model was loaded from.
+        target: folder that it was saved to.
+        changes: made to the model in between, a sentence each, for the card.
+        with_adapter: whether the adapter still goes with the weights.
+    """
+    if source.resolve() != target.resolve():
+        for name in (CARD_NAME, _LICENSE_NAMES[0]):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
+        if with_adapter and (source / ADAPTER_FOLDER).is_dir():
+            shutil.copytree(source / ADAPTER_FOLDER, target / ADAPTER_FOLDER, dirs_exist_ok=True)
+    if changes and (target / CARD_NAME).is_file():
+        text = (target / CARD_NAME).read_text(encoding="utf-8")
+        if not with_adapter:
+            text = _LORA_CALL.sub("", text)
+        told = "\n".join(f"- {change}" for change in changes)
+        text = f"{text.rstrip()}\n\n{_CHANGES}\n\n{told}\n"
+        (target / CARD_NAME).write_text(text, encoding="utf-8")
 
 
 def _told(terms: License | None) -> str:

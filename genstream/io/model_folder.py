@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ SHARD_INDICES = "*.safetensors.index.json"
 _CARD_NAME = "model_card.json"
 INDEX_NAME = "model_index.json"
 _MODEL_FILES = ("config.json",)
+_PIPELINE = "CausalVideoPipeline"
 _NEEDED = ("transformer", "scheduler")
+_VARIANT = re.compile(r"\.(\w+)(-\d+-of-\d+)?\.safetensors$")
 _FILES_OF: Mapping[str, tuple[str, ...]] = {
     "Scheduler": ("scheduler_config.json",),
     "TokenizersBackend": ("tokenizer_config.json", "tokenizer.json"),
@@ -92,15 +95,21 @@ def read_card(folder: Path) -> ModelCard:
         raise ValueError(f"vocabulary in model file {str(path)!r} must be a json object") from error
 
 
-def check_model_folder(folder: Path, replaced: Collection[str] = ()) -> None:
+def check_model_folder(folder: Path, replaced: Collection[str] = (), kind: str = _PIPELINE) -> None:
     """Raise ValueError that names the first file that is missing or cut off.
 
     Args:
         folder: in diffusers layout.
         replaced: components that will not be read from it.
+        kind: class of the pipeline that it must hold.
     """
     if not (folder / INDEX_NAME).is_file():
         raise ValueError(f"model folder {str(folder)!r} has no {INDEX_NAME}")
+    if (found := read_object(folder / INDEX_NAME).get("_class_name")) != kind:
+        raise ValueError(
+            f"model folder {str(folder)!r} must hold a {kind}, got a {found}: genstream convert {folder} "
+            "-o NEW_FOLDER makes one of Wan's pipelines"
+        )
     components = _components(folder)
     for name in _NEEDED:
         if name not in components and name not in replaced:
@@ -126,6 +135,13 @@ def check_component(component: Path, kind: str) -> None:
         raise ValueError(f"model folder {str(component)!r} has no .safetensors file")
     for path in weights:
         check_weights(path)
+
+
+def only_variant(folder: Path) -> str | None:
+    """The variant in whose name all weights of a model folder are saved, such as "fp16"; else None."""
+    files = [path for name in _components(folder) for path in weight_files(folder / name)]
+    found = {match and match.group(1) for match in (_VARIANT.search(path.name) for path in files)}
+    return found.pop() if len(found) == 1 else None
 
 
 def parameter_counts(folder: Path) -> dict[str, int]:

@@ -22,6 +22,8 @@ from genstream.schedulers.schedule import (
     table_sigma,
 )
 
+_SAME_TIMESTEP = 1e-3
+
 
 @dataclass
 class FlowSchedulerOutput(BaseOutput):
@@ -54,8 +56,15 @@ class _FlowScheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """(1 - sigma) x0 + sigma noise for timesteps `[B]` in [0, 1000]."""
-        sigma = (timesteps / 1000).to(original_samples).view(-1, *[1] * (original_samples.ndim - 1))
+        sigma = self._sigmas(timesteps).to(original_samples).view(-1, *[1] * (original_samples.ndim - 1))
         return (1 - sigma) * original_samples + sigma * noise
+
+    def _sigmas(self, timesteps: Tensor) -> Tensor:
+        """Noise levels of timesteps: those of the schedule for its own, t / 1000 for others."""
+        sigmas = timesteps / 1000
+        for timestep, sigma in zip(self._schedule.timesteps, self._schedule.sigmas, strict=False):
+            sigmas = torch.where((timesteps - timestep).abs() < _SAME_TIMESTEP, sigma, sigmas)
+        return sigmas
 
     def step(
         self,
@@ -66,7 +75,7 @@ class _FlowScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> FlowSchedulerOutput | tuple[Tensor]:
         """Advance `sample` from `timestep`, which must be one of `timesteps`."""
-        matches = (self.timesteps.cpu() - float(timestep)).abs() < 1e-3
+        matches = (self.timesteps.cpu() - float(timestep)).abs() < _SAME_TIMESTEP
         if not bool(matches.any()):
             raise ValueError(f"timestep must be one of {self.timesteps.tolist()}, got {float(timestep)}")
 

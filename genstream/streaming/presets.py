@@ -75,19 +75,19 @@ class Preset:
 
 
 # Sources: the code of each project; for MotionStream, whose code is not out, its paper (arXiv 2511.01266),
-# which names three steps but not which.
+# which names three steps but not which. Only LongLive rebuilds its past for a new prompt.
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
         "self-forcing": Preset(
             summary="Self Forcing 1.3B: 4 steps, rolling window of 21 latent frames",
-            settings=StreamSettings(window_frames=18),
+            settings=StreamSettings(window_frames=18, recache=RecachePolicy.NOTHING),
         ),
         "causvid": Preset(
             summary="CausVid 1.3B: 3 steps that are not warped, shift 8, window of 21 latent frames",
             steps=(1000.0, 757.0, 522.0),
             shift=8.0,
             warped=False,
-            settings=StreamSettings(window_frames=18),
+            settings=StreamSettings(window_frames=18, recache=RecachePolicy.NOTHING),
         ),
         "longlive": Preset(
             summary="LongLive 1.3B: 4 steps, 3 sink frames, window of 12; re-caches when the prompt changes",
@@ -96,7 +96,12 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "rolling-forcing": Preset(
             summary="Rolling Forcing 1.3B: 5 chunks at rising noise levels together, anchored to the first",
             steps=(1000.0, 800.0, 600.0, 400.0, 200.0),
-            settings=StreamSettings(sink_frames=3, window_frames=18, positions=PositionPolicy.WINDOW),
+            settings=StreamSettings(
+                sink_frames=3,
+                window_frames=18,
+                positions=PositionPolicy.WINDOW,
+                recache=RecachePolicy.NOTHING,
+            ),
             engine=EngineKind.QUEUE,
         ),
         "krea": Preset(
@@ -110,7 +115,12 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             summary="MotionStream: 3 steps, shift 6, 3 sink frames and 3 in the window; starts from an image",
             steps=(1000.0, 2000 / 3, 1000 / 3),
             shift=6.0,
-            settings=StreamSettings(sink_frames=3, window_frames=3, positions=PositionPolicy.WINDOW),
+            settings=StreamSettings(
+                sink_frames=3,
+                window_frames=3,
+                positions=PositionPolicy.WINDOW,
+                recache=RecachePolicy.NOTHING,
+            ),
             takes_image=True,
         ),
     }

@@ -67,6 +67,7 @@ _CONFIG = {
 }
 """Arguments of `CausalDiT` with their defaults."""
 
+_IMAGE_TYPES = ("i2v", "flf2v")
 _TYPES: Mapping[type, tuple[type, ...]] = {bool: (bool,), int: (int, float), float: (int, float)}
 
 # Argument of `CausalDiT` -> the tensor whose shape tells it.
@@ -195,6 +196,16 @@ def read_config(content: Mapping[str, Any]) -> dict[str, Any]:
     if "eps" in taken:
         _positive("eps", taken)
     return taken
+
+
+def check_model_type(content: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raise ValueError if Wan's `model_type` contradicts the channels that the transformer takes."""
+    takes_image = config["in_channels"] > config["out_channels"] or config["image_dim"] is not None
+    said = content.get("model_type")
+    if said in _IMAGE_TYPES and not takes_image:
+        raise ValueError(f"config says model_type {said!r}, but the tensors take no image channels")
+    if said == "t2v" and takes_image:
+        raise ValueError("config says model_type 't2v', but the tensors take an image")
 
 
 def whole_config(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from genstream.cli.__main__ import main
+from genstream.io.hub_card import MODEL_PLACE
 from genstream.pipelines import causal_video
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler
@@ -276,7 +277,8 @@ def test_kept_lora_acts_as_the_merged_one(source, tmp_path):
     convert(*options, "-o", tmp_path / "merged")
     convert(*options, "-o", tmp_path / "kept", "--lora-mode", "adapter")
     merged, kept = (CausalDiT.from_pretrained(tmp_path / name / "transformer") for name in ("merged", "kept"))
-    assert 'load_lora_weights("kept/lora")' in (tmp_path / "kept" / "README.md").read_text()
+    card = (tmp_path / "kept" / "README.md").read_text()
+    assert f'load_lora_weights("{MODEL_PLACE}/lora")' in card
     base = velocity(kept)
     kept.load_lora_adapter(tmp_path / "kept" / "lora", use_safetensors=True)
     torch.testing.assert_close(velocity(kept), velocity(merged), rtol=1e-4, atol=1e-5)
@@ -294,7 +296,7 @@ def test_a_kept_lora_goes_along(source, vae, tmp_path, capsys, kind):
     path = Path("lora") / "pytorch_lora_weights.safetensors"
     assert (tmp_path / "second" / path).read_bytes() == (tmp_path / "first" / path).read_bytes()
     card = (tmp_path / "second" / "README.md").read_text()
-    assert '("second/lora"' in card.partition("## Licence")[0]
+    assert f'("{MODEL_PLACE}/lora"' in card.partition("## Licence")[0]
     convert(tmp_path / "first", "-o", tmp_path / "merged", *given)
     assert not (tmp_path / "merged" / "lora").exists()
 
@@ -369,6 +371,56 @@ def test_push_to_hub(source, vae, tmp_path, monkeypatch):
     assert hashlib.sha256(source.read_bytes()).hexdigest() in pushed["card"].text
     assert len(pushed["adapter"]) == len(lora())
     assert pushed["transformer"].keys() == pipe.transformer.state_dict().keys()
+
+
+def test_a_saved_model_tells_what_was_changed_since_it_was_loaded(source, vae, tmp_path, capsys):
+    pytest.importorskip("peft")
+    save_file(lora(), tmp_path / "lora.safetensors")
+    kept = ("--lora", tmp_path / "lora.safetensors", "--lora-alpha", 3, "--lora-mode", "adapter")
+    convert(source, "-o", tmp_path / "out", "--vae", vae, *kept)
+
+    def saved(change):
+        pipe = CausalVideoPipeline.from_pretrained(tmp_path / "out")
+        change(pipe)
+        folder = tmp_path / change.__name__
+        pipe.save_pretrained(folder)
+        return folder, (folder / "README.md").read_text()
+
+    def nothing(pipe):
+        pass
+
+    def preset(pipe):
+        pipe.apply_preset("krea")
+
+    def fused(pipe):
+        pipe.load_lora_weights(tmp_path / "out" / "lora")
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+
+    assert saved(nothing)[1] == (tmp_path / "out" / "README.md").read_text()
+    folder, card = saved(preset)
+    assert "- `window_frames` is 3, it was 18" in card and "- `steps` is [1000.0, 750.0" in card
+    assert (folder / "lora").is_dir() and "load_lora_weights" in card
+    folder, card = saved(fused)
+    assert "- LoRAs fused into the transformer: default_0" in card
+    # Loaded again it would act twice.
+    assert not (folder / "lora").exists() and "load_lora_weights" not in card
+
+
+def test_a_student_of_diffusers_says_that_it_needs_its_preset(source, tmp_path, capsys):
+    convert(source, "-o", tmp_path / "ours", "--preset", "self-forcing")
+    assert "converting back needs --preset" not in capsys.readouterr().out
+    convert(tmp_path / "ours", "-o", tmp_path / "theirs", "--to", "diffusers")
+    assert "a model of diffusers tells no way to stream: converting back needs --preset" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_model_type_that_the_tensors_contradict(source, tmp_path, capsys):
+    config = json.loads((source.parent / "config.json").read_text())
+    (source.parent / "config.json").write_text(json.dumps({**config, "model_type": "i2v"}))
+    told = "config says model_type 'i2v', but the tensors take no image channels"
+    check_refused(capsys, [source, "-o", tmp_path / "out"], "weights.safetensors", told)
 
 
 def check_refused(capsys, arguments: list[object], *parts: str) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import genstream
+from genstream.io.model_folder import find_model
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FlowEulerScheduler
 from genstream.streaming.noise import GivenNoise, SeededNoise
@@ -452,8 +453,23 @@ def test_a_folder_of_another_pipeline_is_refused(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     index = tmp_path / "model_index.json"
     index.write_text(index.read_text().replace('"CausalVideoPipeline"', '"FluxPipeline"'))
-    with pytest.raises(ValueError, match="must hold a CausalVideoPipeline, got a FluxPipeline"):
+    with pytest.raises(
+        ValueError, match="must hold a CausalVideoPipeline, got a FluxPipeline: genstream conv"
+    ):
         CausalVideoPipeline.from_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="must hold a CausalVideoPipeline, got a FluxPipeline: genstream conv"
+    ):
+        find_model(str(tmp_path))
+
+
+def test_a_folder_whose_weights_are_all_of_a_variant(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    assert not list(tmp_path.rglob("model.safetensors"))
+    loaded = CausalVideoPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    frames = [each(RED, num_frames=9, output_type="latent").frames for each in (loaded, pipe)]
+    assert torch.equal(*frames)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,14 @@ def test_the_shell_steps_like_the_schedule(scheduler):
         torch.testing.assert_close(x, ours, rtol=0, atol=0)
 
 
+def test_noise_of_a_step_that_the_model_knows_under_another_level():
+    krea = FewStepScheduler(steps=[1000.0, 750.0, 500.0, 250.0, 0.0])
+    level = krea.schedule().sigmas[-1]
+    assert level > 0
+    noisy = krea.add_noise(torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([0.0]))
+    torch.testing.assert_close(noisy, torch.full((1, 2), level))
+
+
 def test_add_noise():
     clean, noise = torch.randn(2, 2, 4, 2, 3, 3)
     noisy = FewStepScheduler().add_noise(clean, noise, torch.tensor([0.0, 250.0]))
