@@ -9,7 +9,7 @@ from numbers import Integral, Real
 
 def frames_of(latent_frames: int, temporal_ratio: int) -> int:
     """Frames that `latent_frames` (>= 1) decode to: F = 1 + r (T - 1)."""
-    _check_positive("latent_frames", latent_frames)
+    _check_count("latent_frames", latent_frames)
     return 1 + temporal_ratio * (latent_frames - 1)
 
 
@@ -25,23 +25,33 @@ def latent_frames_of(frames: int, temporal_ratio: int) -> int:
 
 def latent_frames_covering(frames: int, temporal_ratio: int) -> int:
     """Fewest latent frames that decode to at least `frames` (>= 1) frames."""
-    _check_positive("frames", frames)
+    _check_count("frames", frames)
     return 1 + -(-(frames - 1) // temporal_ratio)
 
 
 def frames_for_seconds(seconds: float, fps: float) -> int:
     """Exactly round(seconds * fps) frames; a duration that rounds to no frame is an error."""
-    for name, value in (("fps", fps), ("seconds", seconds)):
-        if not isinstance(value, Real):
-            raise ValueError(f"{name} must be a number, got {value!r}")
-    if not 0 < fps < float("inf"):
-        raise ValueError(f"fps must be a positive number, got {fps}")
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"seconds must be a positive number, got {seconds}")
+    check_positive("fps", fps)
+    check_positive("seconds", seconds)
+    if not seconds * fps < float("inf"):
+        raise ValueError(f"seconds must give a number of frames at {fps} fps, got {seconds}")
     frames = round(seconds * fps)
     if frames < 1:
         raise ValueError(f"seconds must be long enough for one frame at {fps} fps, got {seconds}")
     return frames
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a finite number above 0."""
+    check_number(name, value)
+    if not 0 < value < float("inf"):  # type: ignore[operator]
+        raise ValueError(f"{name} must be a positive number, got {value}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a number, of numpy's too."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a number, got {value!r}")
 
 
 def check_whole(name: str, value: object) -> None:
@@ -67,7 +77,7 @@ def check_same_size(name: str, found: tuple[int, int], wanted: tuple[int, int]) 
     (height, width), (video_height, video_width) = found, wanted
     raise ValueError(
         f"{name} is {width}x{height}, the video is {video_width}x{video_height}; resize it first"
-        f" (PIL.ImageOps.fit crops what does not fit), or ask for a video of {width}x{height}"
+        f" (PIL.ImageOps.fit crops what does not fit), or ask for a video of its size, if the model makes one"
     )
 
 
@@ -79,6 +89,6 @@ def tokens_per_frame(height: int, width: int, spatial_ratio: int, patch: int) ->
     return (height // pixels_per_token) * (width // pixels_per_token)
 
 
-def _check_positive(name: str, value: int) -> None:
+def _check_count(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")

@@ -37,6 +37,7 @@ from genstream.pipelines.tensors import check_part
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.shapes import (
     check_divides,
+    check_positive,
     check_same_size,
     check_whole,
     frames_for_seconds,
@@ -180,6 +181,9 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             default_fps=default_fps,
         )
         _ = self.settings  # checks them
+        for name in ("text_tokens", "default_height", "default_width"):
+            check_whole(name, self.config[name])
+        check_positive("default_fps", self.config.default_fps)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:  # noqa: ANN401
@@ -207,16 +211,21 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         check_model_folder(folder, kwargs, cls.__name__)
         index = read_json(folder / INDEX_NAME)
         kwargs.setdefault("variant", only_variant(folder))
-        if "vae" not in kwargs and index.get("vae", [None])[0] is None:
+        parts = {name: index.get(name) or (None, None) for name in ("transformer", "text_encoder", "vae")}
+        if "vae" not in kwargs and parts["vae"][0] is None:
             raise ValueError(
                 f"model folder {str(folder)!r} has no vae: give vae=..., or make a folder that has one with "
                 f"genstream convert {folder} --vae PATH -o NEW_FOLDER"
             )
-        for name in ("transformer", "text_encoder", "vae"):
-            library, part = index.get(name) or (None, None)
-            if library and part and name not in kwargs and kwargs.get("variant") is None:
-                check_part(folder / name, library, part)
-        loaded = super().from_pretrained(folder, **kwargs)
+        try:
+            for name, (library, part) in parts.items():
+                if library and part and name not in kwargs and kwargs["variant"] is None:
+                    check_part(folder / name, library, part)
+            loaded = super().from_pretrained(folder, **kwargs)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"model folder {str(folder)!r} has a configuration that a part cannot be made from: {error!r}"
+            ) from error
         return loaded
 
     @classmethod
@@ -485,15 +494,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         width = self.config.default_width if width is None else width
         self._check_size(height, width)
         height, width = int(height), int(width)
-        if num_frames is not None and seconds is not None:
-            raise ValueError(f"num_frames and seconds exclude each other, got {num_frames} and {seconds}")
-        if num_frames is not None:
-            check_whole("num_frames", num_frames)
-            num_frames = int(num_frames)
-            if strength is None:
-                latent_frames_of(num_frames, self.streaming_vae.spec.temporal_ratio)
-        if seconds is not None:
-            num_frames = frames_for_seconds(seconds, self.config.default_fps if fps is None else fps)
+        num_frames = self._length(num_frames, seconds, fps, any_number=strength is not None)
         prompts, embeds = self._prompts(prompt, prompt_embeds)
         settings = settings or self.settings
         if guidance_scale is not None:
@@ -530,6 +531,23 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             loras=active_loras(self.transformer),
             decode=decode,
         )
+
+    def _length(
+        self, num_frames: int | None, seconds: float | None, fps: float | None, *, any_number: bool
+    ) -> int | None:
+        """Frames of a stream, which are 1 + r k unless any number will do; None for an endless one."""
+        fps = self.config.default_fps if fps is None else fps
+        check_positive("fps", fps)
+        if num_frames is not None and seconds is not None:
+            raise ValueError(f"num_frames and seconds exclude each other, got {num_frames} and {seconds}")
+        if seconds is not None:
+            return frames_for_seconds(seconds, fps)
+        if num_frames is None:
+            return None
+        check_whole("num_frames", num_frames)
+        if not any_number:
+            latent_frames_of(num_frames, self.streaming_vae.spec.temporal_ratio)
+        return int(num_frames)
 
     def start(
         self,
@@ -775,6 +793,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 )
             given = image_tokens(pixels, self.image_processor, self.image_encoder)
             self._offload_encoders()
+        _check_tensor("image_embeds", given)
         if given.ndim != 3 or len(given) not in (1, batch_size) or given.shape[2] != width:
             raise ValueError(f"image_embeds must be [{batch_size}, tokens, {width}], got {list(given.shape)}")
         positions = self.transformer.config.pos_embed_seq_len
@@ -802,6 +821,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         return given.expand(batch_size, -1, -1, -1, -1) if len(given) == 1 else given
 
     def _check_channels(self, channels: Tensor, batch_size: int, height: int, width: int) -> None:
+        _check_tensor("image_channels", channels)
         count = self.transformer.config.in_channels - self.transformer.out_channels
         ratio = self.streaming_vae.spec.spatial_ratio
         size, shape = [batch_size, count, height // ratio, width // ratio], list(channels.shape)
@@ -845,6 +865,8 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         """What guidance leads away from, `[B, text_tokens, text_dim]`; None without guidance."""
         scale = settings.guidance_scale
         _check_one_of(negative_prompt=prompt, negative_prompt_embeds=given)
+        if not isinstance(prompt, str | None):
+            raise ValueError(f"negative_prompt must be one text for the whole batch, got {prompt!r}")
         if scale == 1:
             if prompt is not None or given is not None:
                 raise ValueError(f"negative_prompt needs a guidance_scale above 1, got {scale}")
@@ -899,6 +921,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
     def _check_latents(
         self, latents: Tensor, batch_size: int, height: int, width: int, num_frames: int | None
     ) -> None:
+        _check_tensor("initial_latents", latents)
         spec = self.streaming_vae.spec
         size = [batch_size, spec.latent_channels, height // spec.spatial_ratio, width // spec.spatial_ratio]
         shape = list(latents.shape)
@@ -940,6 +963,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         return repeated, prompt_embeds.repeat_interleave(repeats, dim=0)
 
     def _check_embeds(self, name: str, embeds: Tensor) -> None:
+        _check_tensor(name, embeds)
         tokens, width = self.config.text_tokens, self.transformer.config.text_dim
         if embeds.ndim != 3 or tuple(embeds.shape[1:]) != (tokens, width):
             raise ValueError(f"{name} must be [B, {tokens}, {width}], got {list(embeds.shape)}")
@@ -953,6 +977,11 @@ def _check_repository(name: str) -> None:
             f"pretrained_model_name_or_path must be an installed model ({', '.join(installed_models())}), "
             f"a folder or a repository owner/name, got {name!r}"
         )
+
+
+def _check_tensor(name: str, values: object) -> None:
+    if not isinstance(values, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(values).__name__}")
 
 
 def _check_finite(name: str, values: Tensor) -> None:

@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "io": {"shapes"},
     "data": {"shapes"},
     "kernels": set(),
-    "schedulers": set(),
+    "schedulers": {"shapes"},
     "cache": {"shapes", "kernels"},
     "vae": {"shapes", "kernels", "io"},
     "transformer": {"shapes", "kernels", "cache"},

@@ -13,7 +13,7 @@ from genstream.cli.figures import RunClock
 from genstream.cli.process import hardware_name, resident_memory_bytes
 from genstream.cli.units import change, mib
 from genstream.io.model_folder import find_model
-from genstream.io.sections import write_section
+from genstream.io.sections import check_section_file, write_section
 
 if TYPE_CHECKING:
     from genstream.pipelines.causal_video import CausalVideoPipeline
@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Generate, measure, print the table."""
     if not 2 <= arguments.minutes < float("inf"):
         raise ValueError(f"minutes (--minutes) must be at least 2, got {arguments.minutes}")
-    if arguments.output is not None and not arguments.output.parent.is_dir():
-        raise ValueError(f"output: the folder {str(arguments.output.parent)!r} does not exist")
+    if arguments.output is not None:
+        check_section_file(arguments.output)
     folder = find_model(arguments.model)
     from genstream.cli.pipeline import load_pipeline
 
@@ -140,7 +140,8 @@ class EnduranceFigures:
             ),
             (
                 "chunk latency, median of the last minute",
-                f"{1000 * self.chunk_latency_last_minute_s:.1f} ms",
+                f"{1000 * self.chunk_latency_last_minute_s:.1f} ms "
+                f"({change(self.chunk_latency_first_minute_s, self.chunk_latency_last_minute_s)})",
             ),
             (
                 "one more minute, in turns with the first minute of a new stream",

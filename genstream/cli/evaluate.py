@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from genstream.io.model_folder import find_model, read_card
-from genstream.io.sections import write_section
+from genstream.io.sections import check_section_file, write_section
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -42,8 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(
             f"model {arguments.model!r} does not say its size and frame rate in model_index.json"
         )
-    if arguments.output is not None and not arguments.output.parent.is_dir():
-        raise ValueError(f"output: the folder {str(arguments.output.parent)!r} does not exist")
+    if arguments.output is not None:
+        check_section_file(arguments.output)
     from genstream.cli.pipeline import load_pipeline
     from genstream.cli.toyworld_benchmark import BenchmarkSettings, run_benchmark
 

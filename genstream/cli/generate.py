@@ -110,7 +110,9 @@ def run(arguments: argparse.Namespace) -> int:
     from genstream.cli.generation import Generation
 
     pipe = load(folder, arguments)
-    generation = Generation(pipe=pipe, plan=plan, image=image, vocabulary=card.vocabulary)
+    generation = Generation(
+        pipe=pipe, plan=plan, image=image, vocabulary=card.vocabulary, native_size=card.native_size
+    )
     return write(generation, arguments, load_s=time.perf_counter() - began_s)
 
 

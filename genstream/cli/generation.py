@@ -1,8 +1,11 @@
 """Runs a plan through the pipeline into a file."""
 
 import math
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,13 +37,15 @@ class SourceClip:
 class Generation:
     """A loaded pipeline and what it is to make; `image` is uint8 [H, W, 3] or None.
 
-    `vocabulary` is what the model's card says it knows, by group.
+    `vocabulary` is what the model's card says it knows, by group; `native_size` the width and height that it
+    says.
     """
 
     pipe: CausalVideoPipeline
     plan: GeneratePlan
     image: NDArray[np.uint8] | None
     vocabulary: Mapping[str, Sequence[str]]
+    native_size: tuple[int, int] | None = None
     clip: SourceClip | None = None
     clock: RunClock = field(default_factory=RunClock)
 
@@ -52,11 +57,16 @@ class Generation:
         self._warn_of_unknown_words()
         if self.plan.rounding is not None:
             print(f"genstream: note: {self.plan.rounding}", file=sys.stderr)
+        self._warn_of_another_size()
         self.clock.start()
         try:
             state = self._start()
-            with open_output() as writer, progress_for(self.plan.total_frames, self.plan.fps) as progress:
-                self._write_chunks(state, writer, progress)
+            with _stoppable_once() as ignore_more, open_output() as writer:
+                try:
+                    with progress_for(self.plan.total_frames, self.plan.fps) as progress:
+                        self._write_chunks(state, writer, progress)
+                finally:
+                    ignore_more()
         except KeyboardInterrupt:
             self.clock.interrupted = True
 
@@ -114,6 +124,12 @@ class Generation:
             self.clock.chunk_done(len(frames))
             progress.show(self.clock)
 
+    def _warn_of_another_size(self) -> None:
+        size = self.plan.width, self.plan.height
+        if self.native_size not in (None, size):
+            made, asked = ("x".join(map(str, each)) for each in (self.native_size, size))
+            _warn(f"the model was made at {made} pixels: a video of {asked} may come out empty or torn")
+
     def _warn_of_unknown_words(self) -> None:
         prompts = [self.plan.prompt, *(switch.prompt for switch in self.plan.switches)]
         unknown = dict.fromkeys(word for prompt in prompts for word in self.pipe.unknown_words(prompt))
@@ -124,6 +140,23 @@ class Generation:
                 f"the model never saw {', '.join(map(repr, unknown))} and will ignore or misread it;"
                 f" it knows{''.join(known)}"
             )
+
+
+@contextmanager
+def _stoppable_once() -> Iterator[Callable[[], None]]:
+    """Gives a function from whose call on Ctrl-C is ignored: a second one must not stop the file's end."""
+    is_main = threading.current_thread() is threading.main_thread()  # the only one that may say so
+    before = signal.getsignal(signal.SIGINT)
+
+    def ignore() -> None:
+        if is_main:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    try:
+        yield ignore
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
 
 
 def _warn(text: str) -> None:

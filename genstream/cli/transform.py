@@ -68,7 +68,14 @@ def run(arguments: argparse.Namespace) -> int:
         motion=MotionNoise() if arguments.motion_aware else None,
     )
     pipe = load(folder, arguments)
-    generation = Generation(pipe=pipe, plan=plan, image=image, vocabulary=card.vocabulary, clip=clip)
+    generation = Generation(
+        pipe=pipe,
+        plan=plan,
+        image=image,
+        vocabulary=card.vocabulary,
+        native_size=card.native_size,
+        clip=clip,
+    )
     return write(generation, arguments, load_s=time.perf_counter() - began_s)
 
 

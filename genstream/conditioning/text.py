@@ -43,6 +43,8 @@ def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, to
     for prompt in prompts:
         if not prompt.strip():
             raise ValueError("prompt must not be empty")
+        if not _is_text(prompt):
+            raise ValueError(f"prompt must be text that UTF-8 holds, got {prompt[:60]!r}")
         cleaned = clean(prompt)
         length = len(tokenizer(cleaned).input_ids)
         if not tokenizer(cleaned, add_special_tokens=False).input_ids:
@@ -51,8 +53,15 @@ def check_prompts(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, to
             raise ValueError(f"prompt must have at most {tokens} tokens, got {length}: {prompt[:60]!r}")
 
 
+def _is_text(prompt: str) -> bool:
+    """Whether it is free of the single surrogates that stand for bytes of another encoding."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in prompt)
+
+
 def unknown_words(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Words of the prompt that the tokenizer has no token for, in order and once each."""
+    if not _is_text(prompt):
+        return []  # `check_prompts` refuses it
     # Words, and signs that are no punctuation: emoji, for example.
     words = dict.fromkeys(re.findall(r"[\w'-]+|[^\w\s!-/:-@\[-`{-~\u2010-\u2027]", prompt.lower()))
     return [

@@ -50,6 +50,11 @@ class ModelCard:
     fps: int | None
     vocabulary: Mapping[str, tuple[str, ...]]
 
+    @property
+    def native_size(self) -> tuple[int, int] | None:
+        """Width and height in pixels; None where the model does not say both."""
+        return None if self.width is None or self.height is None else (self.width, self.height)
+
 
 def installed_models() -> list[str]:
     """Names of the models inside the package."""
@@ -64,7 +69,7 @@ def installed_folder(name: str) -> Path | None:
 def find_model(name_or_folder: str) -> Path:
     """Folder of an installed model or the folder itself, with all its files whole."""
     folder = installed_folder(name_or_folder) or Path(name_or_folder)
-    if not folder.is_dir():
+    if not name_or_folder or not folder.is_dir():
         raise ValueError(
             f"model must be one of {', '.join(installed_models()) or '(none installed)'}"
             f" or a folder in diffusers layout, got {name_or_folder!r}"
@@ -128,6 +133,8 @@ def check_component(component: Path, kind: str) -> None:
     for name in required:
         if not (component / name).is_file():
             raise ValueError(f"model file {str(component / name)!r} is missing")
+        if name.endswith(".json"):
+            read_object(component / name)
     for path in sorted(component.glob("*.json")):
         read_json(path)
     weights = weight_files(component)

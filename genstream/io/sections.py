@@ -3,6 +3,14 @@
 from pathlib import Path
 
 
+def check_section_file(path: Path) -> None:
+    """Raise ValueError or OSError, before any work is done, if no section can be written there."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"output must be a markdown file in a folder that exists, got {str(path)!r}")
+    with path.open("a", encoding="utf-8"):
+        pass
+
+
 def write_section(path: Path, title: str, text: str) -> None:
     """Replace the section `## title` of the file with `text`, or append it; the rest stays as it is."""
     before = path.read_text(encoding="utf-8") if path.is_file() else ""

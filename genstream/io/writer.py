@@ -23,7 +23,8 @@ from genstream.io.png import FRAME_PATTERN, UNFINISHED_NAME, PngFolder, PngImage
 ALLOWED_PATHS = ".mp4, .webm, .gif, .png (one frame), or no suffix for a folder of png files"
 
 _MOST_FPS = {".gif": 100, ".mp4": 1000, ".webm": 1000}
-"""A gif counts in hundredths of a second."""
+_LEAST_FPS = {".gif": 100 / 65535}
+"""A gif counts in hundredths of a second, up to 65,535 of them."""
 
 
 class FrameSink(Protocol):
@@ -162,6 +163,8 @@ def open_writer(
         raise ValueError(f"fps must be a positive number, got {fps}")
     if fps > (most := _MOST_FPS.get(suffix, math.inf)):
         raise ValueError(f"fps must be at most {most} for {suffix}, got {fps:g}")
+    if fps < (least := _LEAST_FPS.get(suffix, 0)):
+        raise ValueError(f"fps must be at least {least:.4f} for {suffix}, got {fps:g}")
     if suffix in (".mp4", ".webm") and (width % 2 or height % 2):
         raise ValueError(
             f"width and height must be even for {suffix}, got {width}x{height}; .gif and .png take any size"

@@ -21,6 +21,7 @@ from genstream.schedulers.schedule import (
     few_step_timesteps,
     table_sigma,
 )
+from genstream.shapes import check_number, check_positive, check_whole
 
 _SAME_TIMESTEP = 1e-3
 
@@ -108,8 +109,11 @@ class FewStepScheduler(_FlowScheduler):
         warped: bool = True,
         num_train_timesteps: int = 1000,
     ) -> None:
-        if shift <= 0:
-            raise ValueError(f"shift must be above 0, got {shift}")
+        check_positive("shift", shift)
+        if isinstance(steps, str) or not isinstance(steps, Sequence):
+            raise ValueError(f"steps must be a list of timesteps, got {steps!r}")
+        for step in steps:
+            check_number("steps", step)
         self.set_timesteps()
 
     def schedule(self, num_inference_steps: int | None = None) -> FewStepSchedule:
@@ -141,13 +145,13 @@ class FlowEulerScheduler(_FlowScheduler):
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, *, num_steps: int = 50, shift: float = 5.0, num_train_timesteps: int = 1000) -> None:
-        if shift <= 0:
-            raise ValueError(f"shift must be above 0, got {shift}")
+        check_positive("shift", shift)
         self.set_timesteps()
 
     def schedule(self, num_inference_steps: int | None = None) -> EulerSchedule:
         """Evenly spaced steps, warped by the shift."""
         steps = self.config.num_steps if num_inference_steps is None else num_inference_steps
+        check_whole("num_inference_steps", steps)
         if steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
         return EulerSchedule(euler_timesteps(steps, self.config.shift))

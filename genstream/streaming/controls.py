@@ -49,6 +49,9 @@ class PromptControl(Control):
         if self.prompt_embeds is not None:
             if self.prompt:
                 raise ValueError("prompt and prompt_embeds exclude each other, got both")
+            if not isinstance(self.prompt_embeds, Tensor):
+                kind = type(self.prompt_embeds).__name__
+                raise ValueError(f"prompt_embeds must be a tensor [1 or B, tokens, C], got {kind}")
             if self.prompt_embeds.ndim != 3 or not bool(self.prompt_embeds.isfinite().all()):
                 raise ValueError(
                     f"prompt_embeds must be finite [B, tokens, C], got {list(self.prompt_embeds.shape)}"

@@ -62,6 +62,7 @@ class VAEDistillationSettings(VAERunSettings):
         layers: residual blocks of each level of "turbo".
         causal: whether "turbo" looks back only and so streams exactly; published ones do not.
         pixel_weight: of the mean absolute error of pixels; like all weights, 0 switches it off.
+        squared_weight: of their mean squared error, which PSNR measures.
         latent_weight: of the mean squared error of the latents of the encoder that "tiny" learns.
         feature_weight: of the mean squared error of features, for each of `feature_pairs`.
         feature_pairs: layers that are brought together, each "layer of the student=layer of the teacher".
@@ -83,6 +84,7 @@ class VAEDistillationSettings(VAERunSettings):
     layers: int = 2
     causal: bool = True
     pixel_weight: float = 1.0
+    squared_weight: float = 0.0
     latent_weight: float = 1.0
     feature_weight: float = 1.0
     feature_pairs: tuple[str, ...] = ()
@@ -107,6 +109,7 @@ class VAEDistillationSettings(VAERunSettings):
         """How much each loss counts."""
         return DistillationSettings(
             pixel_weight=self.pixel_weight,
+            squared_weight=self.squared_weight,
             latent_weight=self.latent_weight,
             perceptual_weight=self.perceptual_weight,
             feature_weight=self.feature_weight,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -292,8 +293,13 @@ class _Training:
         """Write a checkpoint under another name and rename it, so that a kill never leaves half of one."""
         folder = self.output / "checkpoints"
         partial, final = folder / f"partial_{self.step:07d}", folder / f"step_{self.step:07d}"
-        with self._checkpointing() as options:
-            save(self._tensors(), checkpoint_id=partial, **options)
+        try:
+            with self._checkpointing() as options:
+                save(self._tensors(), checkpoint_id=partial, **options)
+        except CheckpointException as error:
+            if self.state.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise _cause(error, self.output) from error
         if self.state.is_main_process:
             progress = {"step": self.step, "seconds": self.seconds}
             (partial / _PROGRESS_NAME).write_text(json.dumps(progress))
@@ -330,6 +336,15 @@ class _Training:
         """What a checkpoint holds; shards know of which whole they are, so that any number of them fits."""
         module, optimizers = get_state_dict(self.trainee.module, self.optimizers)
         return {"module": module, "optimizers": optimizers, "average": self.average}
+
+
+def _cause(error: CheckpointException, output: Path) -> BaseException:
+    """Why a checkpoint could not be written; torch wraps Ctrl-C too, and has no word for a full disk."""
+    causes = [cause for cause, _ in error.failures.values()]
+    for cause in causes:
+        if isinstance(cause, KeyboardInterrupt):
+            return cause
+    return OSError(f"checkpoint in {str(output)!r} could not be written, is the disk full? {causes[0]}")
 
 
 def _values(module: nn.Module) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ class DistillationSettings:
 
     Attributes:
         pixel_weight: of the mean absolute error of pixels.
+        squared_weight: of their mean squared error, which PSNR measures.
         latent_weight: of the mean squared error of latents, where the student has an encoder that is not
             frozen.
         perceptual_weight: of the distance that the caller passes in; the published recipe has LPIPS at 1.
@@ -53,6 +54,7 @@ class DistillationSettings:
     """
 
     pixel_weight: float = 1.0
+    squared_weight: float = 0.0
     latent_weight: float = 0.0
     perceptual_weight: float = 0.0
     feature_weight: float = 1.0
@@ -61,7 +63,13 @@ class DistillationSettings:
     latents_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("pixel_weight", "latent_weight", "perceptual_weight", "feature_weight"):
+        for name in (
+            "pixel_weight",
+            "squared_weight",
+            "latent_weight",
+            "perceptual_weight",
+            "feature_weight",
+        ):
             if not (value := getattr(self, name)) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
         if self.head_channels < 1:
@@ -138,7 +146,7 @@ class DecoderDistillation:
         latents, noisy, targets = self._taught(frames)
         with _captured(student, [pair.student for pair in self.pairs]) as features:
             decoded = _decoded_like(student, noisy, frames)
-        parts = {"pixel": (decoded - frames).abs().mean()}
+        parts = {"pixel": (decoded - frames).abs().mean(), "squared": F.mse_loss(decoded, frames)}
         if settings.perceptual_weight > 0 and self.perceptual is not None:
             parts["perceptual"] = self.perceptual(to_images(decoded), to_images(frames)).mean()
         if self.trains_encoder:

@@ -19,8 +19,19 @@ from torch import Tensor, nn
 from genstream.cache.kv_cache import AttentionContext, CacheShape, KVCache, TextCache
 from genstream.cache.layout import CacheLayout
 from genstream.kernels.rope import Phases, phases
+from genstream.shapes import check_positive, check_whole
 from genstream.transformer.attention import CrossAttention, KeysValues, SelfAttention
 from genstream.transformer.embeddings import ConditionEmbedder
+
+_SIZES = (
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "text_dim",
+    "freq_dim",
+    "ffn_dim",
+    "num_layers",
+)
 
 
 @dataclass
@@ -147,6 +158,10 @@ class CausalDiT(
             raise ValueError(f"patch_size must cover one latent frame in time, got {tuple(patch_size)}")
         if qk_norm != "rms_norm_across_heads":
             raise ValueError(f"qk_norm must be 'rms_norm_across_heads', got {qk_norm!r}")
+        check_positive("eps", eps)
+        for name in _SIZES:
+            check_whole(name, self.config[name])
+            check_positive(name, self.config[name])
         dim = num_attention_heads * attention_head_dim
         self.patch_size = tuple(patch_size)
         self.out_channels = out_channels or in_channels

@@ -31,6 +31,7 @@ def check_error(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts
         (["generate"], ["prompt"]),
         (["generate", ""], ["prompt must not be empty"]),
         (["generate", "  "], ["prompt must not be empty"]),
+        (["generate", PROMPT, "--seconds", "1e308"], ["seconds must give a number of frames at 16 fps"]),
         (["generate", PROMPT, "--fram", "5"], ["unrecognized arguments: --fram 5"]),
         (["evaluate", "toyworld", "--prom", "5"], ["unrecognized arguments: --prom 5"]),
         (["generate", PROMPT, "--colour", "red"], ["unrecognized arguments: --colour"]),
@@ -82,7 +83,8 @@ def test_usage(
 
 
 def test_unknown_model(capsys: pytest.CaptureFixture[str]):
-    check_error(capsys, ["generate", PROMPT, "--model", "sora"], "model must be one of", "'sora'")
+    for name in ("sora", ""):
+        check_error(capsys, ["generate", PROMPT, "--model", name], "model must be one of", repr(name))
 
 
 @pytest.mark.parametrize(

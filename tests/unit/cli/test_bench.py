@@ -44,7 +44,7 @@ def test_a_stream_is_measured(build_pipeline, tmp_path, capsys):
     [
         (["--minutes", "1"], "minutes (--minutes) must be at least 2, got 1.0"),
         (["--minutes", "inf"], "minutes (--minutes) must be at least 2, got inf"),
-        (["--output", "no/such/folder.md"], "output: the folder 'no/such' does not exist"),
+        (["--output", "no/such/folder.md"], "output must be a markdown file in a folder that"),
         (["--model", "nothing"], "nothing"),
     ],
 )

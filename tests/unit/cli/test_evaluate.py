@@ -49,8 +49,17 @@ def test_every_figure_comes_out(tmp_path, capsys):
     table = (tmp_path / "table.md").read_text()
     assert "## Long streams" in table
     assert "| colour, last 1 of 2 s | " in table
-    assert "| VAE PSNR, 1 evaluation clips | " in table
     assert "| 1 s | " in table
+    assert "fps |" not in table and "PSNR" not in table  # those of short streams say it
+    assert main([*arguments[:-2], "--output", str(tmp_path / "table.md")]) == 0
+    scores = (tmp_path / "table.md").read_text().partition("## Scores")[2]
+    assert "| VAE PSNR, 1 evaluation clips | " in scores
+    assert "| frame rate | " in scores
+
+
+def test_decimal_seconds_may_be_multiples_of_each_other():
+    settings = {**SETTINGS, "seconds": 0.7, "end_of_s": 2.1, "fps": 10}
+    assert BenchmarkSettings(prompts=1, vae_clips=1, **settings).judged_frames == 7
 
 
 def test_windows_are_judged_as_they_come():
@@ -68,9 +77,14 @@ def test_windows_are_judged_as_they_come():
     [
         (["--prompts", "0"], "prompts must be at least 1, got 0"),
         (["--vae-clips", "0"], "vae_clips must be at least 1, got 0"),
-        (["--seconds", "0"], "seconds must give at least 1 frame at 16 fps, got 0.0"),
+        (["--seconds", "0"], "seconds must be whole frames at 16 fps, got 0.0"),
+        (["--seconds", "1.03"], "seconds must be whole frames at 16 fps, got 1.03"),
         (["--end-of", "1"], "end_of must be a multiple of seconds (4.0), got 1.0"),
-        (["--output", "no/such/folder.md"], "output: the folder 'no/such' does not exist"),
+        (
+            ["--output", "no/such/folder.md"],
+            "output must be a markdown file in a folder that exists, got 'no/such/folder.md'",
+        ),
+        (["--output", "tests"], "output must be a markdown file in a folder that exists, got 'tests'"),
     ],
 )
 def test_bad_input(wrong, error, capsys):

@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from genstream.cli.__main__ import main
 from genstream.cli.pipeline import to_uint8
 from genstream.io.reader import read_video
+from genstream.io.writer import VideoWriter
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.streaming.controls import PromptControl
 from genstream.streaming.engine import CacheEngine, NonFiniteError
@@ -248,6 +250,12 @@ def test_long_prompt(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "prompt must have at most 12 tokens, got 31" in error_of(capsys)
 
 
+def test_a_prompt_in_another_encoding(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "\udcff red", "--model", model, "-o", str(tmp_path / "out.mp4")]) == 2
+    assert r"prompt must be text that UTF-8 holds, got '\udcff red'" in error_of(capsys)
+    assert os.listdir(tmp_path) == []
+
+
 def running(model: str, output: Path) -> subprocess.Popen[str]:
     """A long `generate` in a process of its own that has already written some frames."""
     command = [sys.executable, "-m", "genstream.cli", "generate", "a red circle", "--seconds", "3600"]
@@ -277,6 +285,47 @@ def test_ctrl_c(model: str, tmp_path: Path):
     assert os.listdir(tmp_path) == ["out.mp4"]
     # The signal may fall between the writing and the counting of a chunk.
     assert sum(1 for _ in read_video(tmp_path / "out.mp4")) - figures["frames"] in (0, 12)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "gif"])
+def test_a_second_ctrl_c_does_not_stop_the_end_of_the_file(
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    suffix: str,
+):
+    finish, write = VideoWriter.finish, VideoWriter.write
+
+    def write_two(writer: VideoWriter, frames: NDArray[np.uint8]) -> None:
+        if writer.frames_written:
+            os.kill(os.getpid(), signal.SIGINT)
+        write(writer, frames)
+
+    def finish_late(writer: VideoWriter) -> Path:
+        os.kill(os.getpid(), signal.SIGINT)
+        return finish(writer)
+
+    monkeypatch.setattr(VideoWriter, "write", write_two)
+    monkeypatch.setattr(VideoWriter, "finish", finish_late)
+    output = tmp_path / f"out.{suffix}"
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["generate", "a red circle", "--model", model, "-o", str(output)]) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "interrupted: " in capsys.readouterr().out
+    assert os.listdir(tmp_path) == [output.name]
+    assert sum(1 for _ in read_video(output)) == 9  # the first chunk
+
+
+def test_a_size_that_the_model_was_not_made_at(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    command = ["generate", "a red circle", "--model", model, "--frames", "1", "-o", str(tmp_path / "out.png")]
+    assert main(command) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert main([*command, "--size", "48x32"]) == 0
+    said = "warning: the model was made at 32x32 pixels: a video of 48x32 may come out empty or torn"
+    assert said in capsys.readouterr().err
 
 
 def test_kill(model: str, tmp_path: Path):

@@ -121,8 +121,11 @@ def test_a_switch_and_the_figures(
 @pytest.mark.parametrize(
     ("texts", "parts"),
     [
-        (["a.mp4", "--size", "48x32"], ["a.mp4' is 32x32, the video is 48x32; resize it", "video of 32x32"]),
-        (["wide.png"], ["wide.png' is 64x32, the video is 32x32", "ask for a video of 64x32"]),
+        (
+            ["a.mp4", "--size", "48x32"],
+            ["a.mp4' is 32x32, the video is 48x32; resize it", "video of its size"],
+        ),
+        (["wide.png"], ["wide.png' is 64x32, the video is 32x32", "ask for a video of its size"]),
         (["a.mp4", "--strength", "0"], ["strength must be above 0 and at most 1, got 0"]),
         (["a.mp4", "--strength", "nan"], ["strength must be above 0 and at most 1, got nan"]),
         (["a.mp4", "--frames", "0"], ["num_frames (--frames) must be at least 1, got 0"]),

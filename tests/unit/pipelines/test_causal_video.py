@@ -358,6 +358,14 @@ BAD = [
     ({"seconds": 0}, "seconds must be a positive number, got 0"),
     ({"seconds": 1.0, "fps": -1}, "fps must be a positive number, got -1"),
     ({"seconds": 0.01}, r"seconds must be long enough for one frame at 16 fps, got 0\.01"),
+    ({"num_frames": 5, "fps": "x"}, "fps must be a number, got 'x'"),
+    ({"num_frames": 5, "fps": -3}, "fps must be a positive number, got -3"),
+    ({"seconds": 1e308}, r"seconds must give a number of frames at 16 fps, got 1e\+308"),
+    ({"prompt": "red \udcff circle"}, "prompt must be text that UTF-8 holds"),
+    ({"negative_prompt": ["blue"]}, r"negative_prompt must be one text .* got \['blue'\]"),
+    ({"guidance_scale": "2"}, "guidance_scale must be a number, got '2'"),
+    ({"initial_latents": np.zeros((1, 4, 3, 4, 4))}, "initial_latents must be a tensor, got ndarray"),
+    ({"prompt_embeds": [[0.0]], "prompt": None}, "prompt_embeds must be a tensor, got list"),
     ({"seed": -1}, r"seed must be in \[0, 2\^63\), got -1"),
     ({"seed": [1, 2]}, "seed must be one number or one for each of 1 videos, got 2"),
     ({"prompt_embeds": torch.zeros(2, 12, 16)}, "prompt_embeds must have one row for each prompt: 1, got 2"),
@@ -461,6 +469,41 @@ def test_a_folder_of_another_pipeline_is_refused(pipe, tmp_path):
         ValueError, match="must hold a CausalVideoPipeline, got a FluxPipeline: genstream conv"
     ):
         find_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("model_index.json", {"chunk_frames": None}),
+        ("model_index.json", {"window_frames": "x"}),
+        ("model_index.json", {"guidance_scale": "x"}),
+        ("model_index.json", {"past_weight": None}),
+        ("model_index.json", {"text_tokens": None}),
+        ("model_index.json", {"default_fps": "x"}),
+        ("model_index.json", {"default_height": None}),
+        ("model_index.json", {"vae": None}),
+        ("model_index.json", {"tokenizer": None}),
+        ("scheduler/scheduler_config.json", {"steps": None}),
+        ("scheduler/scheduler_config.json", {"steps": "x"}),
+        ("scheduler/scheduler_config.json", {"shift": "x"}),
+        ("scheduler/scheduler_config.json", []),
+        ("transformer/config.json", {"eps": "x"}),
+        ("transformer/config.json", {"num_layers": -1}),
+        ("transformer/config.json", {"ffn_dim": -1}),
+        ("text_encoder/config.json", {"dense_act_fn": "x"}),
+        ("tokenizer/tokenizer.json", []),
+        ("tokenizer/tokenizer_config.json", []),
+        ("vae/config.json", {"decoder_widths": "x"}),
+        ("vae/config.json", {"latent_channels": None}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_damaged_configurations_are_refused(pipe, tmp_path, file, changes):
+    pipe.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps({**content, **changes} if changes else changes))
+    with pytest.raises(ValueError):
+        CausalVideoPipeline.from_pretrained(tmp_path)
 
 
 def test_a_folder_whose_weights_are_all_of_a_variant(pipe, tmp_path):

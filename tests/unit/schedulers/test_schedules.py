@@ -166,7 +166,7 @@ def test_steps_that_are_not_warped_are_told_as_they_are():
 
 def test_errors_name_argument_and_value():
     for kind in (FewStepScheduler, FlowEulerScheduler):
-        with pytest.raises(ValueError, match="shift must be above 0, got -1"):
+        with pytest.raises(ValueError, match="shift must be a positive number, got -1"):
             kind(shift=-1.0)
     with pytest.raises(ValueError, match=r"num_inference_steps must be 4, .* got 8"):
         FewStepScheduler().schedule(8)

@@ -338,7 +338,7 @@ def test_what_does_not_fit_is_refused(start, frames, arguments, error):
     [
         (
             torch.zeros(3, 32, 48),
-            r"frame 2 of the source is 48x32, the video is 32x32; resize it.*or ask for a video of 48x32",
+            r"frame 2 of the source is 48x32, the video is 32x32; resize it.*or ask for a video of its size",
         ),
         (torch.full((3, 32, 32), 2.0), r"frame 2 of the source must lie in \[-1, 1\]"),
         (torch.full((3, 32, 32), float("nan")), "frame 2 of the source must be finite"),

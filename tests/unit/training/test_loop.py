@@ -6,7 +6,9 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
+from genstream.training import loop
 from genstream.training.loop import LoopSettings, learning_rate_at, newest_checkpoint, run
 
 SETTINGS = {
@@ -103,6 +105,30 @@ def test_killed_run_continues_as_if_unbroken(tmp_path, killed_at, kind, optimize
     assert all(map(torch.equal, continued.parameters(), unbroken.parameters()))
     for name in ("log.csv", "evaluation.csv"):
         assert rows(tmp_path / "killed" / name) == rows(tmp_path / "unbroken" / name)
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        (
+            RuntimeError("unexpected pos"),
+            (OSError, "checkpoint in .*run.* could not be written, is the disk full"),
+        ),
+        (KeyboardInterrupt(), (KeyboardInterrupt, "")),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch, cause, expected):
+    """torch wraps whatever happens, Ctrl-C too, into an exception of its own that no handler expects."""
+
+    def fail(tensors, checkpoint_id, **options):
+        checkpoint_id.mkdir(parents=True)
+        raise CheckpointException("save", {0: (cause, None)})
+
+    monkeypatch.setattr(loop, "save", fail)
+    kind, message = expected
+    with pytest.raises(kind, match=message):
+        trained(LoopSettings(**SETTINGS), Line(), tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
 
 def test_half_written_checkpoint_is_ignored(tmp_path):
