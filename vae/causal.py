@@ -126,7 +126,7 @@ class CausalVideoVAE(NativeVAE):
         Its latents are normalised as diffusion models expect those of `image_vae`.
         """
         image = image_vae.config
-        _check_image_config(image)
+        _check_image_config(image_vae)
         mean, std = _image_statistics(image)
         vae: CausalVideoVAE = cls(
             latent_channels=image.latent_channels,
@@ -326,8 +326,11 @@ def _check_config(config: FrozenDict) -> None:
         )
 
 
-def _check_image_config(config: FrozenDict) -> None:
+def _check_image_config(image_vae: object) -> None:
     """Refuse image VAEs of another architecture than Stable Diffusion's."""
+    if not isinstance(image_vae, AutoencoderKL):
+        raise ValueError(f"image_vae must be an AutoencoderKL, got {type(image_vae).__name__}")
+    config = image_vae.config
     levels = len(config.block_out_channels)
     expected = {
         "down_block_types": ["DownEncoderBlock2D"] * levels,

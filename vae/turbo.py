@@ -53,6 +53,8 @@ class TurboVAED(ModelMixin, ConfigMixin):
         context_latents: latent frames in front of each window, decoded again to warm it up.
         chunk_latents: latent frames that a window adds.
         lookahead_latents: latent frames behind them, decoded in advance.
+        takes_normalised: trained on normalised latents, so that the buffers are 0 and 1 for good; without it
+            they stand for statistics that nobody gave.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -75,6 +77,7 @@ class TurboVAED(ModelMixin, ConfigMixin):
         context_latents: int = 4,
         chunk_latents: int = 4,
         lookahead_latents: int = 2,
+        takes_normalised: bool = False,
     ) -> None:
         super().__init__()
         if decoder_spatio_only is None:
@@ -94,7 +97,7 @@ class TurboVAED(ModelMixin, ConfigMixin):
     def has_statistics(self) -> bool:
         """Whether it decodes normalised latents; without, those as its teacher's encoder gives them."""
         neutral = bool((self.latents_mean == 0).all() and (self.latents_std == 1).all())
-        return not neutral or self.config.scaling_factor != 1
+        return self.config.takes_normalised or not neutral or self.config.scaling_factor != 1
 
     @property
     def spec(self) -> VAESpec:

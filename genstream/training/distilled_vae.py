@@ -1,8 +1,9 @@
 """Distils the decoder of a VAE on disk into a smaller one, also on disk.
 
 `genstream distill vae --teacher toyworld --output runs/distilled` gives the embedded model's VAE a decoder of
-widths 64, 48, 28 and 16 and five blocks, in place of 80, 64, 48 and 32 and nine. Encoder and statistics of
-the latents stay, so that the result stands in for its teacher in any pipeline.
+four blocks in place of nine, which folds 4x4 pixels in place of 2x2; its first stages are as wide as the
+teacher's and start with its weights. Encoder and statistics of the latents stay, so that the result stands in
+for its teacher in any pipeline.
 """
 
 import logging
@@ -33,6 +34,7 @@ from genstream.training.vae_distillation import (
 )
 from genstream.training.vae_run import VAERunSettings, last_figures
 from genstream.vae.loading import load_vae
+from genstream.vae.native import RGB
 from genstream.vae.protocol import VAESpec
 from genstream.vae.tiny import TinyVideoVAE
 from genstream.vae.tiny_blocks import HALVING, STAGES
@@ -41,6 +43,8 @@ from genstream.vae.turbo import TurboVAED
 logger = logging.getLogger(__name__)
 
 _RESULT_FOLDER = "vae"
+_TINY_WIDTHS = (80, 64, 32, 32)
+_TURBO_WIDTH, _TURBO_MOST_WIDTH = 16, 256
 _TIMED_LATENTS = 3
 _TIMED_RUNS = 5
 
@@ -54,8 +58,9 @@ class VAEDistillationSettings(VAERunSettings):
             of an installed model.
         student: "tiny" is TinyVideoVAE; it keeps the encoder of a teacher of that kind, and learns one for
             any other teacher. "turbo" is Turbo-VAED, only a decoder.
-        widths: channels of the student's decoder from the latents to the frames: of "tiny" four, of "turbo"
-            one for each size of frames on the way.
+        widths: channels of the student's decoder from the latents to the frames: of "tiny" four, 80, 64, 32
+            and 32 when None; of "turbo" one for each size of frames on the way, doubling from 16 to at most
+            256 when None.
         blocks: residual blocks of each stage of the decoder of "tiny".
         growths: stages of it that double height and width, the first ones; the last layer unfolds the rest.
         encoder_width: channels of the encoder that "tiny" learns.
@@ -71,20 +76,20 @@ class VAEDistillationSettings(VAERunSettings):
             imperfect latents still decode well.
     """
 
-    total_steps: int = 8000
-    learning_rate: float = 2e-3
+    total_steps: int = 13000
+    learning_rate: float = 3e-3
     crop_px: tuple[int, ...] = (32, 64, 32, 128)
     clip_latents: tuple[int, ...] = (2, 3, 5)
     teacher: str = "toyworld"
     student: Literal["tiny", "turbo"] = "tiny"
-    widths: tuple[int, ...] = (64, 48, 32, 32)
-    blocks: tuple[int, ...] = (2, 2, 1)
+    widths: tuple[int, ...] | None = None
+    blocks: tuple[int, ...] = (2, 1, 1)
     growths: int = 2
     encoder_width: int = 64
     layers: int = 2
     causal: bool = True
     pixel_weight: float = 1.0
-    squared_weight: float = 0.0
+    squared_weight: float = 10.0
     latent_weight: float = 1.0
     feature_weight: float = 1.0
     feature_pairs: tuple[str, ...] = ()
@@ -95,8 +100,9 @@ class VAEDistillationSettings(VAERunSettings):
         super().__post_init__()
         if self.student not in ("tiny", "turbo"):
             raise ValueError(f"student must be 'tiny' or 'turbo', got {self.student!r}")
-        if not self.widths or min(self.widths) < 1:
-            raise ValueError(f"widths must be numbers of at least 1, got {list(self.widths)}")
+        least = RGB if self.student == "tiny" else 1  # its first channels carry the colours
+        if self.widths is not None and min(self.widths, default=0) < least:
+            raise ValueError(f"widths must be numbers of at least {least}, got {list(self.widths)}")
         if not 0 <= self.growths <= STAGES:
             raise ValueError(f"growths must be from 0 to {STAGES}, got {self.growths}")
         for name in ("layers", "encoder_width"):
@@ -206,7 +212,7 @@ def _tiny_decoder(settings: VAEDistillationSettings, spec: VAESpec) -> dict[str,
     """Configuration of a decoder of the teacher's ratio."""
     grown = HALVING**settings.growths
     return {
-        "decoder_widths": list(settings.widths),
+        "decoder_widths": list(settings.widths or _TINY_WIDTHS),
         "decoder_blocks": list(settings.blocks),
         "decoder_block": "base",
         "decoder_spatial_strides": [HALVING] * settings.growths + [1] * (STAGES - settings.growths),
@@ -240,10 +246,12 @@ def _turbo_student(settings: VAEDistillationSettings, spec: VAESpec) -> TurboVAE
     """Ratios of the teacher; the frame rate doubles first, at the small sizes, where that is cheap."""
     patch_size = 4 if spec.spatial_ratio > 16 else 1
     growths, temporal = _doublings(spec.spatial_ratio // patch_size), _doublings(spec.temporal_ratio)
-    if len(settings.widths) != growths + 1:
+    default = [min(_TURBO_WIDTH << level, _TURBO_MOST_WIDTH) for level in range(growths, -1, -1)]
+    widths = default if settings.widths is None else list(settings.widths)
+    if len(widths) != growths + 1:
         raise ValueError(
             f"widths must be {growths + 1} numbers for a teacher of spatial ratio {spec.spatial_ratio}, "
-            f"got {list(settings.widths)}"
+            f"got {widths}"
         )
     if temporal > growths:
         raise ValueError(f"student 'turbo' has {growths} levels that grow, too few for {temporal} in time")
@@ -251,7 +259,7 @@ def _turbo_student(settings: VAEDistillationSettings, spec: VAESpec) -> TurboVAE
     student: TurboVAED = TurboVAED(
         latent_channels=spec.latent_channels,
         patch_size=patch_size,
-        decoder_block_out_channels=list(settings.widths[::-1]),
+        decoder_block_out_channels=widths[::-1],
         decoder_layers_per_block=[settings.layers] * (levels + 1),
         # Depthwise where channels are many, as published.
         decoder_is_dw_conv=[False] * (levels - 1) + [True, True],
@@ -260,6 +268,7 @@ def _turbo_student(settings: VAEDistillationSettings, spec: VAESpec) -> TurboVAE
         decoder_causal=settings.causal,
         depthwise_causal=settings.causal,
         is_video_dc_ae=spec.first_frames == spec.temporal_ratio,
+        takes_normalised=True,
     )
     return student
 

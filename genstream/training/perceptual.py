@@ -1,5 +1,6 @@
 """A perceptual distance from any vision model on disk."""
 
+import inspect
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModel
 from genstream.io.model_folder import read_json
 
 _PREPROCESSOR_NAME = "preprocessor_config.json"
+_INTERPOLATE = "interpolate_pos_encoding"
 
 
 class FeatureDistance:
@@ -25,6 +27,9 @@ class FeatureDistance:
 
     def __init__(self, model: nn.Module, mean: Tensor, std: Tensor) -> None:
         self._model = model
+        # Models with position embeddings fit them to images of another size than they were trained on.
+        known = inspect.signature(model.forward).parameters
+        self._options = {_INTERPOLATE: True} if _INTERPOLATE in known else {}
         self._mean = mean.view(-1, 1, 1)
         self._std = std.view(-1, 1, 1)
 
@@ -37,7 +42,7 @@ class FeatureDistance:
 
     def _features(self, images: Tensor) -> list[Tensor]:
         pixels = ((images + 1) / 2 - self._mean) / self._std
-        states = self._model(pixels, output_hidden_states=True).hidden_states
+        states = self._model(pixels, output_hidden_states=True, **self._options).hidden_states
         by_channel = [state if state.dim() == 4 else state.transpose(1, 2) for state in states]
         return [F.normalize(state, dim=1) for state in by_channel]
 

@@ -146,7 +146,9 @@ class DecoderDistillation:
         latents, noisy, targets = self._taught(frames)
         with _captured(student, [pair.student for pair in self.pairs]) as features:
             decoded = _decoded_like(student, noisy, frames)
-        parts = {"pixel": (decoded - frames).abs().mean(), "squared": F.mse_loss(decoded, frames)}
+        parts = {"pixel": (decoded - frames).abs().mean()}
+        if settings.squared_weight > 0:
+            parts["squared"] = F.mse_loss(decoded, frames)
         if settings.perceptual_weight > 0 and self.perceptual is not None:
             parts["perceptual"] = self.perceptual(to_images(decoded), to_images(frames)).mean()
         if self.trains_encoder:

@@ -137,7 +137,7 @@ class CosmosAdapter(RewiredAdapter):
         config = self.vae.config
         if config.latents_mean is None:
             return LatentScale.uniform(1.0)
-        return LatentScale.per_channel(config.latents_mean, config.latents_std, config.latent_channels)
+        return LatentScale.per_frame(config.latents_mean, config.latents_std, config.latent_channels)
 
     def _encode_piece(self, frames: Tensor, memory: Memory) -> Tensor:
         latents: Tensor = self.vae.quant_conv(self._rewired(self.vae.encoder, memory)(frames))

@@ -46,7 +46,7 @@ class CogVideoXAdapter(PartitionAdapter):
         config = self.vae.config
         size = self.vae.num_latent_frames_batch_size
         return VAESpec(
-            temporal_ratio=config.temporal_compression_ratio,
+            temporal_ratio=int(config.temporal_compression_ratio),
             spatial_ratio=2 ** (len(config.block_out_channels) - 1),
             latent_channels=config.latent_channels,
             memory_latents=None,

@@ -22,7 +22,13 @@ def probe(adapter: Adapter) -> Measured:
     """
     with torch.no_grad():
         decode_error, decode_scale = _decode_error(adapter)
-        encode_error, encode_scale = _encode_error(adapter)
+        try:
+            encode_error, encode_scale = _encode_error(adapter)
+        except NotImplementedError as error:
+            kind = type(adapter.vae).__name__
+            raise ValueError(
+                f"{kind} cannot encode in {adapter.dtype} on {adapter.device}: {error}"
+            ) from error
         lookahead = _lookahead(adapter)
     precision = max(torch.finfo(adapter.dtype).eps, torch.finfo(torch.float32).eps)
     tolerance = math.sqrt(precision)

@@ -36,7 +36,22 @@ class LatentScale:
     def per_channel(
         cls, mean: Sequence[float], std: Sequence[float], channels: int, factor: float = 1.0
     ) -> "LatentScale":
-        """Of each channel, or of each channel and latent frame: latent = (raw - mean) * factor / std."""
+        """Of each channel: latent = (raw - mean) * factor / std."""
+        for name, values in (("latents_mean", mean), ("latents_std", std)):
+            if len(values) != channels:
+                raise ValueError(
+                    f"{name} must be a number for each of {channels} channels, got {len(values)}"
+                )
+        return cls.per_frame(mean, std, channels, factor)
+
+    @classmethod
+    def per_frame(
+        cls, mean: Sequence[float], std: Sequence[float], channels: int, factor: float = 1.0
+    ) -> "LatentScale":
+        """Of each channel and, from the first on, of each latent frame, channels one after another."""
+        for name, values in (("latents_mean", mean), ("latents_std", std)):
+            if not values or len(values) % channels:
+                raise ValueError(f"{name} must be as many for each of {channels} channels, got {len(values)}")
         shape = (1, channels, -1, 1, 1)
         means = torch.tensor(mean, dtype=torch.float64).reshape(shape)
         return cls(means, torch.tensor(std, dtype=torch.float64).reshape(shape) / factor)

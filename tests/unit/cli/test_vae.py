@@ -27,6 +27,7 @@ from genstream.cli.vae_benchmark import (
 from genstream.cli.vae_comparison import picture, reconstruct
 from genstream.cli.vae_names import ARCHITECTURES, open_decoder, open_vae, split_pair
 from genstream.data.toyworld import ToyWorld
+from genstream.training.distilled_vae import VAEDistillationSettings, distill_vae
 from genstream.vae.adapters.scale import LatentScale
 from genstream.vae.tiny import TinyVideoVAE
 from genstream.vae.turbo import TurboVAED
@@ -278,6 +279,29 @@ def test_a_published_turbo_decoder_takes_the_statistics_of_its_pair(adapted, tmp
     raw = latents * torch.tensor(std).view(-1, 1, 1, 1) + torch.tensor(mean).view(-1, 1, 1, 1)
     torch.testing.assert_close(decoder.decode(latents), open_vae(path, torch.float32, CPU).decode(raw))
     assert not open_vae(path, torch.float32, CPU).has_statistics
+
+
+def test_a_distilled_turbo_decoder_takes_normalised_latents_as_they_are(tmp_path):
+    torch.manual_seed(0)
+    statistics = {"latents_mean": [0.7, -3.0, 0.0, 11.0], "latents_std": [0.3, 5.0, 1.0, 0.06]}
+    teacher = TinyVideoVAE(**SMALL, **statistics, first_frame_copies=3)
+    teacher.save_pretrained(tmp_path / "teacher")
+    settings = VAEDistillationSettings(
+        teacher=str(tmp_path / "teacher"),
+        student="turbo",
+        layers=1,
+        total_steps=1,
+        size_px=32,
+        crop_px=(32,),
+        clip_latents=(2,),
+        evaluation_clips=1,
+    )
+    distill_vae(settings, tmp_path / "run")
+    folder = str(tmp_path / "run" / "vae")
+    decoder, alone = open_decoder(folder, teacher, torch.float32, CPU), open_vae(folder, torch.float32, CPU)
+    assert list(alone.config.decoder_block_out_channels) == [16, 32, 64, 128]
+    latents = torch.randn(1, 4, 3, 4, 4)
+    assert torch.equal(decoder.decode(latents), alone.decode(latents))
 
 
 def test_a_turbo_decoder_without_spread_is_refused(tmp_path):

@@ -131,7 +131,8 @@ def test_perceptual_and_feature_losses_are_logged(tmp_path):
     losses = {"perceptual_weight": 0.5, "perceptual_model": str(tmp_path / "vision")}
     distill_vae(replace(settings, **losses, feature_pairs=("decoder.7=decoder.7",)), tmp_path / "run")
     (row,) = csv.DictReader((tmp_path / "run" / "log.csv").open())
-    parts = float(row["pixel"]) + 0.5 * float(row["perceptual"]) + float(row["feature"])
+    parts = float(row["pixel"]) + settings.squared_weight * float(row["squared"])
+    parts += 0.5 * float(row["perceptual"]) + float(row["feature"])
     assert float(row["loss"]) == pytest.approx(parts, rel=1e-4)
     assert min(float(row["perceptual"]), float(row["feature"])) > 0
 
@@ -242,7 +243,8 @@ def test_a_teacher_whose_frames_are_shifted_is_refused(tmp_path):
     ("wrong", "error"),
     [
         ({"student": "huge"}, "student must be 'tiny' or 'turbo', got 'huge'"),
-        ({"widths": (0,)}, r"widths must be numbers of at least 1, got \[0\]"),
+        ({"widths": (2, 2, 2, 2)}, r"widths must be numbers of at least 3, got \[2, 2, 2, 2\]"),
+        ({"widths": (0,), "student": "turbo"}, r"widths must be numbers of at least 1, got \[0\]"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
         ({"growths": 4}, "growths must be from 0 to 3, got 4"),
         ({"feature_pairs": ("a",)}, "feature_pairs must be like .*, got 'a'"),

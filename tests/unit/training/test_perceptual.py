@@ -2,7 +2,14 @@ import json
 
 import pytest
 import torch
-from transformers import Dinov2Config, Dinov2Model, ResNetConfig, ResNetModel
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    ResNetConfig,
+    ResNetModel,
+)
 
 from genstream.training.perceptual import load_perceptual
 
@@ -17,7 +24,12 @@ def dino():
     )
 
 
-@pytest.fixture(params=[resnet, dino])
+def clip():
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=16, patch_size=8))
+
+
+@pytest.fixture(params=[resnet, dino, clip])
 def folder(request, tmp_path):
     torch.manual_seed(0)
     request.param().save_pretrained(tmp_path)

@@ -1,3 +1,4 @@
+import copy
 import random
 import threading
 
@@ -364,8 +365,26 @@ def test_a_published_factor_that_the_class_does_not_know_counts():
 
 
 def test_statistics_of_frames_beyond_the_table_are_those_of_its_last():
-    scale = LatentScale.per_channel([1.0, 2.0, 3.0], [1.0, 1.0, 1.0], channels=1)
+    scale = LatentScale.per_frame([1.0, 2.0, 3.0], [1.0, 1.0, 1.0], channels=1)
     assert scale.normalised(torch.zeros(1, 1, 3, 1, 1), first=1).flatten().tolist() == [-2, -3, -3]
+
+
+@pytest.mark.parametrize("count", [1, 2, 12])
+def test_statistics_of_another_number_of_channels_are_refused(count):
+    """Twelve numbers of a model with four channels would act frame by frame."""
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=4, num_res_blocks=1, latents_mean=[0.0] * count, latents_std=[1.0] * 4
+    )
+    with pytest.raises(
+        ValueError, match=rf"latents_mean must be a number for each of 4 channels, got {count}"
+    ):
+        stream_vae(vae)
+
+
+def test_a_ratio_may_be_written_as_a_fraction():
+    vae = copy.deepcopy(model("cogvideox"))
+    vae.register_to_config(temporal_compression_ratio=4.0)
+    assert stream_vae(vae).spec.temporal_ratio == 4
 
 
 @pytest.mark.parametrize("name", ["wan21", "cogvideox", "mochi", "hunyuan"])

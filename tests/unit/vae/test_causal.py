@@ -3,7 +3,7 @@ import threading
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 
 from genstream.vae.adapters import stream_vae
 from genstream.vae.causal import CausalVideoVAE
@@ -201,6 +201,8 @@ def test_latents_are_those_that_diffusion_models_expect_of_the_image_vae(statist
 def test_image_vaes_of_another_kind_are_refused():
     with pytest.raises(ValueError, match=r"image_vae must have act_fn = silu, got relu"):
         CausalVideoVAE.from_image_vae(image_vae(act_fn="relu"))
+    with pytest.raises(ValueError, match="image_vae must be an AutoencoderKL, got AutoencoderTiny"):
+        CausalVideoVAE.from_image_vae(AutoencoderTiny())
 
 
 def test_latents_are_normalised_once():
