@@ -212,6 +212,11 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         index = read_json(folder / INDEX_NAME)
         kwargs.setdefault("variant", only_variant(folder))
         parts = {name: index.get(name) or (None, None) for name in ("transformer", "text_encoder", "vae")}
+        for name, pair in parts.items():
+            if len(pair) != 2:
+                raise ValueError(
+                    f"{str(folder / INDEX_NAME)!r} must say [library, class] of {name}, got {pair}"
+                )
         if "vae" not in kwargs and parts["vae"][0] is None:
             raise ValueError(
                 f"model folder {str(folder)!r} has no vae: give vae=..., or make a folder that has one with "
@@ -222,7 +227,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 if library and part and name not in kwargs and kwargs["variant"] is None:
                     check_part(folder / name, library, part)
             loaded = super().from_pretrained(folder, **kwargs)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, LookupError, TypeError) as error:
             raise ValueError(
                 f"model folder {str(folder)!r} has a configuration that a part cannot be made from: {error!r}"
             ) from error

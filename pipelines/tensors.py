@@ -1,6 +1,7 @@
 """Whether the weights of a model folder's parts are those of their configurations, before they are loaded."""
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,13 +16,15 @@ from genstream.io.model_folder import read_object
 from genstream.transformer.matching import Shapes, check_tensors
 
 _CONFIG_NAME = "config.json"
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def check_part(folder: Path, library: str, kind: str) -> None:
     """Raise ValueError that names tensors which a part's folder lacks, or has in another shape.
 
     Parts of this library may not hold others either; those of diffusers and transformers may, as published
-    weights do. What is quantized keeps its tensors under names and in shapes of its own and is not checked.
+    weights do, but not further layers of the kinds that they have. What is quantized keeps its tensors under
+    names and in shapes of its own and is not checked.
 
     Args:
         folder: of the part.
@@ -35,13 +38,18 @@ def check_part(folder: Path, library: str, kind: str) -> None:
         return
     try:
         expected, tied = _expected(part, folder)
-    except (StrictDataclassError, TypeError, ArithmeticError) as error:
+    except (StrictDataclassError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
         raise ValueError(f"{str(folder / _CONFIG_NAME)!r} must describe a {kind}: {error}") from error
     with naming(folder):
         given = _named_like(expected, open_checkpoint(folder, None).shapes)
         wanted = {name: shape for name, shape in expected.items() if name in given or name not in tied}
-        held = given if library == "genstream" else {name: given[name] for name in given if name in wanted}
-        check_tensors(held, wanted)
+        ours = library == "genstream"
+        check_tensors({name: given[name] for name in given if ours or _belongs(name, wanted)}, wanted)
+
+
+def _belongs(name: str, wanted: Shapes) -> bool:
+    """Whether a part must know the tensor: one that it has, or one of a further layer of its kind."""
+    return _NUMBER.sub("N", name) in {_NUMBER.sub("N", each) for each in wanted}
 
 
 def _named_like(expected: Shapes, given: Shapes) -> Shapes:

@@ -87,7 +87,11 @@ class Encoder:
             raise self._death()
         self._messages.close()
         if self._path.suffix.lower() == ".gif":
-            self._append_gif_comment()
+            try:
+                self._append_gif_comment()
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise OutputError(f"cannot write output path {str(self._path)!r}: {reason}") from error
 
     def release(self) -> None:
         """End the process and wait for it, whatever became of the file."""

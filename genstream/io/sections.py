@@ -1,14 +1,15 @@
 """Markdown files that several commands write to, each its own section."""
 
+import os
 from pathlib import Path
 
 
 def check_section_file(path: Path) -> None:
-    """Raise ValueError or OSError, before any work is done, if no section can be written there."""
+    """Raise ValueError, before any work is done, if no section can be written there."""
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"output must be a markdown file in a folder that exists, got {str(path)!r}")
-    with path.open("a", encoding="utf-8"):
-        pass
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"output must be a file that may be written, got {str(path)!r}")
 
 
 def write_section(path: Path, title: str, text: str) -> None:

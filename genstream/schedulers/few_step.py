@@ -114,6 +114,8 @@ class FewStepScheduler(_FlowScheduler):
             raise ValueError(f"steps must be a list of timesteps, got {steps!r}")
         for step in steps:
             check_number("steps", step)
+        # Numbers of numpy become Python's, which can be saved.
+        self.register_to_config(steps=[float(step) for step in steps], shift=float(shift))
         self.set_timesteps()
 
     def schedule(self, num_inference_steps: int | None = None) -> FewStepSchedule:
@@ -146,6 +148,8 @@ class FlowEulerScheduler(_FlowScheduler):
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, *, num_steps: int = 50, shift: float = 5.0, num_train_timesteps: int = 1000) -> None:
         check_positive("shift", shift)
+        check_whole("num_steps", num_steps)
+        self.register_to_config(num_steps=int(num_steps), shift=float(shift))
         self.set_timesteps()
 
     def schedule(self, num_inference_steps: int | None = None) -> EulerSchedule:

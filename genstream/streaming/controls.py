@@ -61,6 +61,7 @@ class PromptControl(Control):
         elif not self.prompt.strip():
             raise ValueError("prompt must not be empty")
         check_whole("blend_chunks", self.blend_chunks)
+        object.__setattr__(self, "blend_chunks", int(self.blend_chunks))
         if self.blend_chunks < 1:
             raise ValueError(f"blend_chunks must be at least 1, got {self.blend_chunks}")
         _check_recache(self.recache)

@@ -82,11 +82,14 @@ class StreamSettings:
     def __post_init__(self) -> None:
         for name, kind in _POLICIES.items():
             object.__setattr__(self, name, _policy(name, kind, getattr(self, name)))
+        # Numbers of numpy become Python's, which can be saved.
         for name in ("context_timestep", "past_weight", "guidance_scale"):
-            check_number(name, getattr(self, name))
+            check_number(name, value := getattr(self, name))
+            object.__setattr__(self, name, float(value))
         for name in ("chunk_frames", "sink_frames", "window_frames"):
             if (frames := getattr(self, name)) is not None or name != "window_frames":
                 check_whole(name, frames)
+                object.__setattr__(self, name, int(frames))
         if not 0 <= self.context_timestep <= 1000:
             raise ValueError(f"context_timestep must be in [0, 1000], got {self.context_timestep}")
         if not 0 < self.past_weight <= 1:

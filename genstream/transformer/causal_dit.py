@@ -154,6 +154,8 @@ class CausalDiT(
         pos_embed_seq_len: int | None = None,
     ) -> None:
         super().__init__()
+        if len(patch_size) != 3 or min(patch_size) < 1:
+            raise ValueError(f"patch_size must be three numbers of at least 1, got {tuple(patch_size)}")
         if patch_size[0] != 1:
             raise ValueError(f"patch_size must cover one latent frame in time, got {tuple(patch_size)}")
         if qk_norm != "rms_norm_across_heads":
@@ -162,6 +164,8 @@ class CausalDiT(
         for name in _SIZES:
             check_whole(name, self.config[name])
             check_positive(name, self.config[name])
+        if out_channels is not None:
+            check_positive("out_channels", out_channels)
         dim = num_attention_heads * attention_head_dim
         self.patch_size = tuple(patch_size)
         self.out_channels = out_channels or in_channels

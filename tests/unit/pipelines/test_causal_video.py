@@ -1,6 +1,8 @@
 """The public pipeline: folders, outputs, arguments, images, and what diffusers expects of a pipeline."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import genstream
 from genstream.io.model_folder import find_model
 from genstream.pipelines.causal_video import CausalVideoPipeline
-from genstream.schedulers.few_step import FlowEulerScheduler
+from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
+from genstream.streaming.controls import PromptControl
 from genstream.streaming.noise import GivenNoise, SeededNoise
 from genstream.streaming.settings import StreamSettings
 
@@ -471,6 +474,22 @@ def test_a_folder_of_another_pipeline_is_refused(pipe, tmp_path):
         find_model(str(tmp_path))
 
 
+def test_numbers_of_numpy_are_saved_like_others(pipe, tmp_path):
+    settings = replace(pipe.settings, chunk_frames=np.int64(3), past_weight=np.float32(0.5))
+    state = pipe.start(pipe.request(RED, num_frames=33, guidance_scale=np.float32(2), settings=settings))
+    state.submit(PromptControl(prompt="a blue square", blend_chunks=np.int64(2)))
+    pipe.step(state)
+    pipe.save_state(state, tmp_path / "state.safetensors")
+    assert_same(pipe.step(pipe.load_state(tmp_path / "state.safetensors")).frames, pipe.step(state).frames)
+    for scheduler in (
+        FewStepScheduler(steps=[np.float32(1000), np.int64(500)], shift=np.float32(5)),
+        FlowEulerScheduler(num_steps=np.int64(4), shift=np.int64(5)),
+    ):
+        scheduler.save_pretrained(tmp_path)
+        again = type(scheduler).from_pretrained(tmp_path)
+        assert again.timesteps.tolist() == scheduler.timesteps.tolist()
+
+
 @pytest.mark.parametrize(
     ("file", "changes"),
     [
@@ -490,6 +509,11 @@ def test_a_folder_of_another_pipeline_is_refused(pipe, tmp_path):
         ("transformer/config.json", {"eps": "x"}),
         ("transformer/config.json", {"num_layers": -1}),
         ("transformer/config.json", {"ffn_dim": -1}),
+        ("transformer/config.json", {"patch_size": [1, 2]}),
+        ("transformer/config.json", {"out_channels": -1}),
+        ("vae/config.json", {"encoder_width": -3}),
+        ("model_index.json", {"vae": ["genstream"]}),
+        ("text_encoder/config.json", {"d_ff": -1}),
         ("text_encoder/config.json", {"dense_act_fn": "x"}),
         ("tokenizer/tokenizer.json", []),
         ("tokenizer/tokenizer_config.json", []),
@@ -504,6 +528,14 @@ def test_damaged_configurations_are_refused(pipe, tmp_path, file, changes):
     (tmp_path / file).write_text(json.dumps({**content, **changes} if changes else changes))
     with pytest.raises(ValueError):
         CausalVideoPipeline.from_pretrained(tmp_path)
+
+
+def test_a_text_encoder_that_leaves_out_layers_of_its_weights_is_refused(tmp_path):
+    shutil.copytree(find_model("toyworld"), tmp_path / "model")
+    path = tmp_path / "model" / "text_encoder" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_layers": 1}))
+    with pytest.raises(ValueError, match=r"checkpoint holds 'encoder\.block\.1\..* the model does not have"):
+        CausalVideoPipeline.from_pretrained(tmp_path / "model")
 
 
 def test_a_folder_whose_weights_are_all_of_a_variant(pipe, tmp_path):
