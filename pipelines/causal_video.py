@@ -23,7 +23,7 @@ from transformers import BaseImageProcessor, CLIPVisionModel, PreTrainedTokenize
 
 from genstream.conditioning.image import Picture, as_pixels, check_pixels, image_tokens
 from genstream.conditioning.text import check_prompts, encode_prompts, unknown_words
-from genstream.io.hub_card import CARD_NAME, copy_companions
+from genstream.io.hub_card import ADAPTER_FOLDER, CARD_NAME, copy_companions
 from genstream.io.model_folder import (
     INDEX_NAME,
     check_model_folder,
@@ -64,6 +64,7 @@ from genstream.vae.wrapping import as_streaming, module_of, streams
 
 logger = logging.getLogger(__name__)
 
+_UPLOADING = ("repo_id", "commit_message", "private", "token", "create_pr")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DEFAULT_SECONDS = 4.0
 ENGINES: dict[str, type[CacheEngine]] = {EngineKind.CACHE: CacheEngine, EngineKind.QUEUE: QueueEngine}
@@ -183,6 +184,13 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         _ = self.settings  # checks them
         for name in ("text_tokens", "default_height", "default_width"):
             check_whole(name, self.config[name])
+            check_positive(name, self.config[name])
+        for name, part, wanted in (
+            ("transformer", transformer, "text_cache"),
+            ("scheduler", scheduler, "schedule"),
+        ):
+            if not hasattr(part, wanted):
+                raise ValueError(f"{name} must be one of genstream, got a {type(part).__name__}")
         check_positive("default_fps", self.config.default_fps)
 
     @classmethod
@@ -248,18 +256,32 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             **kwargs: those of `DiffusionPipeline.save_pretrained`.
 
         Raises:
-            ValueError: LoRAs are loaded: the transformer would be saved with their layers in it.
+            ValueError: LoRAs are loaded: the transformer would be saved with their layers in it. Or the
+                adapter of the folder is fused and would stay there beside weights that contain it.
         """
+        if kwargs.pop("push_to_hub", False):
+            upload = {name: kwargs.pop(name) for name in _UPLOADING if name in kwargs}
+            self.save_pretrained(save_directory, **kwargs)
+            self._upload(Path(save_directory), **{"repo_id": Path(save_directory).name, **upload})
+            return
         if loras := loaded_loras(self.transformer):
             raise ValueError(
                 f"LoRAs {loras} are loaded, and a model folder holds none: call unload_lora_weights() first, "
                 "and fuse_lora() before that to keep what they do"
             )
         source = self._loaded_from
-        changes = [] if source is None else self._changes_since(source)
+        if source is None:
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        fused = self._has_fused(source / ADAPTER_FOLDER)
+        if fused and source.resolve() == Path(save_directory).resolve():
+            raise ValueError(
+                f"save_directory must be another folder: {str(source / ADAPTER_FOLDER)!r} is fused, and "
+                "would stay there beside weights that contain it"
+            )
+        changes = self._changes_since(source)
         super().save_pretrained(save_directory, **kwargs)
-        if source is not None:
-            copy_companions(source, Path(save_directory), changes, with_adapter=not self.fused_loras)
+        copy_companions(source, Path(save_directory), changes, with_adapter=not fused)
 
     def push_to_hub(
         self,
@@ -285,16 +307,29 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             return url
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, **kwargs)
-            repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-            return str(
-                upload_folder(
-                    repo_id=repo_id,
-                    folder_path=folder,
-                    commit_message=commit_message or f"Upload {type(self).__name__}",
-                    token=token,
-                    create_pr=create_pr,
-                )
+            return self._upload(Path(folder), repo_id, commit_message, private, token, create_pr=create_pr)
+
+    def _upload(
+        self,
+        folder: Path,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        *,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload a folder as it is; gives its address."""
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        return str(
+            upload_folder(
+                repo_id=repo_id,
+                folder_path=str(folder),
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                token=token,
+                create_pr=create_pr,
             )
+        )
 
     @property
     def _loaded_from(self) -> Path | None:

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from diffusers.loaders.lora_base import LoraBaseMixin, _fetch_state_dict
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from genstream.io.model_folder import read_json
-from genstream.transformer.adapters import peft_adapter
+from genstream.transformer.adapters import loaded_loras, peft_adapter
 from genstream.transformer.causal_dit import CausalDiT
 
 _ADAPTER_NAME = re.compile(r"\w[\w-]*")
@@ -32,6 +33,8 @@ class LoraLoaderMixin(LoraBaseMixin):
     _lora_loadable_modules: ClassVar[list[str]] = ["transformer"]
     transformer_name = "transformer"
     transformer: CausalDiT
+    _lora_sources: Mapping[str, str | dict[str, Tensor]] = MappingProxyType({})
+    """Where each LoRA came from, by its name."""
 
     def load_lora_weights(
         self,
@@ -97,12 +100,15 @@ class LoraLoaderMixin(LoraBaseMixin):
         trained = metadata or _peft_config(pretrained_model_name_or_path_or_dict)
         trained = {name.removeprefix(f"{self.transformer_name}."): value for name, value in trained.items()}
         adapter, config = peft_adapter(tensors, self.transformer, trained)
+        before = set(loaded_loras(self.transformer))
         with warnings.catch_warnings():
             # Several at once are what adapters are for.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             self.transformer.load_lora_adapter(
                 adapter, prefix=None, adapter_name=adapter_name, metadata=config, _pipeline=self
             )
+        for name in set(loaded_loras(self.transformer)) - before:
+            self._lora_sources = {**self._lora_sources, name: source}
 
     def fuse_lora(
         self,
@@ -134,6 +140,11 @@ class LoraLoaderMixin(LoraBaseMixin):
         """
         super().unfuse_lora(list(components or self._lora_loadable_modules), **kwargs)
 
+    def _has_fused(self, folder: Path) -> bool:
+        """Whether a LoRA that lies in `folder` is fused."""
+        sources = [self._lora_sources.get(name) for name in self.fused_loras]
+        return any(isinstance(each, str) and _lies_in(Path(each), folder) for each in sources)
+
     def _check_name(self, name: str | None) -> None:
         if name is None:
             return
@@ -141,6 +152,10 @@ class LoraLoaderMixin(LoraBaseMixin):
             raise ValueError(f"adapter_name must be letters, digits, - and _, got {name!r}")
         if name in getattr(self.transformer, "peft_config", {}):
             raise ValueError(f"adapter_name must be a new one, got {name!r}, which is loaded")
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    return path.exists() and path.resolve().is_relative_to(folder.resolve())
 
 
 def _source(source: str | Path | Mapping[str, Tensor]) -> str | dict[str, Tensor]:

@@ -31,7 +31,10 @@ def check_part(folder: Path, library: str, kind: str) -> None:
         library: that has its class.
         kind: its class.
     """
-    part = getattr(importlib.import_module(library), kind, None)
+    try:
+        part = getattr(importlib.import_module(library), kind, None)
+    except ImportError as error:
+        raise ValueError(f"{str(folder)!r} must be of a library that is installed: {error}") from error
     if not (isinstance(part, type) and issubclass(part, nn.Module)):
         return
     if "quantization_config" in read_object(folder / _CONFIG_NAME):

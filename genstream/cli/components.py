@@ -16,7 +16,7 @@ from transformers import (
 
 from genstream.conditioning.wan_image import WanImageProcessor
 from genstream.io.checkpoint import SAFETENSORS, TORCH_SUFFIXES, StoredTensor, naming, open_checkpoint
-from genstream.io.model_folder import INDEX_NAME, check_component, read_object, weight_files
+from genstream.io.model_folder import INDEX_NAME, check_component, read_object, variant_of, weight_files
 from genstream.io.shards import PlannedTensor, write_shards
 from genstream.pipelines.tensors import check_part
 from genstream.transformer.clip import clip_places, infer_clip_config
@@ -35,6 +35,7 @@ _WAN_IMAGE_ENCODER = "models_clip*"
 _KNOWN_PARTS = ("transformer", "scheduler", "tokenizer", "text_encoder", "vae")
 _IMAGE_ENCODERS = ("CLIPVisionModel", "CLIPVisionModelWithProjection")
 _PROCESSOR_NAME = "preprocessor_config.json"
+_WEIGHT_SUFFIXES = (SAFETENSORS, *TORCH_SUFFIXES)
 _LATENT_CHANNELS = ("latent_channels", "z_dim")
 
 
@@ -143,7 +144,6 @@ def copied(name: str, library: str, kind: str, folder: Path) -> Component:
     check_component(folder, kind)
     if (folder / _CONFIG_NAME).is_file():
         check_part(folder, library, kind)
-    skip = shutil.ignore_patterns(*(f"*{suffix}" for suffix in TORCH_SUFFIXES))
     config = folder / _CONFIG_NAME
     return Component(
         name=name,
@@ -151,12 +151,27 @@ def copied(name: str, library: str, kind: str, folder: Path) -> Component:
         kind=kind,
         config=read_object(config) if config.is_file() else {},
         files=tuple(weight_files(folder)),
-        write=lambda target: _copy(folder, target, skip),
+        write=lambda target: _copy(folder, target),
     )
 
 
-def _copy(folder: Path, target: Path, skip: Callable[[Any, list[str]], set[str]]) -> None:
-    shutil.copytree(folder, target, ignore=skip)
+def _copy(folder: Path, target: Path) -> None:
+    """Copy a part, its weights under the names that are looked for where no variant is asked for."""
+    files = weight_files(folder)
+    variants = {variant_of(path) for path in files} - {None}
+    if variants and len(files) > 1:
+        raise ValueError(
+            f"{str(folder)!r} must have its weights in one file, or not as a variant: {variants}"
+        )
+
+    def skipped(_: object, names: list[str]) -> set[str]:
+        kept = {path.name for path in files}
+        return {name for name in names if Path(name).suffix in _WEIGHT_SUFFIXES and name not in kept}
+
+    shutil.copytree(folder, target, ignore=skipped)
+    for path in files:
+        for variant in variants:
+            (target / path.name).rename(target / path.name.replace(f".{variant}.", "."))
 
 
 def _index(folder: Path) -> dict[str, tuple[str, str]]:

@@ -38,9 +38,9 @@ _CONFIG_NAME = "config.json"
 # What a configuration of such a transformer tells, under the names of Wan or of diffusers.
 _TELLING = ({"dim", "num_heads"}, {"num_attention_heads", "attention_head_dim"})
 _ORIGINAL = ("WanModel", "WanTransformer3DModel")
+"""Classes of Wan's own transformers, in its code and in diffusers."""
 _STUDENTS = ("generator", "generator_ema")
 """Weights in a torch file that only distillation leaves."""
-"""Classes of Wan's own transformers, in its code and in diffusers."""
 Kind = Literal["genstream", "diffusers"]
 LoRAMode = Literal["merge", "adapter"]
 

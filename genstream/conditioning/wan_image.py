@@ -11,6 +11,10 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from genstream.shapes import check_positive, check_whole
+
+_COLOURS = 3
+
 
 class WanImageProcessor(BaseImageProcessor):
     """The whole picture, squeezed to a square by bicubic interpolation of its pixels, and normalised.
@@ -36,6 +40,11 @@ class WanImageProcessor(BaseImageProcessor):
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(**kwargs)
+        check_whole("size", size)
+        check_positive("size", size)
+        for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+            if len(values) != _COLOURS:
+                raise ValueError(f"{name} must be {_COLOURS} numbers, got {list(values)}")
         self.size = size
         self.image_mean, self.image_std = list(image_mean), list(image_std)
 

@@ -38,13 +38,11 @@ DTYPES: Mapping[str, torch.dtype] = {
 _REFUSED = re.compile(r"unsupported (?:global: )?(?:global |class |operand )?(\S+)", re.IGNORECASE)
 _LISTING = Path(__file__).with_name("torch_listing.py")
 _USUAL_WEIGHTS = ("generator_ema", "generator", "model", "state_dict")
+"""Dictionaries that trainers keep weights in; the first one that is there is taken."""
 
 
 class SeveralModelsError(ValueError):
     """A file holds several dictionaries of tensors, and nothing says which one to take."""
-
-
-"""Dictionaries that trainers keep weights in; the first one that is there is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)

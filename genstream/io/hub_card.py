@@ -165,8 +165,9 @@ def copy_companions(source: Path, target: Path, changes: Sequence[str], *, with_
         text = (target / CARD_NAME).read_text(encoding="utf-8")
         if not with_adapter:
             text = _LORA_CALL.sub("", text)
-        told = "\n".join(f"- {change}" for change in changes)
-        text = f"{text.rstrip()}\n\n{_CHANGES}\n\n{told}\n"
+        text, _, known = text.rstrip().partition(f"\n\n{_CHANGES}\n\n")
+        told = dict.fromkeys([*known.splitlines(), *(f"- {change}" for change in changes)])
+        text = f"{text}\n\n{_CHANGES}\n\n" + "\n".join(told) + "\n"
         (target / CARD_NAME).write_text(text, encoding="utf-8")
 
 

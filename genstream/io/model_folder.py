@@ -147,7 +147,7 @@ def check_component(component: Path, kind: str) -> None:
 def only_variant(folder: Path) -> str | None:
     """The variant in whose name all weights of a model folder are saved, such as "fp16"; else None."""
     files = [path for name in _components(folder) for path in weight_files(folder / name)]
-    found = {match and match.group(1) for match in (_VARIANT.search(path.name) for path in files)}
+    found = {variant_of(path) for path in files}
     return found.pop() if len(found) == 1 else None
 
 
@@ -183,10 +183,20 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def weight_files(component: Path) -> list[Path]:
-    """Weight files of a component: those that its shard index names, or those that are there."""
+    """Weight files of a component: those that its shard index names, or those that are there.
+
+    Those of a variant count only where there are no others, as diffusers has it.
+    """
     indices = sorted(component.glob(SHARD_INDICES))
     named = {component / name for index in indices for name in weight_map(index).values()}
-    return sorted(named | set(component.glob("*.safetensors")))
+    found = sorted(named | set(component.glob("*.safetensors")))
+    return [path for path in found if variant_of(path) is None] or found
+
+
+def variant_of(file: Path) -> str | None:
+    """The variant in a weight file's name, such as "fp16"; None for plain weights."""
+    match = _VARIANT.search(file.name)
+    return None if match is None else match.group(1)
 
 
 def weight_map(index: Path) -> dict[str, str]:

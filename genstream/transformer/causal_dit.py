@@ -32,6 +32,7 @@ _SIZES = (
     "ffn_dim",
     "num_layers",
 )
+_OPTIONAL_SIZES = ("out_channels", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
 
 
 @dataclass
@@ -164,8 +165,10 @@ class CausalDiT(
         for name in _SIZES:
             check_whole(name, self.config[name])
             check_positive(name, self.config[name])
-        if out_channels is not None:
-            check_positive("out_channels", out_channels)
+        for name in _OPTIONAL_SIZES:
+            if (size := self.config[name]) is not None:
+                check_whole(name, size)
+                check_positive(name, size)
         dim = num_attention_heads * attention_head_dim
         self.patch_size = tuple(patch_size)
         self.out_channels = out_channels or in_channels

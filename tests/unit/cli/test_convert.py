@@ -407,6 +407,58 @@ def test_a_saved_model_tells_what_was_changed_since_it_was_loaded(source, vae, t
     assert not (folder / "lora").exists() and "load_lora_weights" not in card
 
 
+def test_an_adapter_stays_unless_it_is_the_one_that_was_fused(source, vae, tmp_path):
+    pytest.importorskip("peft")
+    save_file(lora(), tmp_path / "lora.safetensors")
+    kept = ("--lora", tmp_path / "lora.safetensors", "--lora-alpha", 3, "--lora-mode", "adapter")
+    convert(source, "-o", tmp_path / "out", "--vae", vae, *kept)
+
+    def fused(path):
+        pipe = CausalVideoPipeline.from_pretrained(tmp_path / "out")
+        pipe.load_lora_weights(path)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        return pipe
+
+    foreign = fused(tmp_path / "lora.safetensors")
+    for _ in range(2):
+        foreign.save_pretrained(tmp_path / "foreign")
+    card = (tmp_path / "foreign" / "README.md").read_text()
+    assert (tmp_path / "foreign" / "lora").is_dir() and "load_lora_weights" in card
+    foreign.save_pretrained(tmp_path / "out")  # in place, and the adapter there is another one
+    foreign.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_text().count("LoRAs fused into the transformer") == 1
+    own = fused(tmp_path / "out" / "lora" / "pytorch_lora_weights.safetensors")
+    with pytest.raises(ValueError, match=r"save_directory must be another folder: .*lora' is fused"):
+        own.save_pretrained(tmp_path / "out")
+
+
+def test_saving_to_the_hub_takes_the_card_along(source, vae, tmp_path, monkeypatch):
+    convert(source, "-o", tmp_path / "out", "--vae", vae, "--license", "mit")
+    pushed = []
+
+    class Repository:
+        repo_id = "me/model"
+
+    def upload(*, repo_id, folder_path, **others):
+        pushed.append((repo_id, ModelCard.load(Path(folder_path) / "README.md").data.license))
+
+    monkeypatch.setattr(causal_video, "create_repo", lambda *given, **others: Repository)
+    monkeypatch.setattr(causal_video, "upload_folder", upload)
+    pipe = CausalVideoPipeline.from_pretrained(tmp_path / "out")
+    pipe.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="me/model")
+    assert pushed == [("me/model", "mit")]
+
+
+def test_parts_that_are_a_variant_are_taken_under_plain_names(source, vae, tmp_path, capsys):
+    convert(source, "-o", tmp_path / "out", "--vae", vae)
+    CausalVideoPipeline.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "half", variant="fp16")
+    convert(tmp_path / "half", "-o", tmp_path / "again")
+    names = {path.name for path in (tmp_path / "again").rglob("*.safetensors")}
+    assert names == {"diffusion_pytorch_model.safetensors"}
+    CausalVideoPipeline.from_pretrained(tmp_path / "again")
+
+
 def test_a_student_of_diffusers_says_that_it_needs_its_preset(source, tmp_path, capsys):
     convert(source, "-o", tmp_path / "ours", "--preset", "self-forcing")
     assert "converting back needs --preset" not in capsys.readouterr().out

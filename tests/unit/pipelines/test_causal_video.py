@@ -511,6 +511,10 @@ def test_numbers_of_numpy_are_saved_like_others(pipe, tmp_path):
         ("transformer/config.json", {"ffn_dim": -1}),
         ("transformer/config.json", {"patch_size": [1, 2]}),
         ("transformer/config.json", {"out_channels": -1}),
+        ("transformer/config.json", {"image_dim": -1}),
+        ("model_index.json", {"transformer": ["nope", "X"]}),
+        ("model_index.json", {"scheduler": ["diffusers", "DDIMScheduler"]}),
+        ("model_index.json", {"default_height": -3}),
         ("vae/config.json", {"encoder_width": -3}),
         ("model_index.json", {"vae": ["genstream"]}),
         ("text_encoder/config.json", {"d_ff": -1}),
@@ -541,6 +545,9 @@ def test_a_text_encoder_that_leaves_out_layers_of_its_weights_is_refused(tmp_pat
 def test_a_folder_whose_weights_are_all_of_a_variant(pipe, tmp_path):
     pipe.save_pretrained(tmp_path, variant="fp16")
     assert not list(tmp_path.rglob("model.safetensors"))
+    pipe.save_pretrained(tmp_path / "both", variant="fp16")
+    pipe.save_pretrained(tmp_path / "both")
+    CausalVideoPipeline.from_pretrained(tmp_path / "both")
     loaded = CausalVideoPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     frames = [each(RED, num_frames=9, output_type="latent").frames for each in (loaded, pipe)]
