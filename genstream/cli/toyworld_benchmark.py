@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from genstream.cli.figures import RunClock
 from genstream.cli.pipeline import frames_of_chunk, to_uint8
+from genstream.cli.process import hardware_name
 from genstream.cli.progress import progress_for
 from genstream.cli.window_judge import WindowJudge
 from genstream.data.prompts import evaluation_prompts
@@ -68,13 +70,15 @@ class ReconstructionScore:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkResult:
-    """Scores of all streams, window by window, and what the run took."""
+    """Scores of all streams, window by window, and what the run took on which machine."""
 
     settings: BenchmarkSettings
     windows: tuple[DriftWindow, ...]
     reconstruction: ReconstructionScore
     clock: RunClock
     first_frame_s: tuple[float, ...]
+    hardware: str
+    date: str
 
     @property
     def start(self) -> Adherence:
@@ -104,6 +108,8 @@ class BenchmarkResult:
                 }
                 for window in self.windows
             ],
+            "hardware": self.hardware,
+            "date": self.date,
             "vae_psnr_db": self.reconstruction.psnr_db,
             "vae": _shares(self.reconstruction.adherence),
             "frame_rate": self.clock.frame_rate,
@@ -140,7 +146,7 @@ class BenchmarkResult:
                 (f"{name}, their reconstructions", str(getattr(self.reconstruction.adherence, name)))
                 for name in _METRICS
             ),
-            ("frame rate", f"{clock.frame_rate:.1f} fps"),
+            (f"frame rate; {self.hardware}, {self.date}", f"{clock.frame_rate:.1f} fps"),
             ("time to first frame, median", f"{np.median(self.first_frame_s):.3f} s"),
             (
                 "chunk latency p50 / p95",
@@ -190,6 +196,8 @@ def run_benchmark(pipe: CausalVideoPipeline, settings: BenchmarkSettings) -> Ben
         reconstruction=judge_reconstructions(pipe, settings),
         clock=clock,
         first_frame_s=tuple(first_frame_s),
+        hardware=hardware_name(pipe.device),
+        date=datetime.now(UTC).date().isoformat(),
     )
 
 
