@@ -9,7 +9,7 @@ from numbers import Integral, Real
 
 def frames_of(latent_frames: int, temporal_ratio: int) -> int:
     """Frames that `latent_frames` (>= 1) decode to: F = 1 + r (T - 1)."""
-    _check_count("latent_frames", latent_frames)
+    check_count("latent_frames", latent_frames)
     return 1 + temporal_ratio * (latent_frames - 1)
 
 
@@ -25,7 +25,7 @@ def latent_frames_of(frames: int, temporal_ratio: int) -> int:
 
 def latent_frames_covering(frames: int, temporal_ratio: int) -> int:
     """Fewest latent frames that decode to at least `frames` (>= 1) frames."""
-    _check_count("frames", frames)
+    check_count("frames", frames)
     return 1 + -(-(frames - 1) // temporal_ratio)
 
 
@@ -60,6 +60,13 @@ def check_whole(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a whole number, got {value!r}")
 
 
+def check_count(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a whole number of at least 1."""
+    check_whole(name, value)
+    if value < 1:  # type: ignore[operator]
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def check_divides(name: str, value: int, divisor: int) -> None:
     """Raise ValueError unless `value` is a positive multiple of `divisor`."""
     check_whole(name, value)
@@ -87,8 +94,3 @@ def tokens_per_frame(height: int, width: int, spatial_ratio: int, patch: int) ->
     check_divides("height", height, pixels_per_token)
     check_divides("width", width, pixels_per_token)
     return (height // pixels_per_token) * (width // pixels_per_token)
-
-
-def _check_count(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")

@@ -36,6 +36,7 @@ from genstream.pipelines.lora import LoraLoaderMixin
 from genstream.pipelines.tensors import check_part
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.shapes import (
+    check_count,
     check_divides,
     check_positive,
     check_same_size,
@@ -183,8 +184,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         )
         _ = self.settings  # checks them
         for name in ("text_tokens", "default_height", "default_width"):
-            check_whole(name, self.config[name])
-            check_positive(name, self.config[name])
+            check_count(name, self.config[name])
         for name, part, wanted in (
             ("transformer", transformer, "text_cache"),
             ("scheduler", scheduler, "schedule"),
@@ -982,9 +982,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         self, prompt: str | list[str] | None, prompt_embeds: Tensor | None, repeats: int = 1
     ) -> tuple[list[str], Tensor]:
         """Prompts and their embeddings, each `repeats` times."""
-        check_whole("num_videos_per_prompt", repeats)
-        if repeats < 1:
-            raise ValueError(f"num_videos_per_prompt must be at least 1, got {repeats}")
+        check_count("num_videos_per_prompt", repeats)
         if prompt is None and prompt_embeds is None:
             raise ValueError("prompt or prompt_embeds must be given")
         prompts = [prompt] if isinstance(prompt, str) else prompt or []

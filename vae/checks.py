@@ -6,7 +6,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from genstream.shapes import check_divides, check_whole
+from genstream.shapes import check_count, check_divides
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 
 _CLIP_DIMENSIONS = 5
@@ -16,9 +16,7 @@ def check_start(direction: Direction, batch_size: int, height: int, width: int, 
     """What a state is made for; height and width in pixels must be whole latent pixels."""
     if direction not in get_args(Direction):
         raise ValueError(f"direction must be 'encode' or 'decode', got {direction!r}")
-    check_whole("batch_size", batch_size)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_count("batch_size", batch_size)
     check_divides("height", height, ratio)
     check_divides("width", width, ratio)
 

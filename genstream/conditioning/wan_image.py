@@ -11,7 +11,7 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from genstream.shapes import check_positive, check_whole
+from genstream.shapes import check_count
 
 _COLOURS = 3
 
@@ -40,8 +40,7 @@ class WanImageProcessor(BaseImageProcessor):
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(**kwargs)
-        check_whole("size", size)
-        check_positive("size", size)
+        check_count("size", size)
         for name, values in (("image_mean", image_mean), ("image_std", image_std)):
             if len(values) != _COLOURS:
                 raise ValueError(f"{name} must be {_COLOURS} numbers, got {list(values)}")

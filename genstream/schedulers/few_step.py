@@ -21,7 +21,7 @@ from genstream.schedulers.schedule import (
     few_step_timesteps,
     table_sigma,
 )
-from genstream.shapes import check_number, check_positive, check_whole
+from genstream.shapes import check_count, check_number, check_positive
 
 _SAME_TIMESTEP = 1e-3
 
@@ -148,14 +148,12 @@ class FlowEulerScheduler(_FlowScheduler):
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, *, num_steps: int = 50, shift: float = 5.0, num_train_timesteps: int = 1000) -> None:
         check_positive("shift", shift)
-        check_whole("num_steps", num_steps)
+        check_count("num_steps", num_steps)
         self.register_to_config(num_steps=int(num_steps), shift=float(shift))
         self.set_timesteps()
 
     def schedule(self, num_inference_steps: int | None = None) -> EulerSchedule:
         """Evenly spaced steps, warped by the shift."""
         steps = self.config.num_steps if num_inference_steps is None else num_inference_steps
-        check_whole("num_inference_steps", steps)
-        if steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {steps}")
+        check_count("num_inference_steps", steps)
         return EulerSchedule(euler_timesteps(steps, self.config.shift))

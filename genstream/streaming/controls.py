@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genstream.shapes import check_whole
+from genstream.shapes import check_count, check_whole
 from genstream.streaming.settings import RecachePolicy
 from genstream.transformer.adapters import LoraUse
 
@@ -60,10 +60,8 @@ class PromptControl(Control):
             raise ValueError(f"prompt must be one text for the whole batch, got {self.prompt!r}")
         elif not self.prompt.strip():
             raise ValueError("prompt must not be empty")
-        check_whole("blend_chunks", self.blend_chunks)
+        check_count("blend_chunks", self.blend_chunks)
         object.__setattr__(self, "blend_chunks", int(self.blend_chunks))
-        if self.blend_chunks < 1:
-            raise ValueError(f"blend_chunks must be at least 1, got {self.blend_chunks}")
         _check_recache(self.recache)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from genstream.cache.kv_cache import AttentionContext, CacheShape, KVCache, TextCache
 from genstream.cache.layout import CacheLayout
 from genstream.kernels.rope import Phases, phases
-from genstream.shapes import check_positive, check_whole
+from genstream.shapes import check_count, check_positive
 from genstream.transformer.attention import CrossAttention, KeysValues, SelfAttention
 from genstream.transformer.embeddings import ConditionEmbedder
 
@@ -163,12 +163,10 @@ class CausalDiT(
             raise ValueError(f"qk_norm must be 'rms_norm_across_heads', got {qk_norm!r}")
         check_positive("eps", eps)
         for name in _SIZES:
-            check_whole(name, self.config[name])
-            check_positive(name, self.config[name])
+            check_count(name, self.config[name])
         for name in _OPTIONAL_SIZES:
             if (size := self.config[name]) is not None:
-                check_whole(name, size)
-                check_positive(name, size)
+                check_count(name, size)
         dim = num_attention_heads * attention_head_dim
         self.patch_size = tuple(patch_size)
         self.out_channels = out_channels or in_channels
