@@ -33,8 +33,8 @@ class LoraLoaderMixin(LoraBaseMixin):
     _lora_loadable_modules: ClassVar[list[str]] = ["transformer"]
     transformer_name = "transformer"
     transformer: CausalDiT
-    _lora_sources: Mapping[str, str | dict[str, Tensor]] = MappingProxyType({})
-    """Where each LoRA came from, by its name."""
+    _lora_sources: Mapping[str, str] = MappingProxyType({})
+    """File, folder or repository of each LoRA, by its name; none for one that was given as tensors."""
 
     def load_lora_weights(
         self,
@@ -107,8 +107,9 @@ class LoraLoaderMixin(LoraBaseMixin):
             self.transformer.load_lora_adapter(
                 adapter, prefix=None, adapter_name=adapter_name, metadata=config, _pipeline=self
             )
-        for name in set(loaded_loras(self.transformer)) - before:
-            self._lora_sources = {**self._lora_sources, name: source}
+        if isinstance(source, str):
+            added = set(loaded_loras(self.transformer)) - before
+            self._lora_sources = {**self._lora_sources, **dict.fromkeys(added, source)}
 
     def fuse_lora(
         self,
@@ -142,8 +143,8 @@ class LoraLoaderMixin(LoraBaseMixin):
 
     def _has_fused(self, folder: Path) -> bool:
         """Whether a LoRA that lies in `folder` is fused."""
-        sources = [self._lora_sources.get(name) for name in self.fused_loras]
-        return any(isinstance(each, str) and _lies_in(Path(each), folder) for each in sources)
+        sources = [self._lora_sources[name] for name in self.fused_loras if name in self._lora_sources]
+        return any(_lies_in(Path(source), folder) for source in sources)
 
     def _check_name(self, name: str | None) -> None:
         if name is None:
