@@ -39,9 +39,8 @@ from genstream.streaming.settings import ContextPolicy, RecachePolicy, StreamSet
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.transformer.conversion import places, whole_config
 from genstream.vae.adapters.registry import adapter_of
-from genstream.vae.protocol import StreamingVAE
+from genstream.vae.protocol import RGB, StreamingVAE
 from genstream.vae.tiny import TinyVideoVAE
-from genstream.vae.tiny_blocks import RGB
 from genstream.vae.wrapping import module_of, streams
 
 _IMAGE_TOKENS = 257  # of a CLIP ViT-H, which Wan's image-to-video models look through

@@ -19,8 +19,8 @@ from genstream.vae.causal_network import Decoder, Encoder, NetworkSettings, Norm
 from genstream.vae.checks import check_state, check_tensor
 from genstream.vae.identity import describe
 from genstream.vae.layers import CausalConv3d, CausalInterpolation, FrameConv, Memory, remembering_layers
-from genstream.vae.native import PENDING, RGB, NativeVAE
-from genstream.vae.protocol import Direction, VAESpec, VAEState
+from genstream.vae.native import PENDING, NativeVAE
+from genstream.vae.protocol import RGB, Direction, VAESpec, VAEState
 
 _TEXT = "text"
 _TEXT_MASK = "text_mask"

@@ -22,8 +22,8 @@ from genstream.vae.layers import (
     to_images,
     to_video,
 )
+from genstream.vae.protocol import RGB
 
-_RGB = 3
 _NORM_EPS = 1e-6
 
 Norm = Literal["group", "channel"]
@@ -240,7 +240,7 @@ class Encoder(nn.Module):
     def __init__(self, settings: NetworkSettings, outputs: int) -> None:
         super().__init__()
         last = len(settings.channels) - 1
-        self.conv_in = settings.conv(_RGB, settings.channels[0], 0)
+        self.conv_in = settings.conv(RGB, settings.channels[0], 0)
         self.down_blocks = nn.ModuleList(DownBlock(settings, level) for level in range(last + 1))
         self.mid_block = MidBlock(settings)
         self.conv_norm_out = settings.normalisation(settings.channels[-1])
@@ -276,7 +276,7 @@ class Decoder(nn.Module):
         self.text_attentions = nn.ModuleList(attentions)
         self.up_blocks = nn.ModuleList(UpBlock(settings, level) for level in range(last, -1, -1))
         self.conv_norm_out = settings.normalisation(settings.channels[0])
-        self.conv_out = settings.conv(settings.channels[0], _RGB, 0)
+        self.conv_out = settings.conv(settings.channels[0], RGB, 0)
 
     def forward(self, latents: Tensor, memory: Memory, text: Tensor, mask: Tensor) -> Tensor:
         """[B, C, T, h, w] to [B, 3, F, H, W]; tokens [B, L, D] and their mask [B, L]."""

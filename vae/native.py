@@ -1,4 +1,4 @@
-"""What this library's own video VAEs have in common: a stream's state, and whole clips as streams."""
+"""What this library's own video VAEs and decoders have in common: states of streams, clips as streams."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -11,24 +11,19 @@ from torch import Tensor
 from genstream.vae.checks import check_chunk, check_frames, check_start, check_state, latent_statistics
 from genstream.vae.chunks import cut_clip, decoding_state
 from genstream.vae.identity import describe
-from genstream.vae.protocol import Direction, VAESpec, VAEState
+from genstream.vae.protocol import RGB, Direction, VAESpec, VAEState
 
-RGB = 3
 PENDING = "pending"
 """Slot of the frames of a group that is not complete."""
 
 
-class NativeVAE(ModelMixin, ConfigMixin):
-    """A `StreamingVAE` with encoder and decoder; a subclass says what it remembers and works off a chunk."""
+class NativeDecoder(ModelMixin, ConfigMixin):
+    """The decoding half of a `StreamingVAE`; a subclass says what it remembers and works off a chunk."""
 
     @property
     @abstractmethod
     def spec(self) -> VAESpec:
         """Ratios, channels and memory."""
-
-    @abstractmethod
-    def encode_chunk(self, frames: Tensor, state: VAEState) -> Tensor:
-        """Latents [B, C, T, h, w] that become complete with `frames` [B, 3, F, H, W]; the rest waits."""
 
     @abstractmethod
     def decode_chunk_unclamped(self, latents: Tensor, state: VAEState) -> Tensor:
@@ -44,21 +39,54 @@ class NativeVAE(ModelMixin, ConfigMixin):
     def init_state(self, direction: Direction, batch_size: int, height: int, width: int) -> VAEState:
         """State of a stream that has not started; `height` and `width` in pixels."""
         check_start(direction, batch_size, height, width, self.spec.spatial_ratio)
-        slots = self._first_slots(direction, batch_size, height, width)
-        if direction == "encode":
-            slots[PENDING] = self._weight.new_zeros((batch_size, RGB, 0, height, width))
         return VAEState(
             direction=direction,
             vae=describe(self),
             batch_size=batch_size,
             height=height,
             width=width,
-            slots=slots,
+            slots=self._first_slots(direction, batch_size, height, width),
         )
 
     def decode_chunk(self, latents: Tensor, state: VAEState) -> Tensor:
-        """Frames [B, 3, F, H, W] in [-1, 1] of `latents` [B, C, T, h, w]; the stream's first gives one."""
+        """Frames [B, 3, F, H, W] in [-1, 1] that become complete with `latents` [B, C, T, h, w]."""
         return self.decode_chunk_unclamped(latents, state).clamp(-1, 1)
+
+    def _check_latents(self, latents: Tensor, state: VAEState) -> None:
+        check_state(state, "decode", describe(self), self._weight)
+        batch_size, channels, _, *size = self._no_latents(state).shape
+        check_chunk("latents", latents, state, (batch_size, channels, None, *size), self._weight)
+
+    def _no_frames(self, state: VAEState) -> Tensor:
+        """[B, 3, 0, H, W]."""
+        return self._weight.new_zeros((state.batch_size, RGB, 0, state.height, state.width))
+
+    def _no_latents(self, state: VAEState) -> Tensor:
+        """[B, C, 0, h, w]."""
+        spec = self.spec
+        size = (state.height // spec.spatial_ratio, state.width // spec.spatial_ratio)
+        return self._weight.new_zeros((state.batch_size, spec.latent_channels, 0, *size))
+
+    @property
+    def _weight(self) -> Tensor:
+        """Any of the weights, whose dtype and device are those of all."""
+        weight: Tensor = next(self.parameters())
+        return weight
+
+
+class NativeVAE(NativeDecoder):
+    """A `StreamingVAE` with encoder and decoder; a stream's first latent frame is its first frame alone."""
+
+    @abstractmethod
+    def encode_chunk(self, frames: Tensor, state: VAEState) -> Tensor:
+        """Latents [B, C, T, h, w] that become complete with `frames` [B, 3, F, H, W]; the rest waits."""
+
+    def init_state(self, direction: Direction, batch_size: int, height: int, width: int) -> VAEState:
+        """State of a stream that has not started; `height` and `width` in pixels."""
+        state: VAEState = super().init_state(direction, batch_size, height, width)
+        if direction == "encode":
+            state.slots[PENDING] = self._no_frames(state)
+        return state
 
     def flush(self, state: VAEState) -> Tensor:
         """The last, incomplete group as one latent frame, filled up with its last frame; else length 0.
@@ -135,24 +163,3 @@ class NativeVAE(ModelMixin, ConfigMixin):
         shape = (state.batch_size, RGB, None, state.height, state.width)
         check_chunk("frames", frames, state, shape, self._weight)
         return torch.cat([state.slots[PENDING], frames], dim=2)
-
-    def _check_latents(self, latents: Tensor, state: VAEState) -> None:
-        check_state(state, "decode", describe(self), self._weight)
-        batch_size, channels, _, *size = self._no_latents(state).shape
-        check_chunk("latents", latents, state, (batch_size, channels, None, *size), self._weight)
-
-    def _no_frames(self, state: VAEState) -> Tensor:
-        """[B, 3, 0, H, W]."""
-        return self._weight.new_zeros((state.batch_size, RGB, 0, state.height, state.width))
-
-    def _no_latents(self, state: VAEState) -> Tensor:
-        """[B, C, 0, h, w]."""
-        spec = self.spec
-        size = (state.height // spec.spatial_ratio, state.width // spec.spatial_ratio)
-        return self._weight.new_zeros((state.batch_size, spec.latent_channels, 0, *size))
-
-    @property
-    def _weight(self) -> Tensor:
-        """Any of the weights, whose dtype and device are those of all."""
-        weight: Tensor = next(self.parameters())
-        return weight

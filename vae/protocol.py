@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,6 +12,8 @@ from torch import Tensor
 
 Direction = Literal["encode", "decode"]
 
+RGB: Final = 3
+"""Channels of frames."""
 STATE_FORMAT = 3
 _METADATA_KEY = "genstream_vae_state"
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from genstream.vae.protocol import RGB
 from genstream.vae.tiny import TinyVideoVAE
-from genstream.vae.tiny_blocks import RGB, BlockKind
+from genstream.vae.tiny_blocks import BlockKind
 from genstream.vae.weights import Weights, fill, read_weights, shape_of
 
 _POOLS = (2, 7, 12)

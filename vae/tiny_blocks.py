@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-RGB = 3
+from genstream.vae.protocol import RGB
+
 STAGES = 3
 BLOCKS_PER_STAGE = 3
 HALVING = 2

@@ -9,23 +9,22 @@ import math
 from collections.abc import Sequence
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
-from genstream.vae.checks import check_chunk, check_clip, check_start, check_state, check_tensor
+from genstream.vae.checks import check_clip, check_state, check_tensor
 from genstream.vae.chunks import decoding_state
 from genstream.vae.identity import describe
 from genstream.vae.layers import Memory, remembering_layers
+from genstream.vae.native import NativeDecoder
 from genstream.vae.protocol import Direction, VAESpec, VAEState
 from genstream.vae.turbo_network import TurboDecoder, reach_latents
 
-_RGB = 3
 _WAITING = "waiting"
 
 
-class TurboVAED(ModelMixin, ConfigMixin):
+class TurboVAED(NativeDecoder):
     """Decoder of another VAE's latents that satisfies the decoding half of `StreamingVAE`.
 
     As published it looks ahead, further than any useful delay: `decode` gives what its authors' code gives.
@@ -125,40 +124,17 @@ class TurboVAED(ModelMixin, ConfigMixin):
         """How many latent frames back and ahead a frame of `decode` depends on."""
         return self._reach
 
-    @apply_forward_hook  # type: ignore[untyped-decorator]
     def init_state(self, direction: Direction, batch_size: int, height: int, width: int) -> VAEState:
         """State of a stream that has not started; `height` and `width` in pixels."""
         if direction != "decode":
             raise ValueError(f"direction must be 'decode' for a VAE without encoder, got {direction!r}")
-        ratio = self.spec.spatial_ratio
-        check_start(direction, batch_size, height, width, ratio)
-        like = self._weight
-        slots = {name: like.new_zeros((batch_size, 0)) for name in remembering_layers(self.decoder).values()}
-        if not self.is_causal:
-            shape = (batch_size, self.config.latent_channels, 0, height // ratio, width // ratio)
-            slots = {_WAITING: like.new_zeros(shape)}
-        return VAEState(
-            direction=direction,
-            vae=describe(self),
-            batch_size=batch_size,
-            height=height,
-            width=width,
-            slots=slots,
-        )
-
-    def decode_chunk(self, latents: Tensor, state: VAEState) -> Tensor:
-        """Frames [B, 3, F, H, W] in [-1, 1] that become complete with `latents` [B, C, T, h, w]."""
-        frames: Tensor = self.decode_chunk_unclamped(latents, state)
-        return frames.clamp(-1, 1)
+        state: VAEState = super().init_state(direction, batch_size, height, width)
+        return state
 
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def decode_chunk_unclamped(self, latents: Tensor, state: VAEState) -> Tensor:
         """`decode_chunk` before the clamp, whose gradient is zero outside the range."""
-        check_state(state, "decode", describe(self), self._weight)
-        ratio = self.spec.spatial_ratio
-        size = (state.height // ratio, state.width // ratio)
-        shape = (state.batch_size, self.config.latent_channels, None, *size)
-        check_chunk("latents", latents, state, shape, self._weight)
+        self._check_latents(latents, state)
         if latents.shape[2] == 0:
             return self._no_frames(state)
         return self._next_frames(latents, state) if self.is_causal else self._next_windows(latents, state)
@@ -268,13 +244,15 @@ class TurboVAED(ModelMixin, ConfigMixin):
             frames.append(window[:, :, skipped:shown])
         return frames
 
-    def _no_frames(self, state: VAEState) -> Tensor:
-        return self._weight.new_zeros((state.batch_size, _RGB, 0, state.height, state.width))
-
-    @property
-    def _weight(self) -> Tensor:
-        weight: Tensor = next(self.parameters())
-        return weight
+    def _first_slots(
+        self, direction: Direction, batch_size: int, height: int, width: int
+    ) -> dict[str, Tensor]:
+        like = self._weight
+        if self.is_causal:
+            layers = remembering_layers(self.decoder).values()
+            return {name: like.new_zeros((batch_size, 0)) for name in layers}
+        size = (height // self.spec.spatial_ratio, width // self.spec.spatial_ratio)
+        return {_WAITING: like.new_zeros((batch_size, self.config.latent_channels, 0, *size))}
 
 
 def _check_config(config: FrozenDict) -> None:

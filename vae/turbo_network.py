@@ -7,8 +7,8 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from genstream.vae.layers import CausalConv3d, CentredConv3d, Memory, rms_normalised, to_images, to_video
+from genstream.vae.protocol import RGB
 
-_RGB = 3
 _RMS_EPS = 1e-8
 
 
@@ -166,7 +166,7 @@ class TurboDecoder(nn.Module):
         if self.has_patches:
             self.upsampler2d_1 = PixelShuffle2d(widths[0])
             self.upsampler2d_2 = PixelShuffle2d(widths[0] // 4)
-        self.conv_out = DenseConv(widths[0] // config.patch_size**2, _RGB, 3, config.decoder_causal)
+        self.conv_out = DenseConv(widths[0] // config.patch_size**2, RGB, 3, config.decoder_causal)
 
     def forward(self, latents: Tensor, memory: Memory) -> Tensor:
         """[B, C, T, h, w] to [B, 3, F, H, W]."""

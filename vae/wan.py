@@ -16,8 +16,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from genstream.vae.native import PENDING, RGB, NativeVAE
-from genstream.vae.protocol import Direction, VAESpec, VAEState
+from genstream.vae.native import PENDING, NativeVAE
+from genstream.vae.protocol import RGB, Direction, VAESpec, VAEState
 from genstream.vae.wan_blocks import (
     SCALE,
     TIME_KERNEL,

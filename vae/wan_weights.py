@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from genstream.vae.native import RGB
+from genstream.vae.protocol import RGB
 from genstream.vae.wan import DECODER_BLOCKS, ENCODER_BLOCKS, STAGES, Version, WanVideoVAE
 from genstream.vae.weights import Weights, fill, read_weights, shape_of
 

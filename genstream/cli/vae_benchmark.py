@@ -14,12 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from genstream.cli.process import hardware_name, peak_memory_bytes, resident_memory_bytes
 from genstream.cli.units import change, mib
-from genstream.vae.protocol import Direction, StreamingVAE, VAESpec, VAEState
+from genstream.vae.protocol import RGB, Direction, StreamingVAE, VAESpec, VAEState
 
 _MATMUL_SIZE = 1024
 _MATMUL_SIZE_GPU = 8192
 _MATMUL_RUNS = 10
-_RGB = 3
 _PARTS = 10
 _GIGA = 1e9
 
@@ -210,7 +209,7 @@ def _random_chunk(spec: VAESpec, state: VAEState, latents: int) -> Tensor:
     """Input of a chunk behind a stream's first latent frame."""
     like = next(iter(state.slots.values()))
     ratio = spec.spatial_ratio
-    shape = (1, _RGB, latents * spec.temporal_ratio, state.height, state.width)
+    shape = (1, RGB, latents * spec.temporal_ratio, state.height, state.width)
     if state.direction == "decode":
         shape = (1, spec.latent_channels, latents, state.height // ratio, state.width // ratio)
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))

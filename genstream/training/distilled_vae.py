@@ -34,8 +34,7 @@ from genstream.training.vae_distillation import (
 )
 from genstream.training.vae_run import VAERunSettings, last_figures
 from genstream.vae.loading import load_vae
-from genstream.vae.native import RGB
-from genstream.vae.protocol import VAESpec
+from genstream.vae.protocol import RGB, VAESpec
 from genstream.vae.tiny import TinyVideoVAE
 from genstream.vae.tiny_blocks import HALVING, STAGES
 from genstream.vae.turbo import TurboVAED

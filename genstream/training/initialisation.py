@@ -13,11 +13,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from genstream.vae.protocol import RGB
 from genstream.vae.tiny import MemBlock, TemporalGrow, TemporalPool, TinyVideoVAE
 
-_RGB = 3
 _QUARTERS = 4
-PASSED_CHANNELS = _RGB * _QUARTERS
+PASSED_CHANNELS = RGB * _QUARTERS
 """Latent channels that start as mean and differences of the four quarters of a patch."""
 # Differences of two, and of four quarters, one row each; the first row is the sum.
 _HAAR = torch.tensor([[1.0, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]])
@@ -91,26 +91,26 @@ def _pass_colours_into_latents(layers: list[nn.Conv2d]) -> None:
     first, *stages, last = layers
     _scaled_normal(first, _PIXEL_GAIN)
     _scaled_normal(last, _AFTER_RELU)
-    patch_area = first.in_channels // _RGB
-    _set_rows(first, torch.eye(_RGB).repeat_interleave(patch_area, dim=1) / patch_area)
+    patch_area = first.in_channels // RGB
+    _set_rows(first, torch.eye(RGB).repeat_interleave(patch_area, dim=1) / patch_area)
     for pool, halve in zip(stages[::2], stages[1::2], strict=True):
-        newest = torch.zeros(_RGB, pool.in_channels)
-        newest[:, pool.in_channels - pool.out_channels :][:, :_RGB] = torch.eye(_RGB)
+        newest = torch.zeros(RGB, pool.in_channels)
+        newest[:, pool.in_channels - pool.out_channels :][:, :RGB] = torch.eye(RGB)
         _set_rows(pool, newest)
-        _set_rows(halve, torch.zeros(_RGB, 1))
-        for colour in range(_RGB):
+        _set_rows(halve, torch.zeros(RGB, 1))
+        for colour in range(RGB):
             halve.weight[colour, colour, 1:, 1:] = 1 / _QUARTERS
     _pass_quarters(stages[-1])
-    _set_rows(last, torch.kron(_HAAR / _QUARTERS, torch.eye(_RGB)) * _PIXEL_GAIN)
-    _bias(last)[:_RGB] = -_PIXEL_MEAN * _PIXEL_GAIN
+    _set_rows(last, torch.kron(_HAAR / _QUARTERS, torch.eye(RGB)) * _PIXEL_GAIN)
+    _bias(last)[:RGB] = -_PIXEL_MEAN * _PIXEL_GAIN
 
 
 def _pass_quarters(halve: nn.Conv2d) -> None:
     """Quarter by quarter instead of their mean: differences are taken behind the last rectifier."""
     _set_rows(halve, torch.zeros(PASSED_CHANNELS, 1))
     for quarter, (row, column) in enumerate(((1, 1), (1, 2), (2, 1), (2, 2))):
-        for colour in range(_RGB):
-            halve.weight[quarter * _RGB + colour, colour, row, column] = 1
+        for colour in range(RGB):
+            halve.weight[quarter * RGB + colour, colour, row, column] = 1
 
 
 def _pass_colours_into_frames(layers: list[nn.Conv2d]) -> None:
@@ -118,15 +118,15 @@ def _pass_colours_into_frames(layers: list[nn.Conv2d]) -> None:
     first, *stages, last = layers
     _scaled_normal(first, _AFTER_RELU)
     _scaled_normal(last, _LAST_GAIN)
-    _set_rows(first, torch.eye(_RGB) / _PIXEL_GAIN)
-    _bias(first)[:_RGB] = _PIXEL_MEAN
+    _set_rows(first, torch.eye(RGB) / _PIXEL_GAIN)
+    _bias(first)[:RGB] = _PIXEL_MEAN
     for grow, narrow in zip(stages[::2], stages[1::2], strict=True):
         channels = grow.in_channels
         for start in range(0, grow.out_channels, channels):
-            grow.weight[start : start + _RGB] = torch.eye(_RGB, channels)[:, :, None, None]
-        _set_rows(narrow, torch.eye(_RGB))
-    patch_area = last.out_channels // _RGB
-    last.weight[:, :_RGB, 1, 1] = torch.eye(_RGB).repeat_interleave(patch_area, dim=0)
+            grow.weight[start : start + RGB] = torch.eye(RGB, channels)[:, :, None, None]
+        _set_rows(narrow, torch.eye(RGB))
+    patch_area = last.out_channels // RGB
+    last.weight[:, :RGB, 1, 1] = torch.eye(RGB).repeat_interleave(patch_area, dim=0)
 
 
 def _spine(layers: nn.Sequential) -> list[nn.Conv2d]:

@@ -20,11 +20,10 @@ from genstream.vae.checks import (
 )
 from genstream.vae.chunks import decoding_state
 from genstream.vae.identity import weights_digest
-from genstream.vae.protocol import Direction, VAESpec, VAEState
+from genstream.vae.protocol import RGB, Direction, VAESpec, VAEState
 
 Exactness = Literal["exact", "partition", "approximate"]
 
-_RGB = 3
 _PENDING = "pending"
 
 
@@ -247,7 +246,7 @@ class Adapter(ABC):
         return latents * self.spec.temporal_ratio - self._missing_first(steps) if latents else 0
 
     def _frames_shape(self, state: VAEState) -> tuple[int, ...]:
-        return state.batch_size, _RGB, 0, state.height, state.width
+        return state.batch_size, RGB, 0, state.height, state.width
 
     def _latents_shape(self, state: VAEState) -> tuple[int, ...]:
         ratio = self.spec.spatial_ratio
