@@ -52,10 +52,10 @@ class Scale:
     size_px: int = 64
     vae_steps: tuple[int, int] = (1500, 700)
     base_steps: int = 3000
-    teacher_steps: int = 1500
-    forcing_steps: int = 600
+    teacher_steps: int = 1200
+    forcing_steps: int = 400
     distill_steps: int = 200
-    mask_steps: int = 1200
+    mask_steps: int = 1000
     batch_size: int = 16
     clips: int = 1024
     width: int = 144
@@ -156,7 +156,12 @@ def runs(scale: Scale, output: Path) -> Iterator[Run]:
     for seed in SEEDS:
         for name in FORCINGS[:2]:
             student = StudentTrainingSettings(
-                **later, total_steps=scale.forcing_steps, forcing=name.split()[0], seed=seed
+                **later,
+                total_steps=scale.forcing_steps,
+                forcing=name.split()[0],
+                context_noise=0.0,  # the method as it is known: its context is the clean video
+                redrawn=0.0,
+                seed=seed,
             )
             yield Run(name=_slug(name, seed), train=train_student, settings=student, after=("base",))
         yield Run(

@@ -67,6 +67,13 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def check_exclusive(**values: object) -> None:
+    """Raise ValueError if two are given, of which one would be ignored."""
+    given = [name for name, value in values.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other, got both")
+
+
 def check_divides(name: str, value: int, divisor: int) -> None:
     """Raise ValueError unless `value` is a positive multiple of `divisor`."""
     check_whole(name, value)

@@ -2,44 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
-from diffusers.utils import BaseOutput
-from huggingface_hub import create_repo, upload_folder
 from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from genstream.conditioning.image import Picture, as_pixels, check_pixels, image_tokens
-from genstream.conditioning.text import check_prompts, encode_prompts, unknown_words
-from genstream.io.hub_card import ADAPTER_FOLDER, CARD_NAME, copy_companions
-from genstream.io.model_folder import (
-    INDEX_NAME,
-    check_model_folder,
-    installed_folder,
-    installed_models,
-    only_variant,
-    read_json,
-)
-from genstream.pipelines.lora import LoraLoaderMixin
-from genstream.pipelines.tensors import check_part
+from genstream.conditioning.image import Picture
+from genstream.conditioning.text import unknown_words
+from genstream.pipelines.conditions import ConditionsMixin
+from genstream.pipelines.folders import FolderPipeline
+from genstream.pipelines.output import OUTPUT_TYPES, CausalVideoOutput, convert, to_host
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.shapes import (
     check_count,
     check_divides,
+    check_exclusive,
     check_positive,
-    check_same_size,
     check_whole,
     frames_for_seconds,
     frames_of,
@@ -49,7 +35,7 @@ from genstream.shapes import (
 from genstream.streaming.chunk import Chunk
 from genstream.streaming.controls import Applied
 from genstream.streaming.engine import CacheEngine
-from genstream.streaming.intake import MotionNoise, TransformSettings, encode_start
+from genstream.streaming.intake import MotionNoise, TransformSettings
 from genstream.streaming.noise import NoiseSource, SeededNoise
 from genstream.streaming.presets import EngineKind, Preset, find_preset
 from genstream.streaming.queue_engine import QueueEngine
@@ -58,34 +44,18 @@ from genstream.streaming.settings import DEFAULT_STRENGTH, StreamSettings
 from genstream.streaming.snapshot import load_state, model_fingerprint, save_state
 from genstream.streaming.source import FrameSource, as_source
 from genstream.streaming.state import StreamState
-from genstream.transformer.adapters import active_loras, loaded_loras
+from genstream.transformer.adapters import active_loras
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.vae.protocol import StreamingVAE
 from genstream.vae.wrapping import as_streaming, module_of, streams
 
 logger = logging.getLogger(__name__)
 
-_UPLOADING = ("repo_id", "commit_message", "private", "token", "create_pr")
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DEFAULT_SECONDS = 4.0
 ENGINES: dict[str, type[CacheEngine]] = {EngineKind.CACHE: CacheEngine, EngineKind.QUEUE: QueueEngine}
-_STEADY_LATENT_FRAMES = 32
-"""Wan's encoder reaches back 28 latent frames: behind an image and so many empty ones nothing changes."""
 
 
-@dataclass
-class CausalVideoOutput(BaseOutput):
-    """Frames of a video.
-
-    Attributes:
-        frames: by `output_type`: "pil" a list of PIL images for each prompt; "np" `[B, F, H, W, 3]` in
-            [0, 1]; "pt" `[B, F, 3, H, W]` in [0, 1]; "latent" `[B, C, T, h, w]`.
-    """
-
-    frames: list[list[Image.Image]] | np.ndarray | Tensor
-
-
-class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
+class CausalVideoPipeline(FolderPipeline, ConditionsMixin):
     """Streams video from a causal few-step transformer, one chunk of latent frames at a time.
 
     Args:
@@ -193,168 +163,6 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 raise ValueError(f"{name} must be one of genstream, got a {type(part).__name__}")
         check_positive("default_fps", self.config.default_fps)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:  # noqa: ANN401
-        """Load a model with all its components; options are those of `DiffusionPipeline.from_pretrained`.
-
-        Args:
-            pretrained_model_name_or_path: name of an installed model ("toyworld"), a folder in diffusers
-                layout, or a repository on the Hugging Face Hub.
-            **kwargs: such as `dtype`, float32 for all parts when not given, or a component to use instead of
-                the folder's.
-
-        Raises:
-            ValueError: a file of the folder is missing or cut off, or a tensor of the transformer is missing,
-                superfluous or of another shape than its configuration says, or one of VAE or text encoder
-                missing or of another shape; the message names it.
-        """
-        folder = installed_folder(str(pretrained_model_name_or_path)) or Path(pretrained_model_name_or_path)
-        if "torch_dtype" not in kwargs:
-            # Else transformers loads the text encoder as its file is, and diffusers the rest in float32.
-            kwargs.setdefault("dtype", torch.float32)
-        if not folder.is_dir():
-            _check_repository(str(pretrained_model_name_or_path))
-            loaded: Self = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-            return loaded
-        check_model_folder(folder, kwargs, cls.__name__)
-        index = read_json(folder / INDEX_NAME)
-        kwargs.setdefault("variant", only_variant(folder))
-        parts = {name: index.get(name) or (None, None) for name in ("transformer", "text_encoder", "vae")}
-        for name, pair in parts.items():
-            if len(pair) != 2:
-                raise ValueError(
-                    f"{str(folder / INDEX_NAME)!r} must say [library, class] of {name}, got {pair}"
-                )
-        if "vae" not in kwargs and parts["vae"][0] is None:
-            raise ValueError(
-                f"model folder {str(folder)!r} has no vae: give vae=..., or make a folder that has one with "
-                f"genstream convert {folder} --vae PATH -o NEW_FOLDER"
-            )
-        try:
-            for name, (library, part) in parts.items():
-                if library and part and name not in kwargs and kwargs["variant"] is None:
-                    check_part(folder / name, library, part)
-            loaded = super().from_pretrained(folder, **kwargs)
-        except (AttributeError, LookupError, TypeError) as error:
-            raise ValueError(
-                f"model folder {str(folder)!r} has a configuration that a part cannot be made from: {error!r}"
-            ) from error
-        return loaded
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:  # noqa: ANN401
-        """The parts of another pipeline in a new one; options are those of `DiffusionPipeline.from_pipe`."""
-        # diffusers takes over what has exactly the annotated type; any VAE will do here.
-        made: Self = super().from_pipe(pipeline, **{"vae": pipeline.vae, **kwargs})
-        return made
-
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # noqa: ANN401
-        """Save the pipeline, with card, licence and adapter of the folder that it was loaded from.
-
-        Args:
-            save_directory: folder to write to.
-            **kwargs: those of `DiffusionPipeline.save_pretrained`.
-
-        Raises:
-            ValueError: LoRAs are loaded: the transformer would be saved with their layers in it. Or the
-                adapter of the folder is fused and would stay there beside weights that contain it.
-        """
-        if kwargs.pop("push_to_hub", False):
-            upload = {name: kwargs.pop(name) for name in _UPLOADING if name in kwargs}
-            self.save_pretrained(save_directory, **kwargs)
-            self._upload(Path(save_directory), **{"repo_id": Path(save_directory).name, **upload})
-            return
-        if loras := loaded_loras(self.transformer):
-            raise ValueError(
-                f"LoRAs {loras} are loaded, and a model folder holds none: call unload_lora_weights() first, "
-                "and fuse_lora() before that to keep what they do"
-            )
-        source = self._loaded_from
-        if source is None:
-            super().save_pretrained(save_directory, **kwargs)
-            return
-        fused = self._has_fused(source / ADAPTER_FOLDER)
-        if fused and source.resolve() == Path(save_directory).resolve():
-            raise ValueError(
-                f"save_directory must be another folder: {str(source / ADAPTER_FOLDER)!r} is fused, and "
-                "would stay there beside weights that contain it"
-            )
-        changes = self._changes_since(source)
-        super().save_pretrained(save_directory, **kwargs)
-        copy_companions(source, Path(save_directory), changes, with_adapter=not fused)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> str:
-        """Upload the pipeline; the card, which tells licence and origin of the weights, goes with it.
-
-        Args:
-            repo_id: name of the repository, owner/name; made where it does not exist.
-            commit_message: of the upload.
-            private: make the repository private; by the owner's default when None.
-            token: for the Hub; the stored one when None.
-            create_pr: upload as a pull request.
-            **kwargs: those of `DiffusionPipeline.save_pretrained`.
-        """
-        if self._loaded_from is None or not (self._loaded_from / CARD_NAME).is_file():
-            url: str = super().push_to_hub(repo_id, commit_message, private, token, create_pr, **kwargs)
-            return url
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **kwargs)
-            return self._upload(Path(folder), repo_id, commit_message, private, token, create_pr=create_pr)
-
-    def _upload(
-        self,
-        folder: Path,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        *,
-        create_pr: bool = False,
-    ) -> str:
-        """Upload a folder as it is; gives its address."""
-        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        return str(
-            upload_folder(
-                repo_id=repo_id,
-                folder_path=str(folder),
-                commit_message=commit_message or f"Upload {type(self).__name__}",
-                token=token,
-                create_pr=create_pr,
-            )
-        )
-
-    @property
-    def _loaded_from(self) -> Path | None:
-        """Folder that the pipeline was loaded from; None for one that was built, or came from the Hub."""
-        name = self.name_or_path
-        return Path(name) if name is not None and Path(name).is_dir() else None
-
-    def _changes_since(self, source: Path) -> list[str]:
-        """What was done to the pipeline since it was loaded from `source`, a sentence each."""
-        configs = [(self.config, read_json(source / INDEX_NAME))]
-        described = source / "scheduler" / SCHEDULER_CONFIG_NAME
-        if described.is_file():
-            configs.append((self.scheduler.config, read_json(described)))
-        changes = []
-        for ours, before in configs:
-            now = json.loads(json.dumps(dict(ours), default=str))
-            changes += [
-                f"`{name}` is {now[name]!r}, it was {before[name]!r}"
-                for name in sorted(now.keys() & before.keys())
-                if not name.startswith("_") and now[name] != before[name]
-            ]
-        if self.fused_loras:
-            changes.append(f"LoRAs fused into the transformer: {', '.join(sorted(self.fused_loras))}")
-        return changes
-
     @property
     def settings(self) -> StreamSettings:
         """How the model is run, from the configuration."""
@@ -417,32 +225,6 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
                 for name, value in asdict(preset.settings).items()
             },
         )
-
-    def encode_prompt(self, prompt: str | list[str]) -> Tensor:
-        """Prompt embeddings `[B, text_tokens, text_dim]`.
-
-        Raises:
-            ValueError: a prompt is empty or longer than `text_tokens`, or there is no text encoder.
-        """
-        if self.tokenizer is None or self.text_encoder is None:
-            raise ValueError(
-                "prompt needs a text encoder, which this pipeline was loaded without; give prompt_embeds, or "
-                "make a folder that has one with genstream convert FOLDER --text-encoder PATH -o NEW_FOLDER"
-            )
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        check_prompts(prompts, self.tokenizer, self.config.text_tokens)
-        return self._encode(prompts)
-
-    @torch.no_grad()
-    def _encode(self, prompts: list[str]) -> Tensor:
-        embeds = encode_prompts(prompts, self.tokenizer, self.text_encoder, self.config.text_tokens)
-        self._offload_encoders()
-        return embeds
-
-    def _offload_encoders(self) -> None:
-        """With `enable_model_cpu_offload`, take them off the GPU: prompts change seldom."""
-        for hook in getattr(self, "_all_hooks", ()):  # set by diffusers when offloading is enabled
-            hook.offload()
 
     def maybe_free_model_hooks(self) -> None:
         """Nothing has to move at the end of a clip: transformer and VAE stay for other streams."""
@@ -529,7 +311,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         Raises:
             ValueError: an argument is out of range, or two exclude each other.
         """
-        _check_one_of(seed=seed, noise=noise)
+        check_exclusive(seed=seed, noise=noise)
         height = self.config.default_height if height is None else height
         width = self.config.default_width if width is None else width
         self._check_size(height, width)
@@ -749,7 +531,7 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
             raise ValueError(f"callback_on_step_end must be callable, got {callback_on_step_end!r}")
         if num_frames is None and seconds is None:
             seconds = DEFAULT_SECONDS
-        _check_one_of(seed=seed, noise=noise, generator=generator)
+        check_exclusive(seed=seed, noise=noise, generator=generator)
         prompts, embeds = self._prompts(prompt, prompt_embeds, num_videos_per_prompt)
         request = self.request(
             prompts,
@@ -776,157 +558,15 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         self._interrupt = False
         with self.progress_bar(total=self.engine.chunk_count(request)) as bar:
             for chunk in self.run(self.start(request)):
-                chunks.append(_to_host(chunk, output_type))
+                chunks.append(to_host(chunk, output_type))
                 bar.update()
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, chunk.index, 0.0, {"latents": chunk.latents})
                 if self._interrupt:
                     break
         self.maybe_free_model_hooks()
-        frames = _convert(torch.cat(chunks, dim=2), output_type)
+        frames = convert(torch.cat(chunks, dim=2), output_type)
         return CausalVideoOutput(frames=frames) if return_dict else (frames,)
-
-    def encode_image(self, image: Image.Image | Tensor, height: int, width: int, batch_size: int) -> Tensor:
-        """An image as the first latent frame `[B, C, 1, h, w]`.
-
-        Raises:
-            ValueError: the image has another size than the video.
-        """
-        pixels = self._image_pixels(image, height, width, batch_size)
-        module: Any = module_of(self.vae)  # of diffusers, whose `device` is right for offloaded ones too
-        frames = pixels.unsqueeze(2).to(module.device, module.dtype)  # [B, 3, 1, H, W]
-        latent: Tensor = self.streaming_vae.encode(frames)
-        return latent.expand(batch_size, -1, -1, -1, -1)
-
-    def _image_pixels(self, image: Image.Image | Tensor, height: int, width: int, batch_size: int) -> Tensor:
-        """`[1 or B, 3, H, W]` in [-1, 1]."""
-        if not isinstance(image, Tensor):
-            return as_pixels("image", image, height, width)[None]
-        if image.ndim != 4 or image.shape[1] != 3:
-            raise ValueError(f"image must be [B, 3, {height}, {width}], got {list(image.shape)}")
-        check_same_size("image", (image.shape[2], image.shape[3]), (height, width))
-        if len(image) not in (1, batch_size):
-            raise ValueError(f"image must be one or one for each of {batch_size} videos, got {len(image)}")
-        check_pixels("image", image)
-        return image
-
-    @property
-    def _takes_images(self) -> bool:
-        """Whether the transformer was trained to be told about an image."""
-        config = self.transformer.config
-        return config.image_dim is not None or config.in_channels > self.transformer.out_channels
-
-    def _image_tokens(self, pixels: Tensor | None, given: Tensor | None, batch_size: int) -> Tensor | None:
-        """CLIP tokens `[B, tokens, image_dim]`; None for a transformer that takes none."""
-        width = self.transformer.config.image_dim
-        if width is None:
-            if given is not None:
-                raise ValueError("image_embeds must not be given: this model takes no image tokens")
-            return None
-        if given is None:
-            if pixels is None:
-                raise ValueError("image or image_embeds must be given: this model starts from an image")
-            if self.image_encoder is None or self.image_processor is None:
-                raise ValueError(
-                    "image_embeds must be given: this model takes CLIP tokens, and the pipeline was loaded"
-                    " without image_encoder and image_processor (genstream convert --image-encoder adds them)"
-                )
-            given = image_tokens(pixels, self.image_processor, self.image_encoder)
-            self._offload_encoders()
-        _check_tensor("image_embeds", given)
-        if given.ndim != 3 or len(given) not in (1, batch_size) or given.shape[2] != width:
-            raise ValueError(f"image_embeds must be [{batch_size}, tokens, {width}], got {list(given.shape)}")
-        positions = self.transformer.config.pos_embed_seq_len
-        if positions is not None and given.shape[1] != positions:
-            raise ValueError(
-                f"image_embeds must be [{batch_size}, {positions}, {width}], the tokens of a first and a last"
-                f" image, got {list(given.shape)}"
-            )
-        _check_finite("image_embeds", given)
-        return given.expand(batch_size, -1, -1)
-
-    def _image_channels(
-        self, pixels: Tensor | None, given: Tensor | None, batch_size: int, num_frames: int | None
-    ) -> Tensor | None:
-        """Channels behind those of the noisy latents; None for a transformer that takes none."""
-        count = self.transformer.config.in_channels - self.transformer.out_channels
-        if count == 0:
-            if given is not None:
-                raise ValueError("image_channels must not be given: this model takes no image channels")
-            return None
-        if given is None:
-            if pixels is None:
-                raise ValueError("image or image_channels must be given: this model starts from an image")
-            given = self._channels_of(pixels, count, num_frames)
-        return given.expand(batch_size, -1, -1, -1, -1) if len(given) == 1 else given
-
-    def _check_channels(self, channels: Tensor, batch_size: int, height: int, width: int) -> None:
-        _check_tensor("image_channels", channels)
-        count = self.transformer.config.in_channels - self.transformer.out_channels
-        ratio = self.streaming_vae.spec.spatial_ratio
-        size, shape = [batch_size, count, height // ratio, width // ratio], list(channels.shape)
-        if len(shape) != 5 or [*shape[:2], *shape[3:]] != size or shape[2] == 0:
-            raise ValueError(
-                f"image_channels must be [{batch_size}, {count}, T, {size[2]}, {size[3]}], got {shape}"
-            )
-        _check_finite("image_channels", channels)
-
-    @torch.no_grad()
-    def _channels_of(self, pixels: Tensor, count: int, num_frames: int | None) -> Tensor:
-        """`[1 or B, r + C, T, h, w]`: which frames are given, then latents of the image and grey behind it.
-
-        Of the r mask channels of a latent frame, one for each of its frames, those of the first latent frame
-        are 1 (Wan 2.1, arXiv 2503.20314).
-        """
-        vae = self.streaming_vae
-        spec = vae.spec
-        if count != spec.temporal_ratio + spec.latent_channels:
-            raise ValueError(
-                f"image_channels must be given: this model takes {count} channels for an image, of which its"
-                f" VAE makes {spec.temporal_ratio} for the mask and {spec.latent_channels} for the image"
-            )
-        latent_frames = _STEADY_LATENT_FRAMES
-        if num_frames is not None:
-            latent_frames = min(latent_frames, latent_frames_covering(num_frames, spec.temporal_ratio))
-        module: Any = module_of(self.vae)
-        image = pixels.unsqueeze(2).to(module.device, module.dtype)  # [B, 3, 1, H, W]
-        state = vae.init_state("encode", len(image), image.shape[3], image.shape[4])
-        grey = torch.zeros_like(image).expand(-1, -1, spec.temporal_ratio, -1, -1)
-        parts = [encode_start(vae, image, state)]
-        parts += [vae.encode_chunk(grey, state) for _ in range(latent_frames - 1)]
-        latents = torch.cat([*parts, vae.flush(state)], dim=2)
-        mask = torch.zeros_like(latents[:, :1]).repeat(1, spec.temporal_ratio, 1, 1, 1)
-        mask[:, :, 0] = 1
-        return torch.cat([mask, latents], dim=1)
-
-    def _negative_embeds(
-        self, prompt: str | None, given: Tensor | None, settings: StreamSettings, batch_size: int
-    ) -> Tensor | None:
-        """What guidance leads away from, `[B, text_tokens, text_dim]`; None without guidance."""
-        scale = settings.guidance_scale
-        _check_one_of(negative_prompt=prompt, negative_prompt_embeds=given)
-        if not isinstance(prompt, str | None):
-            raise ValueError(f"negative_prompt must be one text for the whole batch, got {prompt!r}")
-        if scale == 1:
-            if prompt is not None or given is not None:
-                raise ValueError(f"negative_prompt needs a guidance_scale above 1, got {scale}")
-            return None
-        if given is not None:
-            self._check_embeds("negative_prompt_embeds", given)
-            if len(given) not in (1, batch_size):
-                raise ValueError(
-                    f"negative_prompt_embeds must be one or one for each of {batch_size} videos, "
-                    f"got {len(given)}"
-                )
-            return given.expand(batch_size, -1, -1)
-        if self.tokenizer is None or self.text_encoder is None:
-            raise ValueError(
-                "guidance_scale above 1 needs a text encoder or negative_prompt_embeds, "
-                f"and this pipeline lacks the one; got {scale} without the other"
-            )
-        if prompt is not None:
-            return self.encode_prompt([prompt] * batch_size)
-        return self._encode([""] * batch_size)
 
     def _check_preset(self, name: str, preset: Preset) -> None:
         config = self.transformer.config
@@ -957,81 +597,6 @@ class CausalVideoPipeline(DiffusionPipeline, LoraLoaderMixin):
         ratio = self.streaming_vae.spec.spatial_ratio
         check_divides("height", height, ratio * patch_height)
         check_divides("width", width, ratio * patch_width)
-
-    def _check_latents(
-        self, latents: Tensor, batch_size: int, height: int, width: int, num_frames: int | None
-    ) -> None:
-        _check_tensor("initial_latents", latents)
-        spec = self.streaming_vae.spec
-        size = [batch_size, spec.latent_channels, height // spec.spatial_ratio, width // spec.spatial_ratio]
-        shape = list(latents.shape)
-        if len(shape) != 5 or [*shape[:2], *shape[3:]] != size:
-            batch, channels, rows, columns = size
-            raise ValueError(
-                f"initial_latents must be [{batch}, {channels}, T, {rows}, {columns}], got {shape}"
-            )
-
-        _check_finite("initial_latents", latents)
-        given = frames_of(shape[2], spec.temporal_ratio)
-        if num_frames is not None and given > num_frames:
-            raise ValueError(
-                f"initial_latents must not be longer than the video, {num_frames} frames, got {given}"
-            )
-
-    def _prompts(
-        self, prompt: str | list[str] | None, prompt_embeds: Tensor | None, repeats: int = 1
-    ) -> tuple[list[str], Tensor]:
-        """Prompts and their embeddings, each `repeats` times."""
-        check_count("num_videos_per_prompt", repeats)
-        if prompt is None and prompt_embeds is None:
-            raise ValueError("prompt or prompt_embeds must be given")
-        prompts = [prompt] if isinstance(prompt, str) else prompt or []
-        if not isinstance(prompts, list | tuple) or not all(isinstance(text, str) for text in prompts):
-            raise ValueError(f"prompt must be a text or a list of texts, got {prompt!r}")
-        if prompt_embeds is None:
-            if not prompts:
-                raise ValueError("prompt must name at least one prompt, got an empty list")
-            prompt_embeds = self.encode_prompt(prompts)
-        elif prompts and len(prompts) != len(prompt_embeds):
-            raise ValueError(
-                f"prompt_embeds must have one row for each prompt: {len(prompts)}, got {len(prompt_embeds)}"
-            )
-        self._check_embeds("prompt_embeds", prompt_embeds)
-        repeated = [text for text in prompts for _ in range(repeats)]
-        return repeated, prompt_embeds.repeat_interleave(repeats, dim=0)
-
-    def _check_embeds(self, name: str, embeds: Tensor) -> None:
-        _check_tensor(name, embeds)
-        tokens, width = self.config.text_tokens, self.transformer.config.text_dim
-        if embeds.ndim != 3 or tuple(embeds.shape[1:]) != (tokens, width):
-            raise ValueError(f"{name} must be [B, {tokens}, {width}], got {list(embeds.shape)}")
-        _check_finite(name, embeds)
-
-
-def _check_repository(name: str) -> None:
-    """Only a name like owner/name can be a repository; anything else would only be searched in vain."""
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise ValueError(
-            f"pretrained_model_name_or_path must be an installed model ({', '.join(installed_models())}), "
-            f"a folder or a repository owner/name, got {name!r}"
-        )
-
-
-def _check_tensor(name: str, values: object) -> None:
-    if not isinstance(values, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(values).__name__}")
-
-
-def _check_finite(name: str, values: Tensor) -> None:
-    if not bool(values.isfinite().all()):
-        raise ValueError(f"{name} must be finite, got NaN or infinity")
-
-
-def _check_one_of(**values: object) -> None:
-    """Raise ValueError if two are given, of which one would be ignored."""
-    given = [name for name, value in values.items() if value is not None]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} exclude each other, got both")
 
 
 def _start_from_image(settings: StreamSettings) -> StreamSettings:
@@ -1066,24 +631,3 @@ def _draw_seeds(generator: torch.Generator | list[torch.Generator], count: int) 
         if not isinstance(source, torch.Generator):
             raise ValueError(f"generator must be a torch.Generator or a list of them, got {source!r}")
     return [int(torch.randint(2**63 - 1, (1,), generator=g, device=g.device)) for g in sources]
-
-
-def _to_host(chunk: Chunk, output_type: str) -> Tensor:
-    """What is kept of a chunk: tensors stay on the device, pictures leave it at once."""
-    kept = chunk.latents if output_type == "latent" else chunk.frames
-    if kept is None:
-        raise RuntimeError(f"chunk {chunk.index} holds no {output_type}")
-    return kept if output_type in ("pt", "latent") else kept.float().cpu()
-
-
-def _convert(frames: Tensor, output_type: str) -> list[list[Image.Image]] | np.ndarray | Tensor:
-    """`[B, 3, F, H, W]` in [-1, 1] to what the caller wants."""
-    if output_type == "latent":
-        return frames
-    scaled = (frames / 2 + 0.5).clamp(0, 1).transpose(1, 2)  # [B, F, 3, H, W]
-    if output_type == "pt":
-        return scaled
-    array: np.ndarray = scaled.permute(0, 1, 3, 4, 2).numpy()
-    if output_type == "np":
-        return array
-    return [[Image.fromarray(frame) for frame in (video * 255).round().astype("uint8")] for video in array]

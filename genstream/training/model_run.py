@@ -255,7 +255,8 @@ def save_model(
     """
     partial = folder.with_name(f"{folder.name}.partial")
     # Each alone would warn of what it computes in float32 whatever its weights are stored in.
-    nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.vae]).half()
+    parts = (pipe.transformer, pipe.text_encoder, pipe.vae)
+    nn.ModuleList([part for part in parts if part is not None]).half()
     pipe.save_pretrained(partial)
     (partial / "model_card.json").write_text(json.dumps(_card(), indent=1) + "\n")
     for ancestor in ancestors:
