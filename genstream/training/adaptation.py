@@ -24,6 +24,7 @@ from genstream.training.forcing import ForcedSequence, from_middle, from_start, 
 from genstream.training.loop import LoopSettings, run, steps_taken
 from genstream.training.model_run import RESULT_FOLDER, load_model, model_folder, save_model
 from genstream.training.objectives import clean_from, segment_velocity
+from genstream.training.precision import Precision, computing_in
 from genstream.training.processes import once, own_rng, process
 from genstream.training.prompts import prompts_from
 from genstream.training.record import Training, claim_run
@@ -84,7 +85,7 @@ class AdaptationSettings:
     checkpoint_steps: int = 200
     evaluate_steps: int = 500
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Precision = "bf16"
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -210,7 +211,7 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
         captions = prompts.draw(count, np.random.default_rng((settings.seed, first))).captions
         generator = torch.Generator().manual_seed((settings.seed << 32) + first)
         noise = torch.randn(count, *shape, generator=generator).to(denoiser.transformer.device)
-        with torch.autocast(noise.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        with computing_in(settings.precision, noise.device.type):
             return Trajectories(captions, solve(denoiser, noise, captions, sampling))
 
     paths = collect(sample, settings.trajectories, output / _TRAJECTORIES_FOLDER)

@@ -8,7 +8,6 @@ import logging
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from genstream.data.switch import Switch, switch_scene
 from genstream.data.toyworld import ToyWorld
 from genstream.shapes import frames_of
+from genstream.training.precision import Precision, computing_in
 from genstream.training.processes import own_share, process
 from genstream.vae.tiny import TinyVideoVAE
 
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 SWITCHED_EVERY = 4
 """One clip in so many changes its scene in the middle."""
-Precision = Literal["fp32", "bf16"]
 _SHARD_CLIPS = 64
 _SWITCHES_KEPT = 4096
 
@@ -134,7 +133,7 @@ def to_tensor(clips: NDArray[np.uint8]) -> Tensor:
 @torch.no_grad()
 def _encode(vae: TinyVideoVAE, clip: NDArray[np.uint8], precision: Precision) -> Tensor:
     pixels = to_tensor(clip[None])
-    with torch.autocast(vae.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with computing_in(precision, vae.device.type):
         return vae.encode(pixels.to(vae.device)).half().cpu()
 
 

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from genstream.training import processes
+from genstream.training.precision import Precision, computing_in
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -72,7 +73,7 @@ class LoopSettings:
     evaluate_steps: int = 500
     log_steps: int = 20
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
 
     @classmethod
     def of(cls, settings: "DataclassInstance", **others: object) -> Self:
@@ -225,8 +226,7 @@ class _Training:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * group["rate_factor"]
         torch.manual_seed((self.state.process_index << 56) + (settings.seed << 32) + self.step)
-        device = self.state.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16"):
+        with computing_in(settings.precision, self.state.device.type):
             loss, parts = self.trainee.loss(self.step)
         figures = processes.mean({"loss": loss.item(), **parts})
         if not math.isfinite(value := figures["loss"]):

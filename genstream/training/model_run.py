@@ -23,6 +23,7 @@ from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.training.clips import SWITCHED_EVERY, ClipSet, encode_clips
 from genstream.training.denoiser import Denoiser, DenoiserSettings, copy_weights, for_training
 from genstream.training.loop import LoopSettings, run, steps_taken
+from genstream.training.precision import Precision
 from genstream.training.processes import once, own_rng, process, shared_rng
 from genstream.training.record import RECORD_FOLDER, Training, claim_run, write_record
 from genstream.vae.tiny import TinyVideoVAE
@@ -78,7 +79,7 @@ class ModelRunSettings(DenoiserSettings):
     checkpoint_steps: int = 200
     evaluate_steps: int = 500
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Precision = "bf16"
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:

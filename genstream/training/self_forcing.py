@@ -27,6 +27,7 @@ from genstream.training.correctors import Adversarial, Corrector, Discriminator,
 from genstream.training.denoiser import Denoiser, copy_weights, for_training
 from genstream.training.loop import LoopSettings, run, steps_taken
 from genstream.training.model_run import LATENTS_FOLDER, RESULT_FOLDER, load_model, model_folder, save_model
+from genstream.training.precision import Precision
 from genstream.training.processes import once, own_rng, process, shared_rng
 from genstream.training.prompts import Asked, ClipPieces, PromptSource, prompts_from
 from genstream.training.record import Training, claim_run
@@ -94,7 +95,7 @@ class SelfForcingSettings:
     evaluate_steps: int = 300
     log_steps: int = 30
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Precision = "bf16"
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ from genstream.training.clips import to_tensor
 from genstream.training.components import save_component, with_statistics
 from genstream.training.initialisation import PASSED_CHANNELS, initialise
 from genstream.training.loop import LoopSettings, run, steps_taken
+from genstream.training.precision import Precision
 from genstream.training.processes import once, own_rng
 from genstream.training.record import Training, claim_run, write_record
 from genstream.training.vae_losses import psnr_db
@@ -89,7 +90,7 @@ class VAETrainingSettings:
     checkpoint_steps: int = 500
     evaluate_steps: int = 500
     seed: int = 0
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Precision = "bf16"
 
     def __post_init__(self) -> None:
         for name in ("joint_steps", "decoder_steps"):

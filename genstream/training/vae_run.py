@@ -4,12 +4,12 @@ import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from genstream.training.loop import LoopSettings
 from genstream.training.perceptual import FeatureDistance, load_perceptual
+from genstream.training.precision import Precision
 from genstream.training.vae_clips import ClipSettings
 
 
@@ -39,7 +39,7 @@ class VAERunSettings(ClipSettings):
     checkpoint_steps: int = 500
     evaluate_steps: int = 500
     log_steps: int = 20
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Precision = "bf16"
 
     def __post_init__(self) -> None:
         super().__post_init__()
