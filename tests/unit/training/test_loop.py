@@ -114,7 +114,7 @@ def test_killed_run_continues_as_if_unbroken(tmp_path, killed_at, kind, optimize
             RuntimeError("unexpected pos"),
             (OSError, "checkpoint in .*run.* could not be written, is the disk full"),
         ),
-        (KeyboardInterrupt(), (KeyboardInterrupt, "")),
+        (KeyboardInterrupt(), (KeyboardInterrupt, None)),
     ],
 )
 def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch, cause, expected):
