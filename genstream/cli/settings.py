@@ -6,7 +6,7 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,8 @@ from genstream.io.model_folder import read_json
 
 S = TypeVar("S")
 
-_JSON_TYPES: dict[object, tuple[type, ...]] = {int: (int,), float: (int, float), str: (str,), Path: (str,)}
+_TOLD = {int: "a whole number", float: "a number", str: "a text", Path: "a path", bool: "true or false"}
+_LISTS = (tuple, Sequence)
 
 
 def parse_settings(prog: str, kind: type[S], texts: list[str]) -> tuple[S, Path]:
@@ -55,7 +56,7 @@ def _parser(prog: str, kind: type[object]) -> argparse.ArgumentParser:
             type=_converter(hints[field.name]),
             default=argparse.SUPPRESS,
             metavar=field.name.upper(),
-            help="(required)" if _required(field) else f"({_default(field)})",
+            help="(required)" if _required(field) else f"({_shown(_default(field))})",
         )
     return parser
 
@@ -77,6 +78,13 @@ def _default(field: "dataclasses.Field[Any]") -> object:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
+def _shown(value: object) -> str:
+    """As it would be given."""
+    if isinstance(value, tuple | bool):
+        return json.dumps(value)
+    return "none" if value is None else str(value)
+
+
 def _read_config(path: Path, kind: type[object]) -> dict[str, object]:
     """Fields from a json file; an unknown one is an error that lists those that exist."""
     content = read_json(path)
@@ -87,36 +95,83 @@ def _read_config(path: Path, kind: type[object]) -> dict[str, object]:
     for name in content:
         if name not in names:
             raise ValueError(f"config {str(path)!r} has no setting {name!r}; allowed: {', '.join(names)}")
+    values = {}
     for name, value in content.items():
-        allowed = _JSON_TYPES.get(hints[name])
-        if allowed is not None and (not isinstance(value, allowed) or isinstance(value, bool)):
-            kind = hints[name].__name__
-            raise ValueError(f"{name} in config {str(path)!r} must be of type {kind}, got {value!r}")
-    return {name: _from_json(value, hints[name]) for name, value in content.items()}
+        try:
+            values[name] = _from_json(value, hints[name])
+        except TypeError as error:
+            raise ValueError(f"{name} in config {str(path)!r} {error}") from error
+    return values
 
 
-def _from_json(value: object, hint: object) -> object:
-    """Json knows neither paths nor tuples."""
-    if isinstance(value, str) and Path in (hint, *typing.get_args(hint)):
-        return Path(value)
-    return tuple(value) if isinstance(value, list) else value
+def _from_json(value: object, hint: Any) -> object:  # noqa: ANN401
+    """A value of type `hint` from json, which knows neither paths nor tuples.
+
+    Raises:
+        TypeError: it is none; the message goes on behind the name of the setting.
+    """
+    kinds = _kinds(hint)
+    if value is None and types.NoneType in kinds:
+        return None
+    for kind in kinds:
+        if typing.get_origin(kind) in _LISTS and isinstance(value, list):
+            inner = [each for each in typing.get_args(kind) if each is not ...]
+            if len(inner) == 1:
+                inner *= len(value)
+            if len(inner) == len(value):
+                return tuple(map(_from_json, value, inner))
+        elif typing.get_origin(kind) is typing.Literal and value in typing.get_args(kind):
+            return value
+        elif kind is Path and isinstance(value, str):
+            return Path(value)
+        elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return value
+        elif isinstance(kind, type) and type(value) is kind:
+            return value
+    raise TypeError(f"must be {_told(hint)}, got {json.dumps(value)}")
 
 
-def _converter(hint: object) -> Callable[[str], object]:
+def _converter(hint: Any) -> Callable[[str], object]:  # noqa: ANN401
     """Turns the text of an option into a value of type `hint`; "none" is None where that is allowed."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        (inner,) = (_converter(kind) for kind in typing.get_args(hint) if kind is not types.NoneType)
-        return lambda text: None if text == "none" else inner(text)
-    for kind in (str, Path, int, float):
-        if hint is kind:
-            return kind
-    if typing.get_origin(hint) is typing.Literal:
-        return type(typing.get_args(hint)[0])
-    return lambda text: _from_json(_json_value(text), hint)
+    kinds = _kinds(hint)
+    (kind,) = (kind for kind in kinds if kind is not types.NoneType)
+    if kind in (str, Path, int, float):
+        convert: Callable[[str], object] = kind
+    elif typing.get_origin(kind) is typing.Literal:
+        convert = type(typing.get_args(kind)[0])
+    else:
+
+        def convert(text: str) -> object:
+            try:
+                return _from_json(json.loads(text), kind)
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(f"must be {_told(kind)}, got {text!r}") from error
+            except TypeError as error:
+                raise argparse.ArgumentTypeError(str(error)) from error
+
+    if types.NoneType in kinds:
+        return lambda text: None if text == "none" else convert(text)
+    return convert
 
 
-def _json_value(text: str) -> object:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be json such as true or '[80, 64]', got {text!r}") from error
+def _kinds(hint: Any) -> tuple[Any, ...]:  # noqa: ANN401
+    """The types that a value may have, of which NoneType can be one."""
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _told(hint: Any) -> str:  # noqa: ANN401
+    """What a value of type `hint` is, in words."""
+    return " or ".join(map(_told_alone, _kinds(hint)))
+
+
+def _told_alone(kind: Any) -> str:  # noqa: ANN401
+    if kind is types.NoneType:
+        return "none"
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(repr, inner))
+    if typing.get_origin(kind) in _LISTS:
+        count = "any number" if ... in inner else len(inner)
+        return f"a json list '[...]' of {count}, each {_told(inner[0])}"
+    return _TOLD.get(kind, kind.__name__)

@@ -57,6 +57,13 @@ def test_config_gives_way_to_options(tmp_path: Path):
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--steps", "many"], "--steps: invalid int value: 'many'"),
         (["--step", "3"], "unrecognized arguments: --step 3"),
+        (["--steps", "3", "--sizes", "32"], "--sizes: must be a json list .* each a whole number, got 32"),
+        (["--steps", "3", "--sizes", "null"], "--sizes: must be a json list .*, got null"),
+        (["--steps", "3", "--sizes", "[1.5]"], "--sizes: must be a whole number, got 1.5"),
+        (["--steps", "3", "--sizes", "[true]"], "--sizes: must be a whole number, got true"),
+        (["--steps", "3", "--sizes", "[1"], "--sizes: must be a json list"),
+        (["--steps", "3", "--shuffle", "1"], "--shuffle: must be true or false, got 1"),
+        (["--steps", "3", "--shuffle", "no"], "--shuffle: must be true or false, got 'no'"),
     ],
 )
 def test_wrong_options(texts: list[str], message: str):
@@ -66,7 +73,16 @@ def test_wrong_options(texts: list[str], message: str):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"stepz": 3}', "no setting 'stepz'; allowed: steps"), ("[1]", "object"), ("{", "valid")],
+    [
+        ('{"stepz": 3}', "no setting 'stepz'; allowed: steps"),
+        ("[1]", "object"),
+        ("{", "valid"),
+        ('{"steps": "3"}', 'steps in config .* must be a whole number, got "3"'),
+        ('{"shuffle": "no"}', 'shuffle in config .* must be true or false, got "no"'),
+        ('{"sizes": 32}', "sizes in config .* must be a json list .*, got 32"),
+        ('{"loss": "l3"}', "loss in config .* must be 'l1' or 'l2', got \"l3\""),
+        ('{"data": null, "steps": null}', "steps in config .* must be a whole number, got null"),
+    ],
 )
 def test_wrong_config(tmp_path: Path, content: str, message: str):
     config = tmp_path / "config.json"
