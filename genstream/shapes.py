@@ -4,6 +4,7 @@ A causal video VAE with temporal ratio r turns the first latent frame into one f
 one into r frames: F = 1 + r (T - 1).
 """
 
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 
@@ -65,6 +66,13 @@ def check_count(name: str, value: object) -> None:
     check_whole(name, value)
     if value < 1:  # type: ignore[operator]
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_counts(**values: object) -> None:
+    """`check_count` of numbers and of each number of lists, by name."""
+    for name, value in values.items():
+        for each in value if isinstance(value, Sequence) else (value,):
+            check_count(name, each)
 
 
 def check_exclusive(**values: object) -> None:

@@ -15,6 +15,7 @@ from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from genstream.shapes import check_counts
 from genstream.vae.causal_network import Decoder, Encoder, NetworkSettings, Norm, inflate
 from genstream.vae.checks import check_state, check_tensor
 from genstream.vae.identity import describe
@@ -301,10 +302,17 @@ def _memory_latents(decoder: nn.Module) -> int:
 
 
 def _check_config(config: FrozenDict) -> None:
+    check_counts(
+        latent_channels=config.latent_channels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        norm_num_groups=config.norm_num_groups,
+    )
     levels = len(config.block_out_channels)
     if len(config.temporal_levels) != levels - 1:
         raise ValueError(
-            f"temporal_levels must be {levels - 1} for {levels} levels, got {list(config.temporal_levels)}"
+            f"temporal_levels must be {levels - 1} values for {levels} levels, "
+            f"got {list(config.temporal_levels)}"
         )
     for name in ("encoder_temporal_kernels", "decoder_temporal_kernels"):
         kernels = list(config[name])

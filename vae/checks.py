@@ -1,5 +1,6 @@
 """What every VAE refuses: sizes that do not divide, tensors and states of another stream."""
 
+import math
 from collections.abc import Sequence
 from typing import get_args
 
@@ -78,6 +79,8 @@ def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
 
 def check_owner(state: VAEState, direction: Direction, vae: str) -> None:
     """Refuse a state of the other direction or of another VAE than `vae`."""
+    if not isinstance(state, VAEState):
+        raise ValueError(f"state must be a VAEState, made by init_state, got {type(state).__name__}")
     if state.direction != direction:
         raise ValueError(f"state must be for {direction!r}, got one for {state.direction!r}")
     if state.vae != vae:
@@ -103,8 +106,10 @@ def latent_statistics(
     """Mean and standard deviation of raw latents, a float32 number per channel each; None for 0 and for 1."""
     if channels < 1:
         raise ValueError(f"latent_channels must be at least 1, got {channels}")
-    if std is not None and not all(value > 0 for value in std):
+    if std is not None and not all(0 < value < math.inf for value in std):
         raise ValueError(f"latents_std must be above 0 for every channel, got {list(std)}")
+    if mean is not None and not all(map(math.isfinite, mean)):
+        raise ValueError(f"latents_mean must be finite for every channel, got {list(mean)}")
     return (
         _channel_values("latents_mean", mean, channels, 0.0),
         _channel_values("latents_std", std, channels, 1.0),

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from genstream.shapes import check_count
 from genstream.vae.checks import check_clip
 from genstream.vae.protocol import StreamingVAE, VAEState
 
@@ -18,7 +19,6 @@ def cut_clip(clip: Tensor, chunk_latents: int | None, frames_per_latent: int) ->
     """Cut [B, C, F, h, w] along time into parts of `chunk_latents` latent frames; None leaves it whole."""
     if chunk_latents is None:
         return (clip,)
-    if chunk_latents < 1:
-        raise ValueError(f"chunk_latents must be None or 1 or more, got {chunk_latents}")
+    check_count("chunk_latents", chunk_latents)
     parts: tuple[Tensor, ...] = clip.split(chunk_latents * frames_per_latent, dim=2)
     return parts

@@ -9,6 +9,7 @@ import torch
 from genstream.vae.adapters import stream_vae
 from genstream.vae.adapters.base import Adapter
 from genstream.vae.causal import CausalVideoVAE
+from genstream.vae.devices import check_device, check_dtype
 from genstream.vae.tiny import TinyVideoVAE
 from genstream.vae.turbo import TurboVAED
 from genstream.vae.wan import WanVideoVAE
@@ -23,18 +24,22 @@ _CONFIG_NAME = "config.json"
 def load_vae(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> LoadedVAE:
-    """The VAE in a diffusers component folder, ready for use.
+    """The VAE in a folder, ready for use.
 
     Args:
-        folder: holds config.json, whose `_class_name` says which VAE it is, and safetensors weights.
+        folder: in diffusers' layout: config.json, whose `_class_name` says which VAE it is, and safetensors
+            weights. Of a model folder or a training run, the VAE in it.
         dtype: of the weights in memory, whichever they are stored in.
         device: to load to.
 
     Raises:
-        ValueError: it is no such folder, its VAE cannot stream, or its weights do not fit.
+        ValueError: it is no such folder, its VAE cannot stream, or its weights do not fit; or there is no
+            such device.
         OSError: its weights cannot be read.
     """
-    folder = Path(folder)
+    check_dtype(dtype)
+    device = check_device(device)
+    folder = component_folder(folder)
     name = _class_name(folder)
     kind = _OWN.get(name) or (getattr(diffusers, name, None) if "Autoencoder" in name else None)
     if kind is None:
@@ -56,11 +61,20 @@ def load_vae(
     return vae if name in _OWN else stream_vae(vae)
 
 
+def component_folder(folder: str | Path) -> Path:
+    """Where the VAE of a folder lies: in itself, or in `vae` of a model folder or of a training run."""
+    folder = Path(folder)
+    inner = folder / "vae"
+    return inner if (inner / _CONFIG_NAME).is_file() and not (folder / _CONFIG_NAME).is_file() else folder
+
+
 def _class_name(folder: Path) -> str:
     """What the folder's configuration says it holds."""
     path = folder / _CONFIG_NAME
     if not path.is_file():
-        raise ValueError(f"folder must be a VAE's component folder with {_CONFIG_NAME}, got {str(folder)!r}")
+        raise ValueError(
+            f"folder must hold a VAE, in {_CONFIG_NAME} or vae/{_CONFIG_NAME}, got {str(folder)!r}"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -3,12 +3,14 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol, runtime_checkable
+from typing import Any, Final, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from genstream.vae.devices import check_device
 
 Direction = Literal["encode", "decode"]
 
@@ -110,12 +112,18 @@ class VAEState:
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> "VAEState":
-        """The state that `tensors` and `meta` were taken from."""
-        if meta.get("format") != STATE_FORMAT:
-            raise ValueError(f"VAE state format must be {STATE_FORMAT}, got {meta.get('format')!r}")
+        """The state that `tensors` and `meta` were taken from.
+
+        Raises:
+            ValueError: they do not belong together, or are no such.
+        """
+        if not isinstance(meta, dict) or meta.get("format") != STATE_FORMAT:
+            given = meta.get("format") if isinstance(meta, dict) else meta
+            raise ValueError(f"VAE state format must be {STATE_FORMAT}, got {given!r}")
         fields = cls(direction="decode", vae="", batch_size=1, height=1, width=1).meta().keys()
         if meta.keys() != fields:
             raise ValueError(f"meta must hold {sorted(fields)}, got {sorted(meta)}")
+        _check_meta(meta)
         names = set(meta["slots"])
         missing, unexpected = sorted(names - tensors.keys()), sorted(tensors.keys() - names)
         if missing or unexpected:
@@ -124,17 +132,28 @@ class VAEState:
         return cls(**values, slots=dict(tensors))
 
     def save(self, path: str | Path) -> None:
-        """Write the state to a safetensors file."""
+        """Write the state to a safetensors file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         tensors = {name: slot.contiguous() for name, slot in self.slots.items()}
-        save_file(tensors, str(path), metadata={_METADATA_KEY: json.dumps(self.meta())})
+        try:
+            save_file(tensors, str(path), metadata={_METADATA_KEY: json.dumps(self.meta())})
+        except SafetensorError as error:
+            raise OSError(f"path {str(path)!r} cannot be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "VAEState":
         """Read a state that `save` wrote.
 
         Raises:
-            ValueError: it is another file, or cut off.
+            FileNotFoundError: there is no such file.
+            ValueError: it is another file, or cut off; or there is no such device.
         """
+        device = check_device(device)
+        if Path(path).is_dir():
+            raise ValueError(f"path must be a file written by VAEState.save, got the folder {str(path)!r}")
         try:
             with safe_open(str(path), framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
@@ -144,6 +163,20 @@ class VAEState:
         if _METADATA_KEY not in metadata:
             raise ValueError(f"path must be a file written by VAEState.save, got {str(path)!r}")
         return cls.restore(tensors, json.loads(metadata[_METADATA_KEY]))
+
+
+def _check_meta(meta: dict[str, Any]) -> None:
+    kinds = {
+        "vae": str,
+        "ended": bool,
+        "slots": list,
+        **dict.fromkeys(("height", "width", "batch_size"), int),
+    }
+    for name, kind in {**kinds, "steps": int}.items():
+        if type(meta[name]) is not kind or (kind is int and meta[name] < (name != "steps")):
+            raise ValueError(f"{name} of a VAE state must be a valid {kind.__name__}, got {meta[name]!r}")
+    if meta["direction"] not in get_args(Direction):
+        raise ValueError(f"direction must be 'encode' or 'decode', got {meta['direction']!r}")
 
 
 @runtime_checkable

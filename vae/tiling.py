@@ -14,9 +14,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from genstream.shapes import check_count, check_whole
 from genstream.vae.checks import check_clip, check_frames, check_owner, check_start
 from genstream.vae.chunks import decoding_state
 from genstream.vae.protocol import Direction, StreamingVAE, VAESpec, VAEState
+from genstream.vae.wrapping import streams
 
 _SEPARATOR = "/"
 _TILING_OF = " of "
@@ -37,11 +39,13 @@ class Tiling:
     overlap_px: int
 
     def __post_init__(self) -> None:
-        for name, value in (("height_px", self.height_px), ("width_px", self.width_px)):
-            if value <= self.overlap_px:
-                raise ValueError(f"{name} must be larger than overlap_px {self.overlap_px}, got {value}")
+        check_whole("overlap_px", self.overlap_px)
         if self.overlap_px < 0:
             raise ValueError(f"overlap_px must be at least 0, got {self.overlap_px}")
+        for name, value in (("height_px", self.height_px), ("width_px", self.width_px)):
+            check_count(name, value)
+            if value <= self.overlap_px:
+                raise ValueError(f"{name} must be larger than overlap_px {self.overlap_px}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,10 @@ class TiledVAE:
     """
 
     def __init__(self, vae: StreamingVAE, tiling: Tiling) -> None:
+        if not streams(vae):
+            raise ValueError(
+                f"vae must stream, got a {type(vae).__name__}: give one of diffusers to stream_vae first"
+            )
         ratio = vae.spec.spatial_ratio
         for name in ("height_px", "width_px", "overlap_px"):
             value = getattr(tiling, name)

@@ -18,6 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from genstream.shapes import check_counts
 from genstream.vae.checks import check_clip, check_frames
 from genstream.vae.native import PENDING, NativeVAE
 from genstream.vae.protocol import Direction, VAESpec, VAEState
@@ -122,6 +123,12 @@ class TinyVideoVAE(NativeVAE):
         decoder_patch_size: int | None = None,
     ) -> None:
         super().__init__()
+        check_counts(
+            latent_channels=latent_channels,
+            patch_size=patch_size,
+            encoder_width=encoder_width,
+            decoder_widths=decoder_widths,
+        )
         _check_strides("encoder_temporal_strides", encoder_temporal_strides)
         _check_strides("decoder_temporal_strides", decoder_temporal_strides)
         _check_strides("decoder_spatial_strides", decoder_spatial_strides)

@@ -13,6 +13,7 @@ from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
+from genstream.shapes import check_counts, check_positive
 from genstream.vae.checks import check_clip, check_state, check_tensor
 from genstream.vae.chunks import decoding_state
 from genstream.vae.identity import describe
@@ -256,6 +257,12 @@ class TurboVAED(NativeDecoder):
 
 
 def _check_config(config: FrozenDict) -> None:
+    check_counts(
+        latent_channels=config.latent_channels,
+        decoder_block_out_channels=config.decoder_block_out_channels,
+        decoder_dw_kernel_size=config.decoder_dw_kernel_size,
+    )
+    check_positive("scaling_factor", config.scaling_factor)
     levels = len(config.decoder_block_out_channels)
     lengths = {
         "decoder_layers_per_block": levels + 1,

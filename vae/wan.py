@@ -16,6 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from genstream.shapes import check_counts
 from genstream.vae.native import PENDING, NativeVAE
 from genstream.vae.protocol import RGB, Direction, VAESpec, VAEState
 from genstream.vae.wan_blocks import (
@@ -181,6 +182,12 @@ class WanVideoVAE(NativeVAE):
         latents_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        check_counts(
+            latent_channels=latent_channels,
+            patch_size=patch_size,
+            encoder_widths=encoder_widths,
+            decoder_widths=decoder_widths,
+        )
         _check_config(version, encoder_widths, decoder_widths, temporal_strides)
         patch_channels = RGB * patch_size**2
         self.encoder = WanEncoder(

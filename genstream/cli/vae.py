@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genstream.cli.clip import parse_size
-from genstream.cli.vae_names import names_help, open_decoder, open_vae, split_pair
-from genstream.io.sections import write_section
+from genstream.cli.vae_names import check_name, is_random, names_help, open_decoder, open_vae, split_pair
+from genstream.io.sections import check_section_file, write_section
 
 if TYPE_CHECKING:
-    from genstream.cli.vae_benchmark import VAEFigures
+    from genstream.cli.vae_benchmark import BenchSettings, VAEFigures
     from genstream.cli.vae_comparison import Frames
 
 _SIZES = [(128, 128), (256, 256)]
@@ -93,9 +93,16 @@ def _add_common(parser: argparse.ArgumentParser, section: str) -> None:
 
 def _run_bench(arguments: argparse.Namespace) -> int:
     """Measure each VAE at each size, print and write the tables."""
-    _check_folder_of("output", arguments.output)
     runs = list(itertools.product(arguments.vaes, arguments.size or _SIZES))
+    from genstream.cli.pipeline import pick_device
     from genstream.cli.vae_benchmark import section_title, table
+
+    if arguments.output is not None:
+        check_section_file(arguments.output)
+    pick_device(arguments.device)
+    for name, size in runs:
+        check_name(name)
+        _bench_settings(arguments, size)
 
     failed: list[str] = []
     if len(runs) == 1:
@@ -119,17 +126,23 @@ def _run_bench(arguments: argparse.Namespace) -> int:
 
 def _measure_here(arguments: argparse.Namespace, name: str, size: tuple[int, int]) -> "VAEFigures":
     from genstream.cli.pipeline import pick_device, pick_dtype
-    from genstream.cli.vae_benchmark import BenchSettings, measure
+    from genstream.cli.vae_benchmark import measure
 
-    settings = BenchSettings(
+    device = pick_device(arguments.device)
+    vae = open_vae(name, pick_dtype(arguments.dtype, device), device)
+    return measure(vae, name, _bench_settings(arguments, size))
+
+
+def _bench_settings(arguments: argparse.Namespace, size: tuple[int, int]) -> "BenchSettings":
+    from genstream.cli.vae_benchmark import BenchSettings
+
+    return BenchSettings(
         width=size[0],
         height=size[1],
         chunk_latents=arguments.chunk_latents,
         chunks=arguments.chunks,
         max_seconds=arguments.max_seconds,
     )
-    device = pick_device(arguments.device)
-    return measure(open_vae(name, pick_dtype(arguments.dtype, device), device), name, settings)
 
 
 def _measure_apart(
@@ -162,10 +175,13 @@ def _environment() -> dict[str, str]:
 
 def _run_compare(arguments: argparse.Namespace) -> int:
     """Send the clip through all VAEs, print the table, write the picture."""
-    _check_folder_of("output", arguments.output)
-    _check_folder_of("picture", arguments.picture)
-    if arguments.picture is not None and arguments.picture.suffix.lower() != ".png":
-        raise ValueError(f"picture (--picture) must end in .png, got {str(arguments.picture)!r}")
+    if arguments.output is not None:
+        check_section_file(arguments.output)
+    if arguments.picture is not None:
+        _check_picture(arguments.picture)
+    for name in arguments.vaes:
+        for part in split_pair(name):
+            check_name(part)
     clip, description = _clip(arguments)
     from genstream.cli.pipeline import pick_device, pick_dtype
     from genstream.cli.vae_comparison import picture, reconstruct, table
@@ -178,7 +194,8 @@ def _run_compare(arguments: argparse.Namespace) -> int:
         first, second = split_pair(name)
         encoder = open_vae(first, dtype, device)
         decoder = encoder if first == second else open_decoder(second, encoder, dtype, device)
-        rows.append(reconstruct(clip, name, encoder, decoder))
+        told = f"{name} (random weights)" if is_random(first) or is_random(second) else name
+        rows.append(reconstruct(clip, told, encoder, decoder))
     text = table(description, rows)
     print(json.dumps([row.as_json() for row in rows]) if arguments.json else text)
     if arguments.output is not None:
@@ -221,8 +238,10 @@ def _read_clip(path: Path, count: int, size: tuple[int, int] | None) -> "Frames"
     return np.stack(frames)
 
 
-def _check_folder_of(option: str, path: Path | None) -> None:
-    if path is not None and not path.parent.is_dir():
-        raise ValueError(f"{option}: the folder {str(path.parent)!r} does not exist")
-    if path is not None and path.is_dir():
-        raise ValueError(f"{option}: {str(path)!r} is a folder, not a file")
+def _check_picture(path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"picture (--picture) must end in .png, got {str(path)!r}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"picture (--picture) must be a file in a folder that exists, got {str(path)!r}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"picture (--picture) must be a file that may be written, got {str(path)!r}")

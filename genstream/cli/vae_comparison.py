@@ -55,7 +55,7 @@ def reconstruct(clip: Frames, name: str, encoder: StreamingVAE, decoder: Streami
     """Encode with one VAE, decode with the same or another one, each chunk by chunk."""
     _check_clip(clip, name, encoder.spec, decoder.spec)
     if isinstance(module_of(encoder), TurboVAED):
-        raise ValueError(f"{name} must name an encoder too, as ENCODER+{name}: it only decodes")
+        raise ValueError(f"{name} must start with a VAE that encodes, as ENCODER+DECODER: it only decodes")
     like = next(iter(encoder.init_state("encode", 1, *clip.shape[1:3]).slots.values()))
     counts_memory = restart_peak_memory(like.device)
     frames = to_tensor(clip[None]).to(like)
@@ -83,7 +83,7 @@ def reconstruct(clip: Frames, name: str, encoder: StreamingVAE, decoder: Streami
 def _check_clip(clip: Frames, name: str, encoder: VAESpec, decoder: VAESpec) -> None:
     ratio, first = encoder.temporal_ratio, encoder.first_frames
     if len(clip) < first or (len(clip) - first) % ratio:
-        raise ValueError(f"frames must be {first} + {ratio}n for {name}, got {len(clip)}")
+        raise ValueError(f"frames (--frames) must be {first} + {ratio}n for {name}, got {len(clip)}")
     sides = [
         (spec.latent_channels, spec.temporal_ratio, spec.spatial_ratio, spec.first_frames)
         for spec in (encoder, decoder)

@@ -90,7 +90,7 @@ ARCHITECTURES = {
 }
 """Built with random weights: good for speed and memory, not for pictures."""
 
-_WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
+_WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 _PAIR = "+"
 
 
@@ -102,8 +102,8 @@ def names_help() -> str:
         [
             "A VAE is one of:",
             "  a component folder with config.json and safetensors weights, of genstream or diffusers",
-            "  a model folder, whose VAE is taken",
-            "  a weight file as published for Wan, TAEHV or Turbo-VAED (.safetensors, .pth)",
+            "  a model folder or the run that trained it, whose VAE is taken",
+            f"  a weight file as published for Wan, TAEHV or Turbo-VAED ({', '.join(_WEIGHT_SUFFIXES)})",
             f"  an installed model: {', '.join(installed_models())}",
             "  a class of diffusers, such as AutoencoderKLWan, with random weights",
             "  an architecture with random weights:",
@@ -122,6 +122,27 @@ def split_pair(name: str) -> tuple[str, str]:
     return encoder, decoder
 
 
+def check_name(name: str) -> None:
+    """Raise ValueError where there is no such VAE; nothing is read."""
+    import diffusers
+
+    if installed_folder(name) is not None or name in ARCHITECTURES or Path(name).is_dir():
+        return
+    if Path(name).suffix.lower() in _WEIGHT_SUFFIXES and Path(name).is_file():
+        return
+    if not (name.startswith("Autoencoder") and hasattr(diffusers, name)):
+        raise ValueError(
+            f"VAE must be a folder, a weight file ({', '.join(_WEIGHT_SUFFIXES)}), an installed model "
+            f"({', '.join(installed_models())}), a class of diffusers or one of "
+            f"{', '.join(ARCHITECTURES)}, got {name!r}"
+        )
+
+
+def is_random(name: str) -> bool:
+    """Whether the VAE of that name has random weights."""
+    return installed_folder(name) is None and not Path(name).exists()
+
+
 def open_vae(name: str, dtype: "torch.dtype", device: "torch.device") -> "StreamingVAE":
     """The VAE of that name, folder or file, ready for use.
 
@@ -129,13 +150,11 @@ def open_vae(name: str, dtype: "torch.dtype", device: "torch.device") -> "Stream
         ValueError: there is none, or it cannot stream.
     """
     folder = installed_folder(name) or Path(name)
-    if (folder / "model_index.json").is_file():
-        folder = folder / "vae"
     if folder.is_dir():
         from genstream.vae.loading import load_vae
 
         return load_vae(folder, dtype, device)
-    if folder.suffix in _WEIGHT_SUFFIXES:
+    if folder.suffix.lower() in _WEIGHT_SUFFIXES:
         return _open_file(folder, dtype, device)
     return _open_random(name, dtype, device)
 
@@ -190,11 +209,7 @@ def _open_random(name: str, dtype: "torch.dtype", device: "torch.device") -> "St
 
     from genstream.vae.wrapping import as_streaming
 
-    if name not in ARCHITECTURES and not (name.startswith("Autoencoder") and hasattr(diffusers, name)):
-        raise ValueError(
-            f"VAE must be a folder, a weight file, an installed model ({', '.join(installed_models())}), a "
-            f"class of diffusers or one of {', '.join(ARCHITECTURES)}, got {name!r}"
-        )
+    check_name(name)
     torch.manual_seed(0)
     with device:
         if name in ARCHITECTURES:

@@ -87,6 +87,9 @@ class CausalVAETrainingSettings(VAERunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("reconstruction_weight", "kl_weight", "wavelet_weight", "perceptual_weight"):
+            if not (value := getattr(self, name)) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
         _ = self.weights, self.windows  # check their parts
         ratio = 2 ** sum(self.temporal_levels)
         if self.window_frames % ratio:
@@ -158,7 +161,10 @@ def _new_vae(settings: CausalVAETrainingSettings) -> CausalVideoVAE:
         spatial = {name: getattr(settings, name) for name in _FIXED_BY_IMAGE_VAE}
         vae: CausalVideoVAE = CausalVideoVAE(**{**spatial, **temporal})
         return vae
-    loaded = load_vae(settings.initial_image_vae)
+    try:
+        loaded = load_vae(settings.initial_image_vae)
+    except ValueError as error:
+        raise ValueError(f"initial_image_vae must be an AutoencoderKL: {error}") from error
     image_vae = loaded.vae if isinstance(loaded, Adapter) else loaded
     if not isinstance(image_vae, AutoencoderKL):
         raise ValueError(f"initial_image_vae must be an AutoencoderKL, got {type(image_vae).__name__}")

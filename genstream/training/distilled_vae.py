@@ -33,7 +33,7 @@ from genstream.training.vae_distillation import (
     Teacher,
 )
 from genstream.training.vae_run import VAERunSettings, last_figures
-from genstream.vae.loading import load_vae
+from genstream.vae.loading import component_folder, load_vae
 from genstream.vae.protocol import RGB, VAESpec
 from genstream.vae.tiny import TinyVideoVAE
 from genstream.vae.tiny_blocks import HALVING, STAGES
@@ -171,12 +171,14 @@ def _training(settings: VAEDistillationSettings, output: Path, results: dict[str
 
 
 def _teacher_folder(teacher: str) -> Path:
-    folder = installed_folder(teacher) or Path(teacher)
-    return folder / "vae" if (folder / "model_index.json").is_file() else folder
+    return component_folder(installed_folder(teacher) or teacher)
 
 
 def _load_teacher(folder: Path, device: torch.device) -> Teacher:
-    teacher = load_vae(folder, torch.float32, device)
+    try:
+        teacher = load_vae(folder, torch.float32, device)
+    except ValueError as error:
+        raise ValueError(f"teacher must be a VAE: {error}") from error
     if isinstance(teacher, TurboVAED):
         raise ValueError(f"teacher must encode its clips, got TurboVAED in {str(folder)!r}, only a decoder")
     if isinstance(teacher, TinyVideoVAE) and not teacher.is_aligned:

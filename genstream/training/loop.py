@@ -88,6 +88,9 @@ class LoopSettings:
         for name in ("total_steps", "checkpoint_steps", "evaluate_steps", "log_steps"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        for name in ("warmup_steps", "seed"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if not 0 <= self.ema_decay < 1:
@@ -199,7 +202,13 @@ class _Training:
         folder = self.output / "checkpoints"
         newest = newest_checkpoint(self.output)
         if newest is not None:
-            self._load(newest)
+            try:
+                self._load(newest)
+            except (CheckpointException, OSError, ValueError) as error:
+                raise ValueError(
+                    f"checkpoint {str(newest)!r} cannot be read, remove it to go on from the one before it: "
+                    f"{_first_line(error)}"
+                ) from error
             logger.info("continuing after step %d from %s", self.step, newest)
         if self.state.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
@@ -406,6 +415,14 @@ def _block_matrices(module: nn.Module) -> set[int]:
     return {id(part.weight) for block in blocks for part in block.modules() if isinstance(part, nn.Linear)}
 
 
+def _first_line(error: BaseException) -> str:
+    """What went wrong; torch's own report is a page, with the cause at its end."""
+    if isinstance(error, CheckpointException) and error.failures:
+        cause, _ = next(iter(error.failures.values()))
+        return repr(cause)
+    return str(error).partition("\n")[0]
+
+
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:
     """Mean of every figure over the steps that have it."""
     names = dict.fromkeys(name for row in rows for name in row)
@@ -417,7 +434,7 @@ def _append_row(path: Path, row: dict[str, float]) -> None:
     with path.open("a+", newline="") as file:
         file.seek(0)
         header = next(csv.reader(file), None)
-        writer = csv.DictWriter(file, header or list(row))
+        writer = csv.DictWriter(file, header or list(row), lineterminator="\n")
         if header is None:
             writer.writeheader()
         writer.writerow({name: f"{value:.6g}" for name, value in row.items()})

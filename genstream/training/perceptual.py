@@ -48,11 +48,15 @@ class FeatureDistance:
 
 
 def load_perceptual(folder: str | Path, device: str | torch.device = "cpu") -> FeatureDistance:
-    """The distance of a vision model saved by transformers, such as ResNet, ConvNeXt or DINOv2.
+    """The distance of a vision model saved by transformers, such as ResNet, ConvNeXt, DINOv2 or CLIP.
 
     Args:
-        folder: with the model and the preprocessor_config.json that says what it expects.
+        folder: with the model, or one of which it is a part, and the preprocessor_config.json that says what
+            it expects.
         device: that the images will be on.
+
+    Raises:
+        ValueError: there is no such model in the folder.
     """
     folder = Path(folder)
     if not (folder / _PREPROCESSOR_NAME).is_file():
@@ -64,6 +68,12 @@ def load_perceptual(folder: str | Path, device: str | torch.device = "cpu") -> F
     statistics = [expected.get(name) for name in ("image_mean", "image_std")]
     if None in statistics:
         raise ValueError(f"{str(folder / _PREPROCESSOR_NAME)!r} must give image_mean and image_std")
-    model = AutoModel.from_pretrained(str(folder)).eval().requires_grad_(requires_grad=False)
+    loaded = AutoModel.from_pretrained(str(folder))
+    model = getattr(loaded, "vision_model", loaded).eval().requires_grad_(requires_grad=False)
+    if getattr(model, "main_input_name", None) != "pixel_values":
+        raise ValueError(
+            f"perceptual_model must be a model that sees images, got a {type(loaded).__name__} in "
+            f"{str(folder)!r}"
+        )
     mean, std = (torch.tensor(values, device=device) for values in statistics)
     return FeatureDistance(model.to(device), mean, std)

@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from genstream.io.model_folder import read_json
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -17,7 +19,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 
 
 def claim_run(output: Path, settings: "DataclassInstance") -> None:
-    """Make `output` the folder of a run with these settings.
+    """Make `output` the folder of a run with these settings; one that has saved nothing yet may change them.
 
     Raises:
         ValueError: it holds a run with other settings, which would be continued with settings that its
@@ -26,8 +28,11 @@ def claim_run(output: Path, settings: "DataclassInstance") -> None:
     output.mkdir(parents=True, exist_ok=True)
     path = output / SETTINGS_NAME
     values = json.loads(json.dumps(asdict(settings)))
-    if path.is_file():
-        before = json.loads(path.read_text())
+    begun = any(other.is_file() and other != path for other in output.rglob("*"))
+    if path.is_file() and begun:
+        before = read_json(path)
+        if not isinstance(before, dict):
+            raise ValueError(f"{str(path)!r} must hold the settings of a run, got {type(before).__name__}")
         for name in sorted(before.keys() | values.keys()):
             old, new = before.get(name), values.get(name)
             if old != new:

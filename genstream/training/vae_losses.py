@@ -178,6 +178,8 @@ class VAELossWeights:
         for name in (field.name for field in fields(self)):
             if not (value := getattr(self, name)) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
+        if not any(getattr(self, field.name) > 0 for field in fields(self)):
+            raise ValueError("a weight must be above 0, got 0 for all")
 
 
 class VAEObjective:

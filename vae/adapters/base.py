@@ -15,6 +15,8 @@ from genstream.vae.adapters.scale import LatentScale
 from genstream.vae.checks import (
     check_chunk,
     check_frames,
+    check_like,
+    check_owner,
     check_start,
     check_state,
 )
@@ -263,8 +265,12 @@ class Adapter(ABC):
         return f"{type(self.vae).__name__}[{self._settings}], weights {weights_digest(self.vae)}"
 
     def _check_state(self, state: VAEState, direction: Direction) -> None:
+        check_owner(state, direction, self._describe())
+        # What models remember besides may be laid out in any way.
         waiting = {_PENDING: state.slots[_PENDING]} if _PENDING in state.slots else {}
         check_state(replace(state, slots=waiting), direction, self._describe(), self._like)
+        for slot in state.slots.values():
+            check_like("state", slot, self._like)
 
     def _check_chunk(self, name: str, chunk: Tensor, shape: tuple[int, ...], state: VAEState) -> None:
         """Compare with the shape that the state was made for; the third dimension may have any length."""

@@ -21,7 +21,9 @@ def probe(adapter: Adapter) -> Measured:
     weights, at most float32: several models normalise in float32 whatever their weights are.
     """
     with torch.no_grad():
-        decode_error, decode_scale = _decode_error(adapter)
+        latents = _latents(adapter)
+        whole = adapter.whole_decode(adapter.scale.raw(latents, 0))
+        decode_error, decode_scale = _decode_error(adapter, latents, whole)
         try:
             encode_error, encode_scale = _encode_error(adapter)
         except NotImplementedError as error:
@@ -29,7 +31,7 @@ def probe(adapter: Adapter) -> Measured:
             raise ValueError(
                 f"{kind} cannot encode in {adapter.dtype} on {adapter.device}: {error}"
             ) from error
-        lookahead = _lookahead(adapter)
+        lookahead = _lookahead(adapter, latents, whole)
     precision = max(torch.finfo(adapter.dtype).eps, torch.finfo(torch.float32).eps)
     tolerance = math.sqrt(precision)
     rounding = decode_error <= tolerance * decode_scale and encode_error <= tolerance * encode_scale
@@ -53,9 +55,7 @@ def _known_latents(spec: VAESpec) -> int:
     return max(spec.first_latents, spec.chunk_latents) - 1 + spec.lookahead_latents
 
 
-def _decode_error(adapter: Adapter) -> tuple[float, float]:
-    latents = _latents(adapter)
-    whole = adapter.whole_decode(adapter.scale.raw(latents, 0))
+def _decode_error(adapter: Adapter, latents: Tensor, whole: Tensor) -> tuple[float, float]:
     state = adapter.init_state("decode", 1, whole.shape[3], whole.shape[4])
     chunks = [adapter.decode_chunk_unclamped(chunk, state) for chunk in latents.split(1, dim=2)]
     streamed = torch.cat([*chunks, adapter.flush_unclamped(state)], dim=2)
@@ -74,13 +74,12 @@ def _encode_error(adapter: Adapter) -> tuple[float, float]:
     return _error(torch.cat([*chunks, adapter.flush(state)], dim=2), whole), float(whole.abs().max())
 
 
-def _lookahead(adapter: Adapter) -> int:
+def _lookahead(adapter: Adapter, latents: Tensor, whole: Tensor) -> int:
     """Latent frames between the last one and the first frame that it changes; 0 if it changes none."""
-    spec, latents = adapter.spec, _latents(adapter)
-    changed = latents.clone()
+    spec, changed = adapter.spec, latents.clone()
     changed[:, :, -1] += _random(adapter, changed[:, :, -1].shape)
-    before, after = (adapter.whole_decode(adapter.scale.raw(clip, 0)) for clip in (latents, changed))
-    differs = (before != after).flatten(0, 1).flatten(2).any(dim=2).any(dim=0)
+    after = adapter.whole_decode(adapter.scale.raw(changed, 0))
+    differs = (whole != after).flatten(0, 1).flatten(2).any(dim=2).any(dim=0)
     first = int(differs.long().argmax()) if differs.any() else len(differs) - 1
     latent = 0 if first < spec.first_frames else 1 + (first - spec.first_frames) // spec.temporal_ratio
     return latents.shape[2] - 1 - latent

@@ -13,6 +13,7 @@ from genstream.vae.adapters.mochi import MochiAdapter
 from genstream.vae.adapters.partition import CogVideoXAdapter, KVAEAdapter
 from genstream.vae.adapters.probe import probe
 from genstream.vae.adapters.wan import QwenImageAdapter, WanAdapter
+from genstream.vae.wrapping import streams
 
 _ADAPTERS: dict[type, type[Adapter]] = {
     diffusers.AutoencoderKLWan: WanAdapter,
@@ -64,5 +65,7 @@ def adapter_of(vae: ModelMixin) -> Adapter:
             return _ADAPTERS[kind](vae)
         if kind.__name__ in _REFUSED:
             raise ValueError(f"{type(vae).__name__} cannot stream: {_REFUSED[kind.__name__]}")
+    if streams(vae):
+        raise ValueError(f"vae must be one of diffusers, got a {type(vae).__name__}, which streams as it is")
     known = ", ".join(sorted(kind.__name__ for kind in _ADAPTERS))
     raise ValueError(f"{type(vae).__name__} cannot stream: no adapter is known for it, only for {known}")

@@ -173,9 +173,9 @@ def test_one_vae_may_decode_what_another_encoded(clip):
         ValueError, match=r"must name two VAEs with the same latents.*\(4, 4, 8, 1\).*\(4, 4, 16, 1\)"
     ):
         reconstruct(clip, "wan+wan2.2", wan, plain("wan2.2"))
-    with pytest.raises(ValueError, match=r"frames must be 1 \+ 4n for wan, got 8"):
+    with pytest.raises(ValueError, match=r"frames \(--frames\) must be 1 \+ 4n for wan, got 8"):
         reconstruct(clip[:8], "wan", wan, wan)
-    with pytest.raises(ValueError, match=r"turbo must name an encoder too, as ENCODER\+turbo"):
+    with pytest.raises(ValueError, match=r"turbo must start with a VAE that encodes, as ENCODER\+DECODER"):
         reconstruct(clip, "turbo", plain("turbo"), plain("turbo"))
 
 
@@ -337,13 +337,23 @@ def test_bench_prints_and_writes(tiny_folder, tmp_path, capsys):
 
 
 def test_several_vaes_are_measured_in_processes_of_their_own(tiny_folder, tmp_path, capfd):
-    arguments = ["vae", "bench", tiny_folder, "nothing", "--size", "32x32", "--chunks", "10", "--json"]
+    arguments = [
+        "vae",
+        "bench",
+        tiny_folder,
+        "AutoencoderKLAllegro",
+        "--size",
+        "32x32",
+        "--chunks",
+        "10",
+        "--json",
+    ]
     assert main(arguments) == 2
     printed = capfd.readouterr()
     (figures,) = json.loads(printed.out)
     assert figures["vae"] == tiny_folder and figures["decode"]["chunks"] == 10
-    assert "could not measure nothing at 32x32" in printed.err
-    assert "got 'nothing'" in printed.err
+    assert "could not measure AutoencoderKLAllegro at 32x32" in printed.err
+    assert "it sees the whole clip" in printed.err
 
 
 def test_compare_prints_writes_and_draws(tiny_folder, wan_folder, tmp_path, capsys):
@@ -386,14 +396,23 @@ def test_compare_takes_a_video(tiny_folder, tmp_path, capsys):
         (["bench", "--max-seconds", "0", "--size", "32x32"], "max_seconds (--max-seconds) must be positive"),
         (["bench", "--size", "30x32"], "width (--size) must be a positive multiple of 16, got 30"),
         (["bench", "--size", "32"], "must be WIDTHxHEIGHT"),
-        (["bench", "--output", "no/such.md"], "output: the folder 'no' does not exist"),
+        (
+            ["bench", "--output", "no/such.md"],
+            "output must be a markdown file in a folder that exists, got 'no/such.md'",
+        ),
         (["bench", "wan2.1+taehv", "--size", "32x32"], "got 'wan2.1+taehv'"),
-        (["bench", "--output", "."], "output: '.' is a folder, not a file"),
+        (["bench", "--output", "."], "output must be a markdown file in a folder that exists, got '.'"),
+        (["bench", "toyworld", "nothing", "--chunks", "10"], "weight file (.safetensors, .pth"),
+        (["bench", "toyworld", "--chunks", "0"], "chunks (--chunks) must be at least 10, got 0"),
+        (["compare", "toyworld", "nothing.ckpt"], "got 'nothing.ckpt'"),
         (["compare"], "VAE"),
         (["compare", "toyworld+"], "VAE must name an encoder and a decoder around +, got 'toyworld+'"),
         (["compare", "toyworld", "--frames", "1"], "frames (--frames) must be at least 2, got 1"),
-        (["compare", "toyworld", "--frames", "6"], "frames must be 1 + 4n for toyworld, got 6"),
-        (["compare", "toyworld", "--picture", "no/such.png"], "picture: the folder 'no' does not exist"),
+        (["compare", "toyworld", "--frames", "6"], "frames (--frames) must be 1 + 4n for toyworld, got 6"),
+        (
+            ["compare", "toyworld", "--picture", "no/such.png"],
+            "picture (--picture) must be a file in a folder that exists, got 'no/such.png'",
+        ),
         (["compare", "toyworld", "--video", "nothing.mp4"], "video 'nothing.mp4' does not exist"),
     ],
 )

@@ -84,7 +84,10 @@ def test_a_video_that_is_no_use_ends_in_one_line(workplace, capsys):
     [
         (["train", "causal-vae", "--latents", "discrete"], "latents"),
         (["train", "causal-vae", "--block-out-channels", "[4, 4]"], "block_out_channels|temporal_levels"),
-        (["distill", "vae", "--teacher", "nowhere"], "component folder with config.json, got 'nowhere'"),
+        (
+            ["distill", "vae", "--teacher", "nowhere"],
+            "teacher must be a VAE: folder must hold a VAE, in config.json or vae/config.json, got 'nowhere'",
+        ),
         (["distill", "vae", "--student", "huge"], "student must be"),
         (["distill"], "needs a part or --recipe"),
     ],

@@ -1,4 +1,5 @@
 import csv
+import shutil
 from collections import OrderedDict
 from pathlib import Path
 from typing import ClassVar
@@ -270,3 +271,21 @@ def test_parts_that_take_turns_have_their_own_rates_and_columns(tmp_path, log_st
         assert float(row["one"]) <= -1.99
         assert -2.01 <= float(row["two"]) <= -1.99
     assert float(rows[-1]["one"]) < float(rows[0]["one"]) <= -2
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    trained(LoopSettings(**SETTINGS), Line(), tmp_path)
+    newest = newest_checkpoint(tmp_path)
+    (data,) = newest.glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:100])
+    with pytest.raises(ValueError, match=rf"checkpoint '{newest}' cannot be read, remove it to go on"):
+        run(LoopSettings(**SETTINGS), Line(), tmp_path)
+    shutil.rmtree(newest)
+    run(LoopSettings(**SETTINGS), Line(), tmp_path)
+    assert newest_checkpoint(tmp_path) == newest
+
+
+@pytest.mark.parametrize("name", ["seed", "warmup_steps"])
+def test_negative_numbers_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
+        LoopSettings(**{**SETTINGS, name: -1})

@@ -3,6 +3,11 @@ import json
 import pytest
 import torch
 from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Config,
@@ -62,4 +67,23 @@ def test_a_folder_that_does_not_say_what_it_expects_is_refused(tmp_path):
         load_perceptual(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text("{}")
     with pytest.raises(ValueError, match="must give image_mean and image_std"):
+        load_perceptual(tmp_path)
+
+
+def test_of_a_model_of_two_the_one_that_sees_is_taken(tmp_path):
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sees = {**small, "image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config={**small, "vocab_size": 50}, vision_config=sees)).save_pretrained(
+        tmp_path
+    )
+    CLIPImageProcessor().save_pretrained(tmp_path)
+    images = torch.rand(2, 3, 32, 48)
+    assert (load_perceptual(tmp_path)(images, images.flip(3)) > 0).all()
+
+
+def test_a_model_that_reads_is_refused(tmp_path):
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(**small, vocab_size=50)).save_pretrained(tmp_path)
+    CLIPImageProcessor().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be a model that sees images, got a BertModel"):
         load_perceptual(tmp_path)

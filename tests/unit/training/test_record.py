@@ -40,7 +40,17 @@ def test_a_record_holds_settings_versions_and_logs(tmp_path):
 def test_a_run_is_continued_with_its_own_settings_only(tmp_path):
     claim_run(tmp_path / "run", StudentTrainingSettings())
     claim_run(tmp_path / "run", StudentTrainingSettings())
+    claim_run(tmp_path / "run", StudentTrainingSettings(learning_rate=0.1))  # nothing was saved yet
+    claim_run(tmp_path / "run", StudentTrainingSettings())
+    (tmp_path / "run" / "log.csv").write_text("step\n1\n")
     before = (tmp_path / "run" / "settings.json").read_text()
     with pytest.raises(ValueError, match=r"learning_rate must stay 0\.0018 in the run that .*, got 0\.5"):
         claim_run(tmp_path / "run", StudentTrainingSettings(learning_rate=0.5))
     assert (tmp_path / "run" / "settings.json").read_text() == before
+
+
+def test_damaged_settings_are_named(tmp_path):
+    (tmp_path / "settings.json").write_text("{")
+    (tmp_path / "log.csv").write_text("step\n1\n")
+    with pytest.raises(ValueError, match=r"settings\.json' is not valid json"):
+        claim_run(tmp_path, StudentTrainingSettings())

@@ -1,6 +1,7 @@
 """What holds for every VAE, this library's own and diffusers' through their adapters."""
 
 import copy
+import math
 import random
 import threading
 from collections.abc import Callable
@@ -19,10 +20,15 @@ from small_vaes import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from genstream.vae.adapters import stream_vae
 from genstream.vae.adapters.base import Adapter
 from genstream.vae.adapters.scale import LatentScale
+from genstream.vae.causal import CausalVideoVAE
 from genstream.vae.protocol import Direction, StreamingVAE, VAEState
 from genstream.vae.tiling import TiledVAE
+from genstream.vae.tiny import TinyVideoVAE
+from genstream.vae.turbo import TurboVAED
+from genstream.vae.wan import WanVideoVAE
 from genstream.vae.wrapping import module_of
 
 EVERY = [*OWN, *ADAPTED]
@@ -437,6 +443,59 @@ def test_states_that_are_not_whole_are_refused(name):
     assert text == f"tensors must be those of meta, got ['{name}'] missing, ['other'] unexpected"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", 0),
+        ("height", -3),
+        ("width", 32.0),
+        ("steps", "x"),
+        ("steps", -1),
+        ("ended", 1),
+        ("slots", 5),
+        ("vae", 3),
+        ("direction", "up"),
+    ],
+)
+def test_meta_of_nonsense_is_refused(name, value):
+    state = start(small_vae("tiny"), "decode", latents_for(small_vae("tiny"), 1))
+    text = message(VAEState.restore, state.tensors(), {**state.meta(), name: value})
+    assert text.startswith(name) and text.endswith(f"got {value!r}")
+
+
+def test_states_of_nonsense_are_refused(tmp_path):
+    vae = small_vae("tiny")
+    latents = latents_for(vae, 1)
+    state = start(vae, "decode", latents)
+    assert message(vae.decode_chunk, latents, {}) == "state must be a VAEState, made by init_state, got dict"
+    assert message(VAEState.restore, state.tensors(), None).endswith("got None")
+    assert "got the folder" in message(VAEState.load, tmp_path)
+    state.save(tmp_path / "state.safetensors")
+    assert "device must be one of this machine" in message(
+        lambda: VAEState.load(tmp_path / "state.safetensors", "gpu")
+    )
+    with pytest.raises(FileNotFoundError):
+        VAEState.load(tmp_path / "nothing")
+    with pytest.raises(OSError, match=r"path '.*nowhere/state' cannot be written"):
+        state.save(tmp_path / "nowhere" / "state")
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters_refuse_states_of_another_precision(name):
+    vae = small_vae(name)
+    latents = latents_for(vae, 3)
+    state = start(vae, "decode", latents)
+    vae.decode_chunk(latents, state)
+    for slot in [slot for slot in state.slots if slot != "pending"][:1]:
+        state.slots[slot] = state.slots[slot].half()
+        assert message(vae.decode_chunk, latents, state).startswith("state must be torch.float")
+
+
+def test_what_streams_needs_no_adapter():
+    text = message(stream_vae, small_vae("tiny_video"))
+    assert text == "vae must be one of diffusers, got a TinyVideoVAE, which streams as it is"
+
+
 @pytest.mark.parametrize("name", [name for name in ENCODERS if name not in ANY_COUNT])
 def test_clips_that_are_no_whole_latent_frames_are_refused(name):
     spec = small_vae(name).spec
@@ -450,3 +509,26 @@ def test_weights_are_found_through_wrappers(name):
     module = module_of(small_vae(name))
     assert isinstance(module, torch.nn.Module)
     assert next(module.parameters()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "error"),
+    [
+        (TinyVideoVAE, {"encoder_width": 0}, "encoder_width must be at least 1, got 0"),
+        (TinyVideoVAE, {"patch_size": 0}, "patch_size must be at least 1, got 0"),
+        (TinyVideoVAE, {"decoder_widths": (8, 0, 8, 8)}, "decoder_widths must be at least 1, got 0"),
+        (TinyVideoVAE, {"latents_mean": [math.nan] * 16}, "latents_mean must be finite"),
+        (TinyVideoVAE, {"latents_std": [math.inf] * 16}, "latents_std must be above 0"),
+        (WanVideoVAE, {"patch_size": 0}, "patch_size must be at least 1, got 0"),
+        (TurboVAED, {"scaling_factor": 0.0}, "scaling_factor must be"),
+        (
+            CausalVideoVAE,
+            {"block_out_channels": (8, 0, 8, 8)},
+            "block_out_channels must be at least 1, got 0",
+        ),
+        (CausalVideoVAE, {"layers_per_block": 0}, "layers_per_block must be at least 1, got 0"),
+    ],
+)
+def test_configurations_of_nonsense_are_refused(kind, config, error):
+    with pytest.raises(ValueError, match=error):
+        kind(**config)

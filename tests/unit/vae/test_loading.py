@@ -99,8 +99,32 @@ def test_every_kind_works_in_half_precision(name, tmp_path):
 
 
 def test_a_folder_without_configuration_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"component folder with config.json, got .*nothing"):
+    with pytest.raises(
+        ValueError, match=r"must hold a VAE, in config.json or vae/config.json, got .*nothing"
+    ):
         load_vae(tmp_path / "nothing")
+
+
+def test_the_vae_of_a_model_or_a_run_is_found(tmp_path):
+    build("tiny").save_pretrained(tmp_path / "vae")
+    found = load_vae(tmp_path).state_dict()
+    assert all(
+        torch.equal(weight, found[name]) for name, weight in load_vae(tmp_path / "vae").state_dict().items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float16"}, "dtype must be a floating-point torch.dtype, got 'float16'"),
+        ({"dtype": torch.int32}, "dtype must be a floating-point torch.dtype, got torch.int32"),
+        ({"device": "gpu"}, "device must be one of this machine, got 'gpu'"),
+        ({"device": "meta"}, "device must be one of this machine, got 'meta'"),
+    ],
+)
+def test_what_weights_cannot_be_loaded_to_is_refused(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_vae(tiny_folder(tmp_path), **options)
 
 
 @pytest.mark.parametrize("name", ["AutoencoderOfNobody", "UNet2DModel", None])

@@ -152,6 +152,10 @@ def test_bad_sizes_are_refused():
         Tiling(height_px=32, width_px=16, overlap_px=16)
     with pytest.raises(ValueError, match="overlap_px must be at least 0, got -16"):
         Tiling(height_px=32, width_px=16, overlap_px=-16)
+    with pytest.raises(ValueError, match=r"height_px must be a whole number, got 32\.0"):
+        Tiling(height_px=32.0, width_px=32, overlap_px=16)
+    with pytest.raises(ValueError, match=r"vae must stream, got a AutoencoderKL: .* stream_vae first"):
+        TiledVAE(diffusers.AutoencoderKL(), Tiling(height_px=32, width_px=48, overlap_px=16))
     with pytest.raises(ValueError, match=r"tiling\.height_px must be a multiple of 16, got 40"):
         TiledVAE(small_vae(), Tiling(height_px=40, width_px=48, overlap_px=16))
     tiled = TiledVAE(small_vae(), TILING)
