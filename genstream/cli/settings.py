@@ -174,4 +174,4 @@ def _told_alone(kind: Any) -> str:  # noqa: ANN401
     if typing.get_origin(kind) in _LISTS:
         count = "any number" if ... in inner else len(inner)
         return f"a json list '[...]' of {count}, each {_told(inner[0])}"
-    return _TOLD.get(kind, kind.__name__)
+    return _TOLD[kind] if kind in _TOLD else str(kind)
