@@ -1,6 +1,7 @@
 """Causal adaptation: a teacher's weights learn to follow its sampling paths in few steps, chunk by chunk.
 
-Every chunk stands at a noise level of its own, in the context that a stream would show it. "ode" predicts
+The teacher makes whole clips, or is causal itself and needs more steps or guidance. Every chunk stands at a
+noise level of its own, in the context that a stream would show it. "ode" predicts
 where a path ends (CausVid, arXiv 2412.07772; Self Forcing starts from such a student); "multistep" predicts
 the mean velocity of the next part of the path (StreamDiT, arXiv 2507.03745). The paths are guided, the
 student needs no guidance.
@@ -28,12 +29,14 @@ from genstream.training.precision import Precision, computing_in
 from genstream.training.processes import once, own_rng, process
 from genstream.training.prompts import prompts_from
 from genstream.training.record import Training, claim_run
-from genstream.training.trajectories import Sampling, Trajectories, collect, solve
+from genstream.training.trajectories import Sampling, Trajectories, collect, solve, stream
 
 logger = logging.getLogger(__name__)
 
 _TRAJECTORIES_FOLDER = "trajectories"
 _EVALUATION_PATHS = 16
+_SEEDS = 2**62
+_TARGET_COPIES = 3
 _MIDDLE = 0.3
 """Share of steps with a target far from the start."""
 
@@ -44,7 +47,7 @@ class AdaptationSettings:
 
     Attributes:
         teacher: model whose paths are followed and whose weights the student starts from; or the run that
-            made it.
+            made it. It makes whole clips, or streams with a window or sinks.
         objective: "ode" predicts the end of the path, "multistep" its next part.
         prompts: text file with a prompt on each line; captions of random scenes when None.
         trajectories: paths to learn from, sampled once, before training; the last 16 are for evaluation.
@@ -52,8 +55,11 @@ class AdaptationSettings:
         substeps: Euler steps of the teacher for each one of the student.
         guidance_scale: of the teacher; its own when None.
         shift: timestep shift of both; the teacher's when None.
-        chunk_frames: latent frames of a chunk; they divide those that the teacher sees.
+        chunk_frames: latent frames of a chunk; they divide those that the teacher sees, or are its own.
         window_chunks: chunks kept besides the first, which is the sink, and the current one.
+        stream_chunks: chunks of a path of a causal teacher; those of others are as long as what they see.
+        forcing: what a noisy chunk's context is, "diffusion" noisy chunks, "teacher" the clean stream.
+        context_noise: largest noise on the clean context, in standard deviations of the latents.
         random_masks: every step draws a window from 1 to `window_chunks`, and whether there is a sink, so
             that the model can be run with any of them.
         total_steps: optimiser steps.
@@ -77,6 +83,9 @@ class AdaptationSettings:
     shift: float | None = None
     chunk_frames: int = 3
     window_chunks: int = 2
+    stream_chunks: int = 6
+    forcing: Literal["teacher", "diffusion"] = "diffusion"
+    context_noise: float = 0.0
     random_masks: bool = False
     total_steps: int = 2000
     learning_rate: float = 5e-4
@@ -97,7 +106,13 @@ class AdaptationSettings:
                 f"trajectories must be more than {_EVALUATION_PATHS}, which are kept for evaluation, "
                 f"got {self.trajectories}"
             )
-        for name in ("num_steps", "substeps", "chunk_frames", "batch_size"):
+        if self.forcing not in ("teacher", "diffusion"):
+            raise ValueError(f"forcing must be 'teacher' or 'diffusion', got {self.forcing!r}")
+        if not self.context_noise >= 0:
+            raise ValueError(f"context_noise must be at least 0, got {self.context_noise}")
+        if self.context_noise > 0 and self.forcing == "diffusion":
+            raise ValueError(f"context_noise must be 0 for forcing 'diffusion', got {self.context_noise}")
+        for name in ("num_steps", "substeps", "chunk_frames", "stream_chunks", "batch_size"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.window_chunks < (least := 1 if self.random_masks else 0):
@@ -147,17 +162,25 @@ class AdaptationTrainee:
         device = module.transformer.device
         sequence = self._sequence(rng)
         chosen = rng.choice(among, self.settings.batch_size)
-        states = self.paths.states[chosen][:, :, :, sequence.noisy_frames].to(device, torch.float32)
+        paths = self.paths.states[chosen]
+        states = paths[:, :, :, sequence.noisy_frames].to(device, torch.float32)
+        context = paths[:, -1, :, sequence.clean_frames].to(device, torch.float32)
+        disturbance = torch.rand(len(chosen), 1, 1, 1, 1, device=device) * self.settings.context_noise
+        context = context + disturbance * torch.randn_like(context)
         with torch.no_grad():
             text = module.embed([self.paths.captions[path] for path in chosen])
-        # One level for each chunk; the last is clean, which shows what a stream's past looks like.
-        by_chunk = rng.integers(len(self.sigmas), size=(len(chosen), len(sequence.noisy)))
+        # One level for each chunk. The last is clean, which shows what a stream's past looks like where none
+        # of it is given.
+        count = len(self.sigmas) - (self.settings.forcing == "teacher")
+        by_chunk = rng.integers(count, size=(len(chosen), len(sequence.noisy)))
         by_frame = np.repeat(by_chunk, [len(piece.frames) for piece in sequence.noisy], axis=1)
         levels = torch.from_numpy(by_frame).to(device)
         sigmas = self.sigmas.to(device)
         x, sigma = _at(states, levels), sigmas[levels]
         mask = torch.tensor(sequence.mask(), device=device)
-        velocity = module.velocity(x, sigma, text, sequence.positions, mask)
+        seen = torch.cat([context, x], dim=2)
+        told = torch.cat([sigma.new_zeros(len(chosen), context.shape[2]), sigma], dim=1)
+        velocity = module.velocity(seen, told, text, sequence.positions, mask)[:, :, context.shape[2] :]
         if self.settings.objective == "ode":
             error = clean_from(x, velocity, sigma) - states[:, -1]
         else:
@@ -175,9 +198,11 @@ class AdaptationTrainee:
         if chunks > window + 1 and rng.random() < _MIDDLE:
             first = int(rng.integers(1, chunks - window))
             starts = [size * (first + place) for place in range(window + 1)]
-            return with_noisy_context(from_middle([0, *starts] if sink else starts, size, copies=1))
-        length = int(rng.integers(1, min(window + 2, chunks) + 1))
-        return with_noisy_context(from_start([size] * length, window, sink=sink))
+            sequence = from_middle([0, *starts] if sink else starts, size, _TARGET_COPIES)
+        else:
+            length = int(rng.integers(1, min(window + 2, chunks) + 1))
+            sequence = from_start([size] * length, window, sink=sink)
+        return sequence if settings.forcing == "teacher" else with_noisy_context(sequence)
 
 
 def _at(states: Tensor, levels: Tensor) -> Tensor:
@@ -189,9 +214,12 @@ def _at(states: Tensor, levels: Tensor) -> Tensor:
 def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
     """Sample the paths, train, and continue what `output` already holds; the result is `output`/model."""
     pipe = load_model("teacher", settings.teacher)
-    chunk, horizon = settings.chunk_frames, pipe.settings.chunk_frames
-    if horizon % chunk:
-        raise ValueError(f"chunk_frames must divide {horizon}, the teacher's frames, got {chunk}")
+    chunk, together = settings.chunk_frames, pipe.settings.chunk_frames
+    is_causal = pipe.settings.window_frames != 0 or pipe.settings.sink_frames > 0
+    if is_causal and chunk != together:
+        raise ValueError(f"chunk_frames must be {together} like the causal teacher's, got {chunk}")
+    if together % chunk:
+        raise ValueError(f"chunk_frames must divide {together}, the teacher's frames, got {chunk}")
     prompts = prompts_from(settings.prompts)
     once(lambda: claim_run(output, settings))
     torch.manual_seed(settings.seed)
@@ -208,10 +236,14 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
     shape = _latents_shape(pipe)
 
     def sample(first: int, count: int) -> Trajectories:
-        captions = prompts.draw(count, np.random.default_rng((settings.seed, first))).captions
-        generator = torch.Generator().manual_seed((settings.seed << 32) + first)
-        noise = torch.randn(count, *shape, generator=generator).to(denoiser.transformer.device)
-        with computing_in(settings.precision, noise.device.type):
+        rng = np.random.default_rng((settings.seed, first))
+        captions = prompts.draw(count, rng).captions
+        with computing_in(settings.precision, denoiser.transformer.device.type):
+            if is_causal:
+                seeds = rng.integers(_SEEDS, size=count).tolist()
+                return Trajectories(captions, stream(pipe, captions, seeds, settings.stream_chunks, sampling))
+            generator = torch.Generator().manual_seed((settings.seed << 32) + first)
+            noise = torch.randn(count, *shape, generator=generator).to(denoiser.transformer.device)
             return Trajectories(captions, solve(denoiser, noise, captions, sampling))
 
     paths = collect(sample, settings.trajectories, output / _TRAJECTORIES_FOLDER)

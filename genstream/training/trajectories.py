@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.schedulers.few_step import FlowEulerScheduler
 from genstream.schedulers.schedule import shifted
+from genstream.shapes import frames_of
+from genstream.streaming.engine import CacheEngine
+from genstream.streaming.state import StreamState
 from genstream.training.denoiser import Denoiser
 from genstream.training.objectives import guided
 from genstream.training.processes import own_share, process
@@ -77,6 +82,56 @@ def solve(teacher: Denoiser, noise: Tensor, captions: Sequence[str], sampling: S
         if step % sampling.substeps == 0:
             states.append(x)
     return torch.stack(states, dim=1)
+
+
+@dataclass(frozen=True)
+class PathEngine(CacheEngine):
+    """A cache engine that keeps the states on the way to its chunks.
+
+    Attributes:
+        substeps: denoising steps from one state to the next.
+        states: of the chunks so far, without their clean ends.
+    """
+
+    substeps: int = 1
+    states: list[Tensor] = field(default_factory=list)
+
+    def predict(self, x: Tensor, timestep: float, state: StreamState) -> Tensor:
+        """Velocity of a noisy chunk; what is asked for at every `substeps`-th step is kept."""
+        if state.request.schedule.timesteps.index(timestep) % self.substeps == 0:
+            self.states.append(x)
+        return super().predict(x, timestep, state)
+
+
+def stream(
+    teacher: CausalVideoPipeline,
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    chunks: int,
+    sampling: Sampling,
+) -> Tensor:
+    """States `[B, levels, C, T, h, w]` on the way to each chunk of a causal teacher's streams."""
+    teacher.scheduler = FlowEulerScheduler(
+        num_steps=sampling.num_steps * sampling.substeps, shift=sampling.shift
+    )
+    request = teacher.request(
+        list(captions),
+        num_frames=frames_of(
+            chunks * teacher.settings.chunk_frames, teacher.streaming_vae.spec.temporal_ratio
+        ),
+        seed=list(seeds),
+        guidance_scale=sampling.guidance_scale,
+        decode=False,
+    )
+    engine = PathEngine(
+        teacher.transformer, teacher.streaming_vae, teacher.encode_prompt, substeps=sampling.substeps
+    )
+    paths = []
+    for chunk in engine.stream(request):
+        assert chunk.latents is not None
+        paths.append(torch.stack([*engine.states, chunk.latents], dim=1))
+        engine.states.clear()
+    return torch.cat(paths, dim=3)
 
 
 def collect(sample: Callable[[int, int], Trajectories], count: int, folder: Path) -> Trajectories:

@@ -1,6 +1,7 @@
 """Causal adaptation: sampling paths of a teacher, and students that follow them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ import torch
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
+from genstream.streaming.engine import CacheEngine
 from genstream.training.adaptation import AdaptationSettings, AdaptationTrainee, adapt_teacher
 from genstream.training.denoiser import Denoiser, DenoiserSettings
 from genstream.training.objectives import guided
-from genstream.training.trajectories import Sampling, Trajectories, collect, solve
+from genstream.training.processes import own_rng
+from genstream.training.trajectories import Sampling, Trajectories, collect, solve, stream
 
 MODEL = DenoiserSettings(width=48, layers=1, ffn_width=48, text_width=16, text_layers=1)
 TINY = {
@@ -89,6 +92,55 @@ def test_shards_are_sampled_once_and_keep_their_captions(tmp_path):
     assert torch.equal(whole.states.flatten(), torch.arange(20).half())
 
 
+@pytest.fixture
+def causal_teacher(build_pipeline):
+    """A pipeline that streams in chunks of two latent frames."""
+    torch.manual_seed(0)
+    denoiser = Denoiser.new(MODEL, 4).eval()
+    with torch.no_grad():
+        for weight in denoiser.transformer.proj_out.parameters():
+            weight.normal_(std=0.3)
+    return CausalVideoPipeline(
+        denoiser.tokenizer,
+        denoiser.text_encoder,
+        denoiser.transformer,
+        build_pipeline().vae,
+        FewStepScheduler(steps=[1000.0, 500.0], shift=3.0),
+        chunk_frames=2,
+        sink_frames=2,
+        window_frames=2,
+        positions="window",
+        guidance_scale=2.0,
+        text_tokens=32,
+        default_height=64,
+        default_width=64,
+    )
+
+
+def test_paths_of_a_causal_teacher_are_its_streams(causal_teacher):
+    """Where they end is what the pipeline streams with as many Euler steps; each state follows from noise."""
+    sampling = Sampling(num_steps=2, substeps=3, shift=5.0, guidance_scale=2.0)
+    states = stream(causal_teacher, ["a red circle", "a blue square"], [5, 7], 4, sampling)
+    assert states.shape[:4] == (2, 3, 4, 8)
+    causal_teacher.scheduler = FlowEulerScheduler(num_steps=6, shift=5.0)
+    request = causal_teacher.request("a blue square", num_frames=29, seed=7, guidance_scale=2.0)
+    chunks = list(causal_teacher.run(causal_teacher.start(request)))
+    streamed = torch.cat([chunk.latents for chunk in chunks], dim=2)
+    torch.testing.assert_close(states[1:, -1], streamed, rtol=1e-4, atol=1e-4)
+    for start in range(0, 8, 2):
+        noise = request.noise.initial(start, streamed[:, :, :2].shape)
+        assert torch.equal(states[1:, 0, :, start : start + 2], noise)
+
+
+def test_states_of_a_causal_teacher_lie_at_the_levels_of_the_student(causal_teacher, monkeypatch):
+    """With a velocity that leads straight to 0, the states are noise times their levels."""
+    monkeypatch.setattr(CacheEngine, "predict", lambda self, x, timestep, state: x * 1000 / timestep)
+    sampling = Sampling(num_steps=4, substeps=3, shift=5.0, guidance_scale=1.0)
+    states = stream(causal_teacher, ["a red circle"], [5], 2, sampling)
+    for state, sigma in zip(states.unbind(1), sampling.sigmas, strict=True):
+        torch.testing.assert_close(state, sigma * states[:, 0], rtol=1e-4, atol=1e-4)
+
+
 def trainee_for(frames=6, **changes) -> AdaptationTrainee:
     torch.manual_seed(0)
     settings = AdaptationSettings(**{**TINY, "num_steps": 4, **changes})
@@ -117,14 +169,15 @@ class Knowing(torch.nn.Module):
 
 
 @pytest.mark.parametrize("objective", ["ode", "multistep"])
+@pytest.mark.parametrize("forcing", ["teacher", "diffusion"])
 @pytest.mark.parametrize("random_masks", [False, True])
-def test_a_student_that_follows_the_paths_has_no_loss(objective, random_masks, monkeypatch):
-    trainee = trainee_for(objective=objective, window_chunks=2, random_masks=random_masks)
+def test_a_student_that_follows_the_paths_has_no_loss(objective, forcing, random_masks, monkeypatch):
+    trainee = trainee_for(objective=objective, forcing=forcing, window_chunks=2, random_masks=random_masks)
     student, draw = Knowing(trainee.paths), trainee._sequence
 
     def drawn(rng):
         sequence = draw(rng)
-        student.frames = sequence.noisy_frames
+        student.frames = [*sequence.clean_frames, *sequence.noisy_frames]
         return sequence
 
     monkeypatch.setattr(trainee, "_sequence", drawn)
@@ -147,9 +200,30 @@ def test_chunks_see_what_the_stream_shows_them():
     assert {(5, (0, 3, 4)), (5, (3, 4)), (5, (4,)), (5, (0, 4)), (0, ())} <= seen
 
 
+def test_a_context_that_is_given_is_clean_but_for_its_noise():
+    trainee = trainee_for(forcing="teacher", context_noise=0.5, window_chunks=2, batch_size=64)
+    seen = []
+
+    def velocity(x, sigma, text, positions, mask):
+        seen.append((x, sigma))
+        return x
+
+    trainee.module.velocity = velocity
+    for step in range(20):
+        sequence = trainee._sequence(own_rng(trainee.settings.seed, step))
+        trainee.loss(step)
+        x, sigma = seen.pop()
+        clean = len(sequence.clean_frames)
+        assert (sigma[:, :clean] == 0).all() and (sigma[:, clean:] > 0).all()
+        if clean:
+            deviation = (x[:, :, :clean] - trainee.paths.states[0, -1, :, :1]).flatten(1).std(dim=1)
+            assert deviation.max() < 0.6 and deviation.max() > 0.4 and deviation.min() < 0.1
+
+
 @pytest.mark.parametrize("objective", ["ode", "multistep"])
-def test_loss_falls(objective):
-    trainee = trainee_for(objective=objective, batch_size=8)
+@pytest.mark.parametrize("forcing", ["teacher", "diffusion"])
+def test_loss_falls(objective, forcing):
+    trainee = trainee_for(objective=objective, forcing=forcing, batch_size=8)
     before = trainee.evaluate()["loss"]
     optimizer = torch.optim.AdamW(trainee.module.transformer.parameters(), lr=5e-3)
     for step in range(25):
@@ -198,9 +272,25 @@ def test_a_run_leaves_a_causal_student(teacher, tmp_path, objective):
     assert record["command"].startswith("genstream distill causal --teacher ")
 
 
+def test_a_causal_teacher_teaches_fewer_steps_without_guidance(causal_teacher, tmp_path):
+    causal_teacher.save_pretrained(tmp_path / "teacher")
+    settings = {**TINY, "chunk_frames": 2, "stream_chunks": 4, "forcing": "teacher", "context_noise": 0.1}
+    settings["teacher"] = str(tmp_path / "teacher")
+    adapt_teacher(AdaptationSettings(**settings), tmp_path / "causal")
+    pipe = CausalVideoPipeline.from_pretrained(tmp_path / "causal" / "model")
+    assert pipe.settings == replace(causal_teacher.settings, guidance_scale=1.0)
+    assert pipe.scheduler.config.steps == [1000.0, 500.0]
+    with pytest.raises(ValueError, match="chunk_frames must be 2 like the causal teacher's, got 1"):
+        adapt_teacher(AdaptationSettings(**{**settings, "chunk_frames": 1}), tmp_path / "other")
+
+
 @pytest.mark.parametrize(
     ("wrong", "error"),
     [
+        ({"forcing": "self"}, "forcing must be 'teacher' or 'diffusion', got 'self'"),
+        ({"context_noise": -1.0}, r"context_noise must be at least 0, got -1\.0"),
+        ({"context_noise": 0.1}, r"context_noise must be 0 for forcing 'diffusion', got 0\.1"),
+        ({"stream_chunks": 0}, "stream_chunks must be at least 1, got 0"),
         ({"objective": "dmd"}, "objective must be 'ode' or 'multistep', got 'dmd'"),
         ({"trajectories": 16}, "trajectories must be more than 16, which are kept for evaluation, got 16"),
         ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
