@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from genstream.data import vocabulary
 from genstream.data.toyworld import ToyWorld
-from genstream.io.model_folder import INDEX_NAME
+from genstream.io.model_folder import INDEX_NAME, installed_folder
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.training.clips import SWITCHED_EVERY, ClipSet, encode_clips
@@ -183,11 +183,13 @@ def load_latents(settings: ModelRunSettings, output: Path) -> tuple[ClipSet, Ten
 
 def model_folder(name: str, given: str) -> Path:
     """Folder of a model that the setting `name` gives, itself or by the run that made it."""
-    folder = Path(given)
+    folder = installed_folder(given) or Path(given)
     for place in (folder, folder / RESULT_FOLDER):
         if (place / INDEX_NAME).is_file():
             return place
-    raise ValueError(f"{name} must be the folder of a model or of a finished run, got {given!r}")
+    raise ValueError(
+        f"{name} must be an installed model or the folder of a model or of a finished run, got {given!r}"
+    )
 
 
 def load_model(name: str, given: str) -> CausalVideoPipeline:

@@ -307,7 +307,10 @@ def test_bad_settings(wrong, error):
 
 def test_what_does_not_fit_is_refused_before_the_run_starts(teacher, tmp_path):
     for wrong, error in (
-        ({"teacher": "nowhere"}, "teacher must be the folder of a model or of a finished run, got 'nowhere'"),
+        (
+            {"teacher": "nowhere"},
+            "teacher must be an installed model or the folder of a model or of a finished run, got 'nowhere'",
+        ),
         ({"prompts": "nowhere.txt"}, "prompts must be a text file, got 'nowhere.txt'"),
         ({"chunk_frames": 2}, "chunk_frames must divide 3, the teacher's frames, got 2"),
     ):

@@ -119,7 +119,10 @@ def test_published_sizes_without_weights(tmp_path, capsys, size, parameters):
     [
         (["--processes", "0"], "processes (--processes) must be at least 1, got 0"),
         (["--objective", "sid"], "objective must be 'dmd' for a dry run, got 'sid'"),
-        (["--teacher", "nowhere"], "teacher must be the folder of a model or of a finished run"),
+        (
+            ["--teacher", "nowhere"],
+            "teacher must be an installed model or the folder of a model or of a finished run",
+        ),
     ],
 )
 def test_bad_input(small, capsys, options, error):

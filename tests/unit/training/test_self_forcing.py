@@ -255,8 +255,14 @@ def test_bad_settings(wrong, error):
 
 def test_what_does_not_fit_is_refused_before_the_run_starts(runs, tmp_path):
     for wrong, error in (
-        ({"teacher": "nowhere"}, "teacher must be the folder of a model or of a finished run, got 'nowhere'"),
-        ({"initial": "nowhere"}, "initial must be the folder of a model or of a finished run, got 'nowhere'"),
+        (
+            {"teacher": "nowhere"},
+            "teacher must be an installed model or the folder of a model or of a finished run, got 'nowhere'",
+        ),
+        (
+            {"initial": "nowhere"},
+            "initial must be an installed model or the folder of a model or of a finished run, got 'nowhere'",
+        ),
         ({"prompts": "nowhere.txt"}, "prompts must be a text file, got 'nowhere.txt'"),
         ({"teacher": runs / "student", "initial": runs / "teacher"}, "chunks that divide 1, the teacher's"),
         ({"stream_chunks": 2}, "stream_chunks must be at least 3, what the teacher sees, got 2"),

@@ -322,6 +322,7 @@ def test_initial_must_be_a_model_of_the_same_size(trained, tmp_path):
         train_student(wrong, tmp_path / "run")
     for place in ("nowhere", tmp_path):
         with pytest.raises(
-            ValueError, match="initial must be the folder of a model or of a finished run, got"
+            ValueError,
+            match="initial must be an installed model or the folder of a model or of a finished run, got",
         ):
             train_student(settings_for(vae=settings.vae, initial=str(place)), tmp_path / "run")
