@@ -43,6 +43,8 @@ FORCINGS = ("teacher forcing", "diffusion forcing", "self forcing")
 HORIZONS = (1, 4, 20)
 SINKS, WINDOWS = (0, 1), (1, 2, 6)
 STEPS = (1, 2, 3, 4)
+PLACES = 15
+"""Most places in time that a stream's windows are summed up to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +235,20 @@ def judged(trial: Trial, output: Path) -> list[dict[str, Any]]:
     return windows
 
 
+def summed_up(windows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Neighbouring windows as one, so that at most `PLACES` are left."""
+    size = -(-len(windows) // PLACES)
+    groups = [windows[start : start + size] for start in range(0, len(windows), size)]
+    return [
+        {
+            "middle_s": (group[0]["start_s"] + group[-1]["start_s"] + WINDOW_S) / 2,
+            "error": sum(window["error"] for window in group) / len(group),
+            **{name: asdict(share(group, name)) for name in METRICS},
+        }
+        for group in groups
+    ]
+
+
 def share(windows: Sequence[dict[str, Any]], name: str) -> Proportion:
     """Successes over some windows."""
     return Proportion(
@@ -261,7 +277,8 @@ def write_page(scores: dict[str, list[dict[str, Any]]], minutes: dict[str, float
         },
         "Steps": {f"{steps} steps": [scores[f"steps {steps}"]] for steps in STEPS},
     }
-    for title, group in groups.items():
+    for title, trials_of in groups.items():
+        group = {label: [summed_up(windows) for windows in streams] for label, streams in trials_of.items()}
         picture = f"training_{title.lower().replace(' ', '_')}.png"
         _plot(group, PICTURES / picture)
         write_section(PAGE, title, f"{_table(group)}\n\n![{title}](pictures/{picture})")
@@ -283,7 +300,7 @@ def _plot(group: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
     figure = Figure(figsize=(12, 3), layout="constrained")
     panels = figure.subplots(1, len(METRICS) + 1)
     for label, streams in group.items():
-        times = [window["start_s"] + WINDOW_S / 2 for window in streams[0]]
+        times = [window["middle_s"] for window in streams[0]]
         for axes, name in zip(panels, METRICS, strict=False):
             shares = [share(at_once, name) for at_once in zip(*streams, strict=True)]
             _band(axes, times, shares, label)
