@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from genstream.data import vocabulary
 from genstream.data.toyworld import ToyWorld
-from genstream.io.model_folder import INDEX_NAME, installed_folder
+from genstream.io.model_folder import INDEX_NAME, installed_folder, read_json
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.training.clips import SWITCHED_EVERY, ClipSet, encode_clips
@@ -261,6 +261,7 @@ def save_model(
     parts = (pipe.transformer, pipe.text_encoder, pipe.vae)
     nn.ModuleList([part for part in parts if part is not None]).half()
     pipe.save_pretrained(partial)
+    _forget_places(partial)
     (partial / "model_card.json").write_text(json.dumps(_card(), indent=1) + "\n")
     for ancestor in ancestors:
         if (ancestor / RECORD_FOLDER).is_dir():
@@ -269,6 +270,14 @@ def save_model(
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)
+
+
+def _forget_places(folder: Path) -> None:
+    """Take out where parts were loaded from: a path of this machine says nothing elsewhere."""
+    for path in (folder / INDEX_NAME, *folder.glob("*/config.json")):
+        content = read_json(path)
+        content.pop("_name_or_path", None)
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _card() -> dict[str, object]:
