@@ -264,18 +264,18 @@ def write_page(scores: dict[str, list[dict[str, Any]]], minutes: dict[str, float
     write_section(PAGE, "Runs", "\n".join([where, "", "| run | minutes |", "|---|---|", *rows]))
     groups = {
         "Forcing": {name: [scores[f"{name} {seed}"] for seed in SEEDS] for name in FORCINGS},
-        "Rollout": {f"{times} horizons": [scores[f"rollout {times}"]] for times in HORIZONS},
+        "Rollout": {f"{times} x horizon": [scores[f"rollout {times}"]] for times in HORIZONS},
         "Sinks and window": {
             f"{sinks} sinks, window {window}": [scores[f"sinks {sinks} window {window}"]]
             for sinks in SINKS
             for window in WINDOWS
         },
         "Ten minutes": {
-            name.removeprefix("longest "): [windows]
+            name.removeprefix("longest ").replace(" window", ", window"): [windows]
             for name, windows in scores.items()
             if name.startswith("longest")
         },
-        "Steps": {f"{steps} steps": [scores[f"steps {steps}"]] for steps in STEPS},
+        "Steps": {f"{steps} of {max(STEPS)}": [scores[f"steps {steps}"]] for steps in STEPS},
     }
     for title, trials_of in groups.items():
         group = {label: [summed_up(windows) for windows in streams] for label, streams in trials_of.items()}
