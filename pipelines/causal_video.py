@@ -124,13 +124,11 @@ class CausalVideoPipeline(FolderPipeline, ConditionsMixin):
         super().__init__()
         if engine not in ENGINES:
             raise ValueError(f"engine must be one of {[str(kind) for kind in ENGINES]}, got {engine!r}")
-        module = module_of(vae)
-        self._streaming = (module, vae if streams(vae) else None)
         self.register_modules(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
             transformer=transformer,
-            vae=module,
+            vae=module_of(vae),
             scheduler=scheduler,
             image_processor=image_processor,
             image_encoder=image_encoder,
@@ -152,6 +150,7 @@ class CausalVideoPipeline(FolderPipeline, ConditionsMixin):
             default_width=default_width,
             default_fps=default_fps,
         )
+        self.vae = vae
         _ = self.settings  # checks them
         for name in ("text_tokens", "default_height", "default_width"):
             check_count(name, self.config[name])
@@ -162,6 +161,13 @@ class CausalVideoPipeline(FolderPipeline, ConditionsMixin):
             if not hasattr(part, wanted):
                 raise ValueError(f"{name} must be one of genstream, got a {type(part).__name__}")
         check_positive("default_fps", self.config.default_fps)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Of a VAE with others around it only the one inside is a part, moved and saved with the pipeline."""
+        if name == "vae":
+            self._streaming = (module_of(value), value if streams(value) else None)
+            value = module_of(value)
+        super().__setattr__(name, value)
 
     @property
     def settings(self) -> StreamSettings:

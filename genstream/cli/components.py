@@ -21,6 +21,7 @@ from genstream.io.shards import PlannedTensor, write_shards
 from genstream.pipelines.tensors import check_part
 from genstream.transformer.clip import clip_places, infer_clip_config
 from genstream.transformer.umt5 import infer_umt5_config, umt5_places
+from genstream.vae.loading import component_folder
 from genstream.vae.taehv import load_taehv
 from genstream.vae.wan_weights import load_wan_vae
 from genstream.vae.weights import read_weights
@@ -371,6 +372,7 @@ def _find_vae(place: Path, sources: PartSources) -> Component | None:
     if place.is_dir():
         if (part := indexed("vae", place)) is not None:
             return part
+        place = component_folder(place)  # of a training run
         kind = str(_config(place).get("_class_name", ""))
         if kind in _OWN_VAES or "Autoencoder" in kind:
             return copied("vae", "genstream" if kind in _OWN_VAES else "diffusers", kind, place)

@@ -67,6 +67,10 @@ def reconstruct(clip: Frames, name: str, encoder: StreamingVAE, decoder: Streami
     _stream(decoder, "decode", latents[:, :, :1])
     decoded, decode_s = _stream(decoder, "decode", latents)
     peak = peak_memory_since(like.device) if counts_memory else None
+    if not bool(decoded.isfinite().all()):
+        raise ValueError(
+            f"{name} gives frames that are not finite: its weights are broken or overflow in {like.dtype}"
+        )
     again = to_uint8(decoded)
     return Reconstruction(
         vae=name,

@@ -175,8 +175,13 @@ def open_decoder(
 
     opened = open_vae(name, dtype, device)
     decoder = module_of(opened)
-    if not isinstance(decoder, TurboVAED) or decoder.has_statistics:
+    same = encoder.spec.latent_channels == opened.spec.latent_channels  # else it is refused with both sides
+    if not isinstance(decoder, TurboVAED) or decoder.has_statistics or not same:
         return opened
+    if isinstance(module_of(encoder), TurboVAED):
+        raise ValueError(
+            f"VAE must start with one that encodes, as ENCODER+{name}, got one that only decodes"
+        )
     if isinstance(encoder, Adapter):
         mean, std = (values[0, :, -1].flatten() for values in (encoder.scale.mean, encoder.scale.std))
     else:

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +19,9 @@ from genstream.io.png import FRAME_PATTERN
 from genstream.shapes import check_same_size
 
 _OPAQUE = 255
+_PATIENCE_S = 10.0
+"""What imageio gives ffmpeg to tell the size of a video; a machine that sleeps or is busy takes longer."""
+_ATTEMPTS = 3
 _DEEP_MODES = ("I", "F")
 """Pillow's for 16 and 32 bits, which it would cut off."""
 _FRAME_RATE = re.compile(rb"Video:.* (\d+(?:\.\d+)?) fps")
@@ -148,15 +152,23 @@ def _decode(
     source: Path, input_params: Sequence[str] = (), output_params: Sequence[str] = ()
 ) -> Iterator[NDArray[np.uint8]]:
     _check_exists(source)
-    stream = imageio_ffmpeg.read_frames(
-        f"file:{source}",
-        input_params=list(input_params),
-        output_params=["-fps_mode", "passthrough", *output_params],
-    )
-    try:
-        width, height = next(stream)["size"]
-    except (OSError, StopIteration) as error:
-        raise ValueError(f"video {str(source)!r} cannot be read: no video stream found in it") from error
+    for _ in range(_ATTEMPTS):
+        begun = time.monotonic()
+        stream = imageio_ffmpeg.read_frames(
+            f"file:{source}",
+            input_params=list(input_params),
+            output_params=["-fps_mode", "passthrough", *output_params],
+        )
+        try:
+            width, height = next(stream)["size"]
+            break
+        except (OSError, StopIteration) as error:
+            if time.monotonic() - begun < _PATIENCE_S:
+                raise ValueError(
+                    f"video {str(source)!r} cannot be read: no video stream found in it"
+                ) from error
+    else:
+        raise TimeoutError(f"video {str(source)!r} cannot be read: ffmpeg did not answer, {_ATTEMPTS} times")
     for data in stream:
         yield np.frombuffer(data, np.uint8).reshape(height, width, 3)
 

@@ -153,7 +153,7 @@ def export(student: Student, teacher: Teacher, settings: VAEDistillationSettings
         shutil.copytree(teacher_folder / RECORD_FOLDER, folder / RECORD_FOLDER)
     results = {**last_figures(output), "speedup": speedup}
     write_record(folder, _training(settings, output, results))
-    logger.info("%.1f times faster than its teacher; distilled VAE in %s", speedup, folder)
+    logger.info("%.2f times as fast as its teacher; distilled VAE in %s", speedup, folder)
 
 
 def _training(settings: VAEDistillationSettings, output: Path, results: dict[str, float]) -> Training:

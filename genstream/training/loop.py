@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 _CHECKPOINTS_KEPT = 2
 _PROGRESS_NAME = "progress.json"
 _PROGRESS_INTERVAL_S = 10.0
+_LARGEST_SEED = 2**31 - 1
+"""Seed, step and process share the 64 bits of torch's generator."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +93,10 @@ class LoopSettings:
         for name in ("warmup_steps", "seed"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
+        if self.seed > _LARGEST_SEED:
+            raise ValueError(f"seed must be at most {_LARGEST_SEED}, got {self.seed}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if self.precision not in ("fp32", "bf16"):
@@ -191,6 +195,7 @@ class _Training:
         if self._due(settings.evaluate_steps):
             with self._averaged():
                 figures = self.trainee.evaluate()
+            self._check_finite(figures)
             if self.state.is_main_process:
                 _append_row(self.output / "evaluation.csv", {"step": self.step, **figures})
                 logger.info("step %d: %s", self.step, _text(figures))
@@ -238,10 +243,7 @@ class _Training:
         with computing_in(settings.precision, self.state.device.type):
             loss, parts = self.trainee.loss(self.step)
         figures = processes.mean({"loss": loss.item(), **parts})
-        if not math.isfinite(value := figures["loss"]):
-            raise FloatingPointError(
-                f"loss is {value} at step {self.step}; last good checkpoint: {newest_checkpoint(self.output)}"
-            )
+        self._check_finite({"loss": figures["loss"]})
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -251,6 +253,14 @@ class _Training:
         for optimizer in self.optimizers:
             optimizer.step()
         return {**figures, "learning_rate": learning_rate}
+
+    def _check_finite(self, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} is {value} at step {self.step}; "
+                    f"last good checkpoint: {newest_checkpoint(self.output)}"
+                )
 
     @torch.no_grad()
     def _update_average(self) -> None:

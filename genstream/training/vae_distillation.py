@@ -73,11 +73,10 @@ class DistillationSettings:
             if not (value := getattr(self, name)) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
         by_features = self.feature_weight if self.pairs else 0.0
-        weights = (self.pixel_weight, self.squared_weight, self.latent_weight, self.perceptual_weight)
-        if not sum(weights) + by_features > 0:
+        if not self.pixel_weight + self.squared_weight + self.perceptual_weight + by_features > 0:
             raise ValueError(
-                "pixel_weight, squared_weight, latent_weight, perceptual_weight or, with pairs, "
-                "feature_weight must be above 0, got 0 for all"
+                "pixel_weight, squared_weight, perceptual_weight or, with pairs, feature_weight must be "
+                "above 0, got 0 for all: nothing else reaches the decoder"
             )
         if self.head_channels < 1:
             raise ValueError(f"head_channels must be at least 1, got {self.head_channels}")

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from genstream.cli.__main__ import main
 from genstream.io.hub_card import MODEL_PLACE
-from genstream.pipelines import causal_video
+from genstream.pipelines import folders
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.streaming.presets import PRESETS, find_preset
@@ -363,8 +363,8 @@ def test_push_to_hub(source, vae, tmp_path, monkeypatch):
         pushed["transformer"] = weights_of(Path(folder_path) / "transformer")
         return "https://hub/me/model"
 
-    monkeypatch.setattr(causal_video, "create_repo", lambda *given, **others: Repository)
-    monkeypatch.setattr(causal_video, "upload_folder", upload)
+    monkeypatch.setattr(folders, "create_repo", lambda *given, **others: Repository)
+    monkeypatch.setattr(folders, "upload_folder", upload)
     assert pipe.push_to_hub("me/model") == "https://hub/me/model"
     assert pushed["id"] == "me/model"
     assert pushed["card"].data.license == "mit"
@@ -443,8 +443,8 @@ def test_saving_to_the_hub_takes_the_card_along(source, vae, tmp_path, monkeypat
     def upload(*, repo_id, folder_path, **others):
         pushed.append((repo_id, ModelCard.load(Path(folder_path) / "README.md").data.license))
 
-    monkeypatch.setattr(causal_video, "create_repo", lambda *given, **others: Repository)
-    monkeypatch.setattr(causal_video, "upload_folder", upload)
+    monkeypatch.setattr(folders, "create_repo", lambda *given, **others: Repository)
+    monkeypatch.setattr(folders, "upload_folder", upload)
     pipe = CausalVideoPipeline.from_pretrained(tmp_path / "out")
     pipe.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="me/model")
     assert pushed == [("me/model", "mit")]

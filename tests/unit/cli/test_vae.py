@@ -179,6 +179,14 @@ def test_one_vae_may_decode_what_another_encoded(clip):
         reconstruct(clip, "turbo", plain("turbo"), plain("turbo"))
 
 
+def test_frames_that_are_not_finite_are_refused(clip):
+    tiny = plain("taehv")
+    with torch.no_grad():
+        next(tiny.decoder.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="taehv gives frames that are not finite"):
+        reconstruct(clip, "taehv", tiny, tiny)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the system does not let peaks begin anew")
 def test_the_peak_of_memory_is_that_of_one_comparison(clip):
     vae = plain("tiny_video")

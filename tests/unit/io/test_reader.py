@@ -3,10 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from PIL import Image
 
+from genstream.io import reader
 from genstream.io.metadata import VideoMetadata
 from genstream.io.reader import find_videos, inspect_video, read_clip, read_image, read_video
 from genstream.io.writer import open_writer
@@ -71,6 +73,25 @@ def write_video(path: Path) -> list[np.ndarray]:
     with open_writer(path, fps=16, width=48, height=32, metadata=metadata, overwrite=False) as writer:
         writer.write(frames)
     return list(read_video(path))
+
+
+def test_ffmpeg_is_asked_again_where_it_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = write_video(tmp_path / "a.mp4")
+    read_frames, asked = imageio_ffmpeg.read_frames, []
+
+    def slow(*arguments, **options):
+        asked.append(arguments)
+        if len(asked) % 3 or not answers:
+            raise OSError("Could not load meta information")
+        yield from read_frames(*arguments, **options)
+
+    monkeypatch.setattr(imageio_ffmpeg, "read_frames", slow)
+    monkeypatch.setattr(reader, "_PATIENCE_S", 0.0)
+    answers = True
+    assert len(list(read_video(tmp_path / "a.mp4"))) == len(whole) and len(asked) == 3
+    answers = False
+    with pytest.raises(TimeoutError, match=r"a\.mp4' cannot be read: ffmpeg did not answer, 3 times"):
+        list(read_video(tmp_path / "a.mp4"))
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.webm", "a.gif", "folder"])

@@ -160,6 +160,24 @@ def test_a_vae_may_be_replaced(wan, build_pipeline):
         torch.testing.assert_close(pipe(RED, num_frames=5, output_type="latent", **SIZE).frames, before)
 
 
+@pytest.mark.parametrize("kind", ["tiled", "adapter"])
+def test_of_a_vae_that_is_wrapped_the_one_inside_is_saved(kind, build_pipeline, tmp_path):
+    pipe = build_pipeline()
+    before = pipe.vae
+    wrapped = (
+        TiledVAE(before, Tiling(height_px=32, width_px=32, overlap_px=16))
+        if kind == "tiled"
+        else single("wan21")
+    )
+    pipe.vae = wrapped
+    assert pipe.streaming_vae is wrapped and pipe.vae is module_of(wrapped)
+    pipe.save_pretrained(tmp_path)
+    again = CausalVideoPipeline.from_pretrained(tmp_path)
+    assert type(again.vae) is type(module_of(wrapped))
+    pipe.vae = before
+    assert pipe.streaming_vae is before
+
+
 def test_adapters_are_made_once(build_pipeline):
     pipe = build_pipeline(vae=single("wan21").vae)
     assert isinstance(pipe.vae, diffusers.AutoencoderKLWan)

@@ -285,6 +285,24 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     assert newest_checkpoint(tmp_path) == newest
 
 
+def test_figures_that_are_not_finite_end_the_run(tmp_path):
+    class Evaluated(Line):
+        def evaluate(self):
+            return {"error": float("nan")}
+
+    with pytest.raises(
+        FloatingPointError, match=r"error is nan at step 6; last good checkpoint: .*step_0000004"
+    ):
+        run(LoopSettings(**SETTINGS), Evaluated(), tmp_path)
+
+
+def test_rates_and_seeds_without_measure_are_refused():
+    with pytest.raises(ValueError, match="learning_rate must be above 0 and finite, got inf"):
+        LoopSettings(**{**SETTINGS, "learning_rate": float("inf")})
+    with pytest.raises(ValueError, match="seed must be at most 2147483647, got 2147483648"):
+        LoopSettings(**SETTINGS, seed=2**31)
+
+
 @pytest.mark.parametrize("name", ["seed", "warmup_steps"])
 def test_negative_numbers_are_refused(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):

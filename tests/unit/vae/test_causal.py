@@ -360,7 +360,7 @@ def test_bad_input_is_refused():
             latents, small_vae().float().init_state("decode", 2, 16, 24)
         ),
         r"text needs a VAE with text_dim": lambda: vae.condition(decoding, latents, latents),
-        r"temporal_levels must be 3 for 4 levels": lambda: small_vae(temporal_levels=(True,)),
+        r"temporal_levels must be 3 values for 4 levels": lambda: small_vae(temporal_levels=(True,)),
         r"encoder_temporal_kernels must be 4 numbers of 1 or 3": lambda: small_vae(
             encoder_temporal_kernels=(1, 2, 3, 3)
         ),
