@@ -165,8 +165,9 @@ class CausalVideoPipeline(FolderPipeline, ConditionsMixin):
     def __setattr__(self, name: str, value: object) -> None:
         """Of a VAE with others around it only the one inside is a part, moved and saved with the pipeline."""
         if name == "vae":
-            self._streaming = (module_of(value), value if streams(value) else None)
-            value = module_of(value)
+            module = module_of(value)
+            self._streaming = (module, value if streams(value) else None)
+            value = module
         super().__setattr__(name, value)
 
     @property

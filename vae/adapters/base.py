@@ -265,10 +265,11 @@ class Adapter(ABC):
         return f"{type(self.vae).__name__}[{self._settings}], weights {weights_digest(self.vae)}"
 
     def _check_state(self, state: VAEState, direction: Direction) -> None:
-        check_owner(state, direction, self._describe())
+        vae = self._describe()
+        check_owner(state, direction, vae)
         # What models remember besides may be laid out in any way.
         waiting = {_PENDING: state.slots[_PENDING]} if _PENDING in state.slots else {}
-        check_state(replace(state, slots=waiting), direction, self._describe(), self._like)
+        check_state(replace(state, slots=waiting), direction, vae, self._like)
         for slot in state.slots.values():
             check_like("state", slot, self._like)
 
