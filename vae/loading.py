@@ -6,6 +6,7 @@ from pathlib import Path
 import diffusers
 import torch
 
+from genstream.io.model_folder import installed_folder
 from genstream.vae.adapters import stream_vae
 from genstream.vae.adapters.base import Adapter
 from genstream.vae.causal import CausalVideoVAE
@@ -28,7 +29,7 @@ def load_vae(
 
     Args:
         folder: in diffusers' layout: config.json, whose `_class_name` says which VAE it is, and safetensors
-            weights. Of a model folder or a training run, the VAE in it.
+            weights. Of a model folder, an installed model or a training run, the VAE in it.
         dtype: of the weights in memory, whichever they are stored in.
         device: to load to.
 
@@ -62,8 +63,8 @@ def load_vae(
 
 
 def component_folder(folder: str | Path) -> Path:
-    """Where the VAE of a folder lies: in itself, or in `vae` of a model folder or of a training run."""
-    folder = Path(folder)
+    """Where the VAE of a folder lies: in itself, or in `vae` of a model or of a training run."""
+    folder = installed_folder(str(folder)) or Path(folder)
     inner = folder / "vae"
     return inner if (inner / _CONFIG_NAME).is_file() and not (folder / _CONFIG_NAME).is_file() else folder
 
@@ -71,6 +72,11 @@ def component_folder(folder: str | Path) -> Path:
 def _class_name(folder: Path) -> str:
     """What the folder's configuration says it holds."""
     path = folder / _CONFIG_NAME
+    if folder.is_file():
+        raise ValueError(
+            f"folder must be one, got the file {str(folder)!r}: published weight files are for load_wan_vae, "
+            f"load_taehv and load_turbo_vaed"
+        )
     if not path.is_file():
         raise ValueError(
             f"folder must hold a VAE, in {_CONFIG_NAME} or vae/{_CONFIG_NAME}, got {str(folder)!r}"

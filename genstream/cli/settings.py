@@ -16,6 +16,7 @@ from genstream.io.model_folder import read_json
 S = TypeVar("S")
 
 _TOLD = {int: "a whole number", float: "a number", str: "a text", Path: "a path", bool: "true or false"}
+_EXAMPLES = {int: 1, float: 0.5, bool: True, str: "..."}
 _LISTS = (tuple, Sequence)
 
 
@@ -172,6 +173,8 @@ def _told_alone(kind: Any) -> str:  # noqa: ANN401
     if typing.get_origin(kind) is typing.Literal:
         return " or ".join(map(repr, inner))
     if typing.get_origin(kind) in _LISTS:
-        count = "any number" if ... in inner else len(inner)
-        return f"a json list '[...]' of {count}, each {_told(inner[0])}"
+        is_any = ... in inner
+        example = json.dumps([_EXAMPLES.get(inner[0], "...")] * (2 if is_any else len(inner)))
+        count = "any number" if is_any else len(inner)
+        return f"a json list like '{example}', of {count}, each {_told(inner[0])}"
     return _TOLD[kind] if kind in _TOLD else str(kind)

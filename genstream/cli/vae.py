@@ -16,7 +16,7 @@ from genstream.io.sections import check_section_file, write_section
 
 if TYPE_CHECKING:
     from genstream.cli.vae_benchmark import BenchSettings, VAEFigures
-    from genstream.cli.vae_comparison import Frames
+    from genstream.cli.vae_comparison import Frames, Reconstruction
 
 _SIZES = [(128, 128), (256, 256)]
 _CLIP_SIZE = (128, 128)
@@ -183,26 +183,43 @@ def _run_compare(arguments: argparse.Namespace) -> int:
         for part in split_pair(name):
             check_name(part)
     clip, description = _clip(arguments)
-    from genstream.cli.pipeline import pick_device, pick_dtype
-    from genstream.cli.vae_comparison import picture, reconstruct, table
+    from genstream.cli.vae_comparison import picture, table
 
-    device = pick_device(arguments.device)
-    dtype = pick_dtype(arguments.dtype, device)
-    rows = []
-    for name in arguments.vaes:
-        print(f"comparing {name}", file=sys.stderr, flush=True)
-        first, second = split_pair(name)
-        encoder = open_vae(first, dtype, device)
-        decoder = encoder if first == second else open_decoder(second, encoder, dtype, device)
-        told = f"{name} (random weights)" if is_random(first) or is_random(second) else name
-        rows.append(reconstruct(clip, told, encoder, decoder))
+    rows, failed = _compared(arguments, clip)
+    if not rows:
+        raise ValueError(f"could not compare {'; '.join(failed)}")
     text = table(description, rows)
     print(json.dumps([row.as_json() for row in rows]) if arguments.json else text)
     if arguments.output is not None:
         write_section(arguments.output, "Quality", text)
     if arguments.picture is not None:
         picture(clip, rows).save(arguments.picture, format="PNG")
+    if failed:
+        raise ValueError(f"could not compare {'; '.join(failed)}")
     return 0
+
+
+def _compared(arguments: argparse.Namespace, clip: "Frames") -> tuple[list["Reconstruction"], list[str]]:
+    """What each VAE makes of the clip, and what was wrong with those that make nothing of it."""
+    from genstream.cli.pipeline import pick_device, pick_dtype
+    from genstream.cli.vae_comparison import reconstruct
+
+    device = pick_device(arguments.device)
+    dtype = pick_dtype(arguments.dtype, device)
+    rows, errors = [], {}
+    for name in arguments.vaes:
+        print(f"comparing {name}", file=sys.stderr, flush=True)
+        first, second = split_pair(name)
+        told = f"{name} (random weights)" if is_random(first) or is_random(second) else name
+        try:
+            encoder = open_vae(first, dtype, device)
+            decoder = encoder if first == second else open_decoder(second, encoder, dtype, device)
+            rows.append(reconstruct(clip, told, encoder, decoder))
+        except (OSError, ValueError) as error:
+            if len(arguments.vaes) == 1:
+                raise
+            errors[name] = error
+    return rows, [f"{name}: {error}" for name, error in errors.items()]
 
 
 def _clip(arguments: argparse.Namespace) -> tuple["Frames", str]:

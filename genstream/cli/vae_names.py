@@ -199,6 +199,8 @@ def _open_file(path: Path, dtype: "torch.dtype", device: "torch.device") -> "Str
     from genstream.vae.wan_weights import load_wan_vae
     from genstream.vae.weights import read_weights
 
+    if (path.parent / "config.json").is_file():
+        raise ValueError(f"VAE must be the folder of {str(path)!r}, where its config.json is")
     tensors = read_weights(path)
     if "encoder.0.weight" in tensors:
         vae: ModelMixin = load_taehv(tensors)

@@ -250,4 +250,4 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - json
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"model file {str(path)!r} is not valid json: {error}") from error
+        raise ValueError(f"file {str(path)!r} is not valid json: {error}") from error

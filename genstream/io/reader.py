@@ -1,5 +1,6 @@
 """Frames and images from files."""
 
+import logging
 import re
 import subprocess
 import time
@@ -18,6 +19,10 @@ from genstream.io.encoder import VIDEO_SUFFIXES
 from genstream.io.png import FRAME_PATTERN
 from genstream.shapes import check_same_size
 
+logger = logging.getLogger(__name__)
+
+READABLE_SUFFIXES = (*VIDEO_SUFFIXES, ".mov", ".m4v", ".mkv", ".avi")
+"""Of video files that are found in folders; one that is named may be anything that ffmpeg knows."""
 _OPAQUE = 255
 _PATIENCE_S = 10.0
 """What imageio gives ffmpeg to tell the size of a video; a machine that sleeps or is busy takes longer."""
@@ -43,17 +48,19 @@ class VideoFile:
 
 
 def find_videos(folder: str | PathLike[str]) -> list[Path]:
-    """All mp4, webm and gif files and folders of png in `folder` and the folders in it, sorted."""
+    """All video files and folders of png in `folder` and the folders in it, sorted; others are told of."""
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"videos must be a folder, got {str(root)!r}")
-    files = [path for path in root.rglob("*") if path.is_file() and path.suffix.lower() in VIDEO_SUFFIXES]
-    folders = {path.parent for path in root.rglob(FRAME_PATTERN)}
-    if not files and not folders:
-        raise ValueError(
-            f"videos must hold {', '.join(VIDEO_SUFFIXES)} or folders of {FRAME_PATTERN}, got {str(root)!r}"
-        )
-    return sorted([*files, *folders])
+    every = [path for path in root.rglob("*") if path.is_file()]
+    files = [path for path in every if path.suffix.lower() in READABLE_SUFFIXES]
+    frames = [path for path in every if path.match(FRAME_PATTERN)]
+    kinds = f"{', '.join(READABLE_SUFFIXES)} or folders of {FRAME_PATTERN}"
+    if not files and not frames:
+        raise ValueError(f"videos must hold {kinds}, got {str(root)!r}")
+    if others := len(every) - len(files) - len(frames):
+        logger.warning("%s: %d files passed over that are not %s", root, others, kinds)
+    return sorted([*files, *{frame.parent for frame in frames}])
 
 
 def inspect_video(path: str | PathLike[str]) -> VideoFile:

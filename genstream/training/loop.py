@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CHECKPOINTS_KEPT = 2
+_CHECKPOINT_PATTERN = f"step_{7 * '[0-9]'}"
 _PROGRESS_NAME = "progress.json"
 _PROGRESS_INTERVAL_S = 10.0
 _LARGEST_SEED = 2**31 - 1
@@ -149,7 +150,7 @@ def learning_rate_at(step: int, settings: LoopSettings) -> float:
 
 def newest_checkpoint(output: Path) -> Path | None:
     """Folder of the newest whole checkpoint of a run."""
-    return max((output / "checkpoints").glob("step_*"), default=None)
+    return max((output / "checkpoints").glob(_CHECKPOINT_PATTERN), default=None)
 
 
 def steps_taken(output: Path) -> int:
@@ -323,7 +324,7 @@ class _Training:
             progress = {"step": self.step, "seconds": self.seconds}
             (partial / _PROGRESS_NAME).write_text(json.dumps(progress))
             partial.rename(final)
-            for old in sorted(folder.glob("step_*"))[:-_CHECKPOINTS_KEPT]:
+            for old in sorted(folder.glob(_CHECKPOINT_PATTERN))[:-_CHECKPOINTS_KEPT]:
                 shutil.rmtree(old)
         self.state.wait_for_everyone()
 
@@ -342,7 +343,10 @@ class _Training:
             optim_state_dict=optimizers["optimizers"],
         )
         progress = json.loads((folder / _PROGRESS_NAME).read_text())
-        self.step, self.seconds = progress["step"], progress["seconds"]
+        try:
+            self.step, self.seconds = int(progress["step"]), float(progress["seconds"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{_PROGRESS_NAME} must hold step and seconds, got {progress!r}") from error
 
     @contextmanager
     def _checkpointing(self) -> Iterator[dict[str, bool]]:
@@ -453,9 +457,22 @@ def _append_row(path: Path, row: dict[str, float]) -> None:
 def _drop_rows_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
-    header, *rows = path.read_text().splitlines()
-    kept = [row for row in rows if int(float(row.split(",")[0])) <= step]
-    path.write_text("\n".join([header, *kept]) + "\n")
+    with path.open(newline="") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    # A row may have been cut off with the run that wrote it.
+    kept = [row for row in rows if len(row) == len(header) and _is_step_until(row[0], step)]
+    if not kept:
+        path.unlink()  # its header may be no more whole than its rows
+        return
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *kept])
+
+
+def _is_step_until(cell: str, last: int) -> bool:
+    try:
+        return float(cell) <= last
+    except ValueError:
+        return False
 
 
 def _text(figures: dict[str, float]) -> str:

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel
 
 from genstream.io.model_folder import read_json
+from genstream.vae.protocol import RGB
 
 _PREPROCESSOR_NAME = "preprocessor_config.json"
 _INTERPOLATE = "interpolate_pos_encoding"
@@ -64,16 +66,28 @@ def load_perceptual(folder: str | Path, device: str | torch.device = "cpu") -> F
             f"perceptual_model must be the folder of a vision model with {_PREPROCESSOR_NAME}, "
             f"got {str(folder)!r}"
         )
-    expected = read_json(folder / _PREPROCESSOR_NAME)
-    statistics = [expected.get(name) for name in ("image_mean", "image_std")]
-    if None in statistics:
-        raise ValueError(f"{str(folder / _PREPROCESSOR_NAME)!r} must give image_mean and image_std")
-    loaded = AutoModel.from_pretrained(str(folder))
+    described = folder / _PREPROCESSOR_NAME
+    mean, std = (_statistic(described, name).to(device) for name in ("image_mean", "image_std"))
+    try:
+        loaded = AutoModel.from_pretrained(str(folder))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"perceptual_model in {str(folder)!r} cannot be loaded: {error}") from error
     model = getattr(loaded, "vision_model", loaded).eval().requires_grad_(requires_grad=False)
     if getattr(model, "main_input_name", None) != "pixel_values":
         raise ValueError(
             f"perceptual_model must be a model that sees images, got a {type(loaded).__name__} in "
             f"{str(folder)!r}"
         )
-    mean, std = (torch.tensor(values, device=device) for values in statistics)
     return FeatureDistance(model.to(device), mean, std)
+
+
+def _statistic(path: Path, name: str) -> Tensor:
+    """What a model's description says of the three colours."""
+    described = read_json(path)
+    values = described.get(name) if isinstance(described, dict) else None
+    numbers = (
+        [value for value in values if isinstance(value, int | float)] if isinstance(values, list) else []
+    )
+    if len(numbers) != RGB:
+        raise ValueError(f"{name} in {str(path)!r} must be {RGB} numbers, got {values!r}")
+    return torch.tensor(numbers, dtype=torch.float32)

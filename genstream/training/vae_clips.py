@@ -1,9 +1,12 @@
 """Clips that VAEs learn from: a folder of videos, or the toy world."""
 
 import hashlib
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Protocol, overload
 
@@ -20,7 +23,7 @@ from genstream.training.vae import LATEST_START_FRAME, crop_around_object
 from genstream.training.vae_windows import ClipSource
 from genstream.vae.protocol import VAESpec
 
-_PROBLEMS_NAMED = 5
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +31,9 @@ class ClipSettings:
     """What a VAE learns from.
 
     Attributes:
-        videos: folder, searched with all folders in it, of mp4, webm, gif and folders of png; None for the
-            toy world.
+        videos: folder, searched with all folders in it, of video files (mp4, mov, mkv, webm, avi, gif) and
+            folders of frame_*.png; None for the toy world. What cannot be read, or is shorter than the
+            longest clip, is skipped and listed.
         size_px: shorter side that videos are resized to; height and width of the toy world.
         crop_px: sides of the squares that are cut out of them, at random places; steps take them in turn.
         clip_latents: lengths of clips in latent frames, 1 for images; steps take them in turn, each with
@@ -74,15 +78,17 @@ class _Pool(Protocol):
 def clip_source(settings: ClipSettings, spec: VAESpec) -> ClipSource:
     """Clips for a VAE with these ratios; those of a step follow from its number and the seed.
 
+    Clips of the next step are read while a step is taken.
+
     Raises:
-        ValueError: names the videos that cannot be read or are shorter than the longest clip.
+        ValueError: sizes do not fit the VAE, or too few videos can be used.
     """
     for name, side in [("size_px", settings.size_px), *(("crop_px", side) for side in settings.crop_px)]:
         check_divides(name, side, spec.spatial_ratio)
     lengths = [spec.first_frames + spec.temporal_ratio * (count - 1) for count in settings.clip_latents]
     pool = _ToyWorldPool(settings) if settings.videos is None else _VideoPool(settings, max(lengths))
 
-    def training(step: int) -> Tensor:
+    def read(step: int) -> Tensor:
         turn, place = divmod(step, len(settings.crop_px))
         side, count = settings.crop_px[place], lengths[turn % len(lengths)]
         batch_size = max(1, settings.batch_pixels // (count * side**2))
@@ -93,7 +99,22 @@ def clip_source(settings: ClipSettings, spec: VAESpec) -> ClipSource:
             clips = list(threads.map(lambda seed: pool.draw(count, side, np.random.default_rng(seed)), seeds))
         return to_tensor(np.stack(clips))
 
-    return ClipSource(training=training, evaluation=_HeldOut(pool, settings.evaluation_clips, max(lengths)))
+    evaluation = _HeldOut(pool, settings.evaluation_clips, max(lengths))
+    return ClipSource(training=_Ahead(read), evaluation=evaluation)
+
+
+class _Ahead:
+    """Reads the clips of step after step, the next ones while the caller works with these."""
+
+    def __init__(self, read: Callable[[int], Tensor]) -> None:
+        self._read = read
+        self._reader = ThreadPoolExecutor(max_workers=1)
+        self._coming: dict[int, Future[Tensor]] = {}
+
+    def __call__(self, step: int) -> Tensor:
+        ready = self._coming.pop(step, None) or self._reader.submit(self._read, step)
+        self._coming = {step + 1: self._reader.submit(self._read, step + 1)}
+        return ready.result()
 
 
 class _HeldOut(Sequence[Tensor]):
@@ -141,22 +162,38 @@ class _VideoPool:
     def __init__(self, settings: ClipSettings, longest: int) -> None:
         assert settings.videos is not None
         self._size = settings.size_px
-        videos = _usable_videos(Path(settings.videos), longest)
-        if len(videos) <= settings.evaluation_clips:
-            raise ValueError(
-                f"videos must hold more than evaluation_clips = {settings.evaluation_clips} videos, "
-                f"got {len(videos)}"
-            )
+        self._broken: set[Path] = set()
         root = Path(settings.videos)
+        videos = _usable_videos(root, longest)
         videos.sort(key=lambda video: _digest(video.path.relative_to(root)))
-        self._evaluation = videos[: settings.evaluation_clips]
-        self._training = videos[settings.evaluation_clips :]
+        whole = (video for video in videos if self._clip(video, 0, longest) is not None)
+        self._evaluation = list(islice(whole, settings.evaluation_clips))
+        self._training = [video for video in videos if video not in self._evaluation]
+        if len(self._training) == len(self._broken):
+            raise ValueError(
+                f"videos must hold more than evaluation_clips = {settings.evaluation_clips} videos of at "
+                f"least {longest} frames, got {len(videos) - len(self._broken)}"
+            )
 
     def draw(self, count: int, side: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-        video = self._training[rng.integers(len(self._training))]
-        clip = read_clip(video, int(rng.integers(video.frames - count + 1)), count, self._size)
+        clip = None
+        while clip is None:
+            video = self._training[rng.integers(len(self._training))]
+            clip = self._clip(video, int(rng.integers(video.frames - count + 1)), count)
+            if clip is None and len(self._broken) == len(self._training):
+                raise ValueError(f"videos must hold one that can be decoded, got {len(self._broken)} broken")
         top, left = (int(rng.integers(length - side + 1)) for length in clip.shape[1:3])
         return clip[:, top : top + side, left : left + side]
+
+    def _clip(self, video: VideoFile, start: int, count: int) -> NDArray[np.uint8] | None:
+        """Frames of a video; None where it is broken, which is told once."""
+        try:
+            return read_clip(video, start, count, self._size)
+        except ValueError as error:
+            if video.path not in self._broken:
+                logger.warning("skipped: %s", error)
+            self._broken.add(video.path)
+            return None
 
     def held_out(self, index: int, count: int) -> NDArray[np.uint8]:
         clip = read_clip(self._evaluation[index], 0, count, self._size)
@@ -169,27 +206,24 @@ def _digest(path: Path) -> bytes:
 
 
 def _usable_videos(folder: Path, longest: int) -> list[VideoFile]:
-    """All videos of a folder; an error names those that are no use."""
+    """The videos of a folder that clips can be cut from; the others are counted and listed."""
     paths = find_videos(folder)
     with ThreadPoolExecutor() as threads:
-        found = list(threads.map(_inspected, paths))
-    videos = [video for video in found if isinstance(video, VideoFile)]
-    problems = [str(error) for error in found if isinstance(error, ValueError)]
-    problems += [
-        f"video {str(video.path)!r} has {video.frames} frames, the longest clip {longest}"
-        for video in videos
-        if video.frames < longest
-    ]
+        found = list(threads.map(partial(_inspected, longest=longest), paths))
+    problems = [problem for problem in found if isinstance(problem, str)]
     if problems:
-        named = "; ".join(problems[:_PROBLEMS_NAMED])
-        raise ValueError(
-            f"videos must all be usable, got {len(problems)} of {len(paths)} that are not: {named}"
-        )
-    return videos
+        logger.warning("%d of %d videos skipped:", len(problems), len(paths))
+    for problem in problems:
+        logger.warning("  %s", problem)
+    return [video for video in found if isinstance(video, VideoFile)]
 
 
-def _inspected(path: Path) -> VideoFile | ValueError:
+def _inspected(path: Path, longest: int) -> VideoFile | str:
+    """The video, or what is wrong with it."""
     try:
-        return inspect_video(path)
+        video = inspect_video(path)
     except ValueError as error:
-        return error
+        return str(error)
+    if video.frames < longest:
+        return f"video {str(path)!r} has {video.frames} frames, the longest clip {longest}"
+    return video

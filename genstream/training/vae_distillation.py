@@ -23,6 +23,8 @@ from genstream.vae.tiny import TinyVideoVAE
 from genstream.vae.turbo import TurboVAED
 from genstream.vae.wan import WanVideoVAE
 
+_NAMED = 24
+"""Layers that an error lists."""
 Student = TurboVAED | TinyVideoVAE | CausalVideoVAE
 Teacher = CausalVideoVAE | TinyVideoVAE | WanVideoVAE | Adapter
 """Any of the video VAEs that encode, on the student's device."""
@@ -278,9 +280,14 @@ def _captured(vae: Student | Teacher, names: Sequence[str]) -> Iterator[dict[str
 def _layer(vae: Student | Teacher, name: str) -> nn.Module:
     """A layer by its dotted name."""
     network = vae.vae if isinstance(vae, Adapter) else vae
-    layer: nn.Module | None = dict(network.named_modules()).get(name)
+    layers = dict(network.named_modules())
+    layer: nn.Module | None = layers.get(name)
     if layer is None:
-        raise ValueError(f"pairs must name layers of {type(network).__name__}, got {name!r}")
+        known = [other for other in layers if other.startswith("decoder") and other.count(".") == 1]
+        raise ValueError(
+            f"pairs must name layers of {type(network).__name__}, such as {', '.join(known[:_NAMED])}; "
+            f"got {name!r}"
+        )
     return layer
 
 

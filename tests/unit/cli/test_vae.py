@@ -70,16 +70,14 @@ def clip():
 
 def test_figures_of_known_chunks():
     chunk_s = [0.1] * 10 + [0.2] * 81 + [0.4] * 9
-    figures = StreamFigures.of(
-        chunk_s, range(1000, 1100), chunk_frames=4, state_bytes=7, flop=10**9, peak=5 * 10.0**10
-    )
+    figures = StreamFigures.of(chunk_s, range(1000, 1100), chunk_frames=4, state_bytes=7, flop=10**9)
     assert figures.chunks == 100
     assert figures.frame_rate == pytest.approx(400 / sum(chunk_s))
     assert (figures.chunk_median_s, figures.chunk_p95_s) == (0.2, 0.4)
     assert figures.frame_first_s == pytest.approx(0.1 / 4)
     assert figures.frame_last_s == pytest.approx(0.4 / 4)
     assert (figures.memory_first_bytes, figures.memory_last_bytes) == (1004.5, 1094.5)
-    assert figures.ceiling_share == pytest.approx(0.1)
+    assert figures.share_of(5 * 10.0**10) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("name", ["tiny_video", "wan2.1", "causal", "turbo", "turbo_windows", "tiled"])
@@ -94,8 +92,11 @@ def test_every_kind_of_vae_is_measured(name):
         assert stream.chunks == 10
         assert stream.state_bytes > 0 and stream.flop_per_chunk > 0
         assert 0 < stream.chunk_median_s <= stream.chunk_p95_s
-        assert 0 < stream.ceiling_share < 1.5
+        assert 0 < stream.share_of(figures.matmul_flop_per_s) < 1.5
     assert VAEFigures.from_json(json.loads(json.dumps(dataclasses.asdict(figures)))) == figures
+    faster = dataclasses.replace(figures, matmul_flop_per_s=2 * figures.matmul_flop_per_s)
+    share = figures.decode.share_of(faster.matmul_flop_per_s)
+    assert table([figures, faster]).count(f" | {100 * share:.0f} % | ") >= 2  # one ceiling for all
     text = table([figures])
     assert text.count(f"| {name} | decode") == 2
     few = dataclasses.replace(figures, decode=dataclasses.replace(figures.decode, chunks=9), encode=None)
@@ -379,6 +380,14 @@ def test_compare_prints_writes_and_draws(tiny_folder, wan_folder, tmp_path, caps
     rows = json.loads(capsys.readouterr().out)
     assert [item["vae"] for item in rows] == names
     assert rows[0]["psnr_db"] > 0
+
+
+def test_compare_shows_what_it_could(tiny_folder, capsys):
+    arguments = ["vae", "compare", tiny_folder, "taeltx_2", "--size", "64x32", "--frames", "5"]
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert f"| {tiny_folder} |" in shown.out
+    assert "could not compare taeltx_2: frames (--frames) must be" in shown.err
 
 
 def test_compare_takes_a_video(tiny_folder, tmp_path, capsys):

@@ -123,16 +123,17 @@ def test_a_video_that_is_shorter_than_it_says_is_named(tmp_path: Path):
         read_clip(video, 30, 20, 32)
 
 
-def test_videos_are_found_in_folders_of_folders(tmp_path: Path):
-    for name in ("b.mp4", "inner/frames/frame_000000.png", "inner/A.GIF", "notes.txt"):
+def test_videos_are_found_in_folders_of_folders(tmp_path: Path, caplog):
+    for name in ("b.mp4", "inner/frames/frame_000000.png", "inner/A.GIF", "inner/C.MOV", "notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     found = [str(path.relative_to(tmp_path)) for path in find_videos(tmp_path)]
-    assert found == ["b.mp4", "inner/A.GIF", "inner/frames"]
+    assert found == ["b.mp4", "inner/A.GIF", "inner/C.MOV", "inner/frames"]
+    assert "1 files passed over that are not .mp4" in caplog.text
 
 
 def test_a_folder_without_videos_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"videos must hold \.mp4, \.webm, \.gif or folders of frame_"):
+    with pytest.raises(ValueError, match=r"videos must hold \.mp4, .*, \.avi or folders of frame_"):
         find_videos(tmp_path)
     with pytest.raises(ValueError, match="videos must be a folder, got"):
         find_videos(tmp_path / "missing")

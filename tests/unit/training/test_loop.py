@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from genstream.training import loop
-from genstream.training.loop import LoopSettings, learning_rate_at, newest_checkpoint, run
+from genstream.training.loop import LoopSettings, learning_rate_at, newest_checkpoint, run, steps_taken
 
 SETTINGS = {
     "total_steps": 12,
@@ -273,16 +273,58 @@ def test_parts_that_take_turns_have_their_own_rates_and_columns(tmp_path, log_st
     assert float(rows[-1]["one"]) < float(rows[0]["one"]) <= -2
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
+def cut_off(checkpoint: Path) -> None:
+    (data,) = checkpoint.glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:100])
+
+
+def without_metadata(checkpoint: Path) -> None:
+    (checkpoint / ".metadata").unlink()
+
+
+def nonsense(checkpoint: Path) -> None:
+    (checkpoint / ".metadata").write_bytes(b"nonsense")
+
+
+def other_progress(checkpoint: Path) -> None:
+    (checkpoint / "progress.json").write_text("[]")
+
+
+@pytest.mark.parametrize("damage", [cut_off, without_metadata, nonsense, other_progress])
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     trained(LoopSettings(**SETTINGS), Line(), tmp_path)
     newest = newest_checkpoint(tmp_path)
-    (data,) = newest.glob("*.distcp")
-    data.write_bytes(data.read_bytes()[:100])
+    damage(newest)
     with pytest.raises(ValueError, match=rf"checkpoint '{newest}' cannot be read, remove it to go on"):
         run(LoopSettings(**SETTINGS), Line(), tmp_path)
     shutil.rmtree(newest)
     run(LoopSettings(**SETTINGS), Line(), tmp_path)
     assert newest_checkpoint(tmp_path) == newest
+
+
+def test_what_is_no_checkpoint_is_left_alone(tmp_path):
+    run(LoopSettings(**SETTINGS), Line(), tmp_path)
+    (tmp_path / "checkpoints" / "step_of_mine").mkdir()
+    assert newest_checkpoint(tmp_path).name == "step_0000012"
+
+
+@pytest.mark.parametrize("left", ["", "step,lo", "step,loss,learning_rate,seconds\n1", "no,log\nof,mine\n"])
+def test_a_log_that_was_cut_off_does_not_stop_the_run(tmp_path, left):
+    with pytest.raises(Killed):
+        run(LoopSettings(**SETTINGS), killed(Line, 7), tmp_path)
+    (tmp_path / "log.csv").write_text(left)
+    run(LoopSettings(**SETTINGS), Line(), tmp_path)
+    assert steps_taken(tmp_path) == 12
+
+
+def test_a_row_that_was_cut_off_is_dropped(tmp_path):
+    run(LoopSettings(**SETTINGS), Line(), tmp_path / "unbroken")
+    with pytest.raises(Killed):
+        run(LoopSettings(**SETTINGS), killed(Line, 7), tmp_path / "killed")
+    with (tmp_path / "killed" / "log.csv").open("a") as file:
+        file.write("1,0.")
+    run(LoopSettings(**SETTINGS), Line(), tmp_path / "killed")
+    assert rows(tmp_path / "killed" / "log.csv") == rows(tmp_path / "unbroken" / "log.csv")
 
 
 def test_figures_that_are_not_finite_end_the_run(tmp_path):

@@ -65,9 +65,23 @@ def test_gradient_reaches_the_images_only(folder):
 def test_a_folder_that_does_not_say_what_it_expects_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"with preprocessor_config\.json, got"):
         load_perceptual(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="must give image_mean and image_std"):
+    described = tmp_path / "preprocessor_config.json"
+    for nonsense in ({}, [], {"image_mean": "grey"}, {"image_mean": [0.5, None, 0.5]}, {"image_mean": [0.5]}):
+        described.write_text(json.dumps(nonsense))
+        with pytest.raises(
+            ValueError, match=r"image_mean in '.*preprocessor_config\.json' must be 3 numbers"
+        ):
+            load_perceptual(tmp_path)
+    described.write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    with pytest.raises(ValueError, match=r"perceptual_model in .* cannot be loaded"):
         load_perceptual(tmp_path)
+
+
+def test_damaged_weights_are_named(folder):
+    (weights,) = folder.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"perceptual_model in .* cannot be loaded"):
+        load_perceptual(folder)
 
 
 def test_of_a_model_of_two_the_one_that_sees_is_taken(tmp_path):

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,14 +81,40 @@ def test_a_first_latent_frame_may_be_several_frames():
     assert [source.training(step).shape[2] for step in (0, 2)] == [4, 12]
 
 
-def test_all_videos_that_are_no_use_are_named(folder, tmp_path):
+def test_videos_that_are_no_use_are_skipped_and_listed(tmp_path, caplog):
     for index in range(3):
         write_video(tmp_path / f"{index}.mp4", 0)
     (tmp_path / "text.mp4").write_text("not a video")
     (tmp_path / "short").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "short" / "frame_000000.png")
-    with pytest.raises(ValueError, match=r"2 of 5 that are not: .*text\.mp4.*short' has 1 frames, .* 9"):
-        clip_source(replace(SETTINGS, videos=str(tmp_path)), SPEC)
+    settings = replace(SETTINGS, videos=str(tmp_path))
+    assert len(clip_source(settings, SPEC).training(0)) == 10
+    told = "\n".join(record.getMessage() for record in caplog.records)
+    assert re.search(
+        r"2 of 5 videos skipped:\n.*short' has 1 frames, .* 9\n.*text\.mp4' cannot be read", told
+    )
+    with pytest.raises(ValueError, match="more than evaluation_clips = 3 videos of at least 9 frames, got 3"):
+        clip_source(replace(settings, evaluation_clips=3), SPEC)
+
+
+def test_a_video_that_breaks_off_is_skipped(folder, tmp_path, caplog):
+    for index in range(4):
+        write_video(tmp_path / f"{index}", 40 * index)
+    source = clip_source(replace(SETTINGS, videos=str(tmp_path)), SPEC)
+    before = greys(source.training(4 * step) for step in range(6))
+    assert len(before) == 2
+    broken = min(before)
+    for frame in (tmp_path / str(broken)).glob("*.png"):
+        frame.write_bytes(b"no picture")
+    source = clip_source(replace(SETTINGS, videos=str(tmp_path)), SPEC)
+    clips = [source.training(4 * step) for step in range(6)]
+    assert greys(clips) == before - {broken}
+    assert [len(batch) for batch in clips] == [10] * 6
+    assert sum("skipped" in record.getMessage() for record in caplog.records) == 1
+    for frame in tmp_path.glob("*/*.png"):
+        frame.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="videos must hold one that can be decoded"):
+        source.training(40)
 
 
 @pytest.mark.parametrize(
@@ -109,5 +136,5 @@ def test_bad_settings(wrong, error):
 
 
 def test_some_videos_must_be_left_for_training(folder):
-    with pytest.raises(ValueError, match="more than evaluation_clips = 4 videos, got 4"):
+    with pytest.raises(ValueError, match="more than evaluation_clips = 4 videos of at least 9 frames, got 4"):
         clip_source(replace(SETTINGS, videos=str(folder), evaluation_clips=4), SPEC)

@@ -105,6 +105,16 @@ def test_a_folder_without_configuration_is_named(tmp_path):
         load_vae(tmp_path / "nothing")
 
 
+def test_a_file_is_told_from_a_folder(tmp_path):
+    (tmp_path / "Wan2.1_VAE.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"got the file .*Wan2.1_VAE.pth': published weight files are for"):
+        load_vae(tmp_path / "Wan2.1_VAE.pth")
+
+
+def test_the_vae_of_an_installed_model_goes_by_its_name():
+    assert load_vae("toyworld").spec.spatial_ratio == 16
+
+
 def test_the_vae_of_a_model_or_a_run_is_found(tmp_path):
     build("tiny").save_pretrained(tmp_path / "vae")
     found = load_vae(tmp_path).state_dict()
