@@ -72,10 +72,19 @@ def test_a_distilled_decoder_stands_in_for_its_teacher(workplace):
     assert (workplace / "out.mp4").stat().st_size > 0
 
 
-def test_a_video_that_is_no_use_ends_in_one_line(workplace, capsys):
+def test_a_video_that_is_no_use_is_skipped_and_told(workplace, caplog):
     (workplace / "clips" / "text.mp4").write_text("not a video")
-    assert main(["train", "causal-vae", "--config", "causal.json", "--videos", "clips"]) == 2
-    assert "text.mp4' cannot be read" in capsys.readouterr().err
+    assert main(["train", "causal-vae", "--config", "causal.json", "--videos", "clips"]) == 0
+    assert "videos skipped" in caplog.text
+    assert "text.mp4' cannot be read" in caplog.text
+    assert (workplace / "runs" / "causal-vae" / "vae" / "config.json").is_file()
+
+
+def test_a_folder_without_a_video_that_is_of_use_ends_in_one_line(workplace, capsys):
+    (workplace / "other").mkdir()
+    (workplace / "other" / "text.mp4").write_text("not a video")
+    assert main(["train", "causal-vae", "--config", "causal.json", "--videos", "other"]) == 2
+    assert "videos must hold more than evaluation_clips" in capsys.readouterr().err
     assert not (workplace / "runs").exists()
 
 

@@ -204,7 +204,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_was_not(tmp_path, monkeypatch):
         (
             tiny_folder,
             {"feature_pairs": ("decoder.0=decoder.99",)},
-            "layers of TinyVideoVAE, got 'decoder.99'",
+            "layers of TinyVideoVAE, such as decoder.*; got 'decoder.99'",
         ),
         (tiny_folder, {"crop_px": (20,)}, "crop_px must be a positive multiple of 8"),
     ],
