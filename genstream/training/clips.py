@@ -60,7 +60,7 @@ class ClipSet:
 
     def switches(self, clip: int) -> bool:
         """Whether the clip changes its scene."""
-        return clip % SWITCHED_EVERY == SWITCHED_EVERY - 1
+        return self.chunks > 1 and clip % SWITCHED_EVERY == SWITCHED_EVERY - 1
 
     def is_hard(self, clip: int) -> bool:
         """Whether the clip shows two objects or one that bounces: what is learnt last."""
@@ -104,23 +104,33 @@ def _switch(clip: int, at_s: float) -> Switch:
     return switch_scene(ToyWorld().scene(clip), at_s, clip)
 
 
-def encode_clips(clips: ClipSet, vae: TinyVideoVAE, folder: Path, precision: Precision = "fp32") -> Tensor:
+def encode_clips(
+    clips: ClipSet, vae: TinyVideoVAE, folder: Path, precision: Precision = "fp32", start: int = 0
+) -> Tensor:
     """Latents of all clips [clips, C, T, h, w], float16, in shards that are encoded only once.
 
     Shards of another VAE, or of clips of another length, lie in another folder and are left alone.
+
+    Args:
+        clips: to encode.
+        vae: that encodes.
+        folder: for the shards.
+        precision: to encode in.
+        start: number of the first of the clips.
     """
     folder = folder / f"{_fingerprint(clips, vae)}_{precision}"
     folder.mkdir(parents=True, exist_ok=True)
     shards = {}
-    for first in range(0, clips.count, _SHARD_CLIPS):
-        numbers = range(first, min(first + _SHARD_CLIPS, clips.count))
+    end = start + clips.count
+    for first in range(start, end, _SHARD_CLIPS):
+        numbers = range(first, min(first + _SHARD_CLIPS, end))
         shards[folder / f"{numbers.start:06d}-{numbers.stop:06d}.safetensors"] = numbers
     for path, numbers in own_share(list(shards.items())):
         if not path.is_file():
             encoded = [_encode(vae, clips.frames(number), precision) for number in numbers]
             save_file({"latents": torch.cat(encoded)}, path.with_suffix(".partial"))
             path.with_suffix(".partial").rename(path)
-            logger.info("encoded clip %d of %d", numbers.stop, clips.count)
+            logger.info("encoded clip %d of %d", numbers.stop - start, clips.count)
     process().wait_for_everyone()
     return torch.cat([load_file(path)["latents"] for path in shards])
 

@@ -7,7 +7,7 @@ import logging
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
@@ -176,9 +176,21 @@ def train_model(
 
 def load_latents(settings: ModelRunSettings, output: Path) -> tuple[ClipSet, Tensor]:
     """The clips of a run and their latents `[clips, C, T, h, w]`, encoded once for all runs beside it."""
-    vae = TinyVideoVAE.from_pretrained(settings.vae, dtype=torch.float32).to(process().device)
+    vae = _load_vae(settings)
     clips = settings.clip_set(vae.spec.temporal_ratio)
     return clips, encode_clips(clips, vae, output.parent / LATENTS_FOLDER, settings.precision)
+
+
+def load_first_chunks(settings: ModelRunSettings, clips: ClipSet, count: int, output: Path) -> Tensor:
+    """Latents `[count, C, T, h, w]` of the first chunks of further clips, whose numbers follow on `clips`."""
+    starts = replace(clips, count=count, chunks=1)
+    folder = output.parent / LATENTS_FOLDER
+    return encode_clips(starts, _load_vae(settings), folder, settings.precision, start=clips.count)
+
+
+def _load_vae(settings: ModelRunSettings) -> TinyVideoVAE:
+    vae: TinyVideoVAE = TinyVideoVAE.from_pretrained(settings.vae, dtype=torch.float32)
+    return vae.to(process().device)
 
 
 def model_folder(name: str, given: str) -> Path:

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.schedulers.schedule import shifted
+from genstream.training.clips import ClipSet
 from genstream.training.denoiser import Denoiser
 from genstream.training.forcing import ForcedSequence, from_middle, from_start, with_noisy_context
 from genstream.training.model_run import (
     ModelRunSettings,
     ModelTrainee,
+    load_first_chunks,
     save_trained,
     train_model,
 )
@@ -54,6 +56,8 @@ class StudentTrainingSettings(ModelRunSettings):
         first: share of steps on first chunks alone, several times as many: all else follows from them, and
             nothing but the prompt tells what they show.
         first_chunks: first chunks of such a step, in batch sizes.
+        first_clips: further clips of which only the first chunk is encoded, for such steps: what prompts
+            mean, above all those of two objects, is learnt from many scenes. 0 for those of `clips`.
         redrawn: share of steps whose context the student draws itself, from the true one under noise, so that
             it learns to mend what it gets wrong while streaming.
         redrawn_level: largest noise under which it does so. From 0.6 on objects come out somewhere else, and
@@ -71,6 +75,7 @@ class StudentTrainingSettings(ModelRunSettings):
     context_noise: float = 0.15
     first: float = 0.35
     first_chunks: int = 4
+    first_clips: int = 0
     redrawn: float = 0.35
     redrawn_level: float = 0.8
     image_start: float = 0.05
@@ -85,6 +90,8 @@ class StudentTrainingSettings(ModelRunSettings):
         least = 2 * (self.window_chunks + 2)
         if self.clip_chunks < least:
             raise ValueError(f"clip_chunks must be at least {least}, got {self.clip_chunks}")
+        if self.first_clips < 0:
+            raise ValueError(f"first_clips must be at least 0, got {self.first_clips}")
         for name in ("first", "redrawn", "redrawn_level", "image_start", "middle", "switched"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -97,7 +104,24 @@ class StudentTrainingSettings(ModelRunSettings):
 
 
 class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
-    """The student with its objective."""
+    """The student with its objective.
+
+    Args:
+        settings: of the run.
+        clips: to train on, and behind them those for evaluation.
+        latents: of all clips, `[clips, C, T, h, w]`.
+        first_chunks: of further clips, whose numbers follow on `clips`.
+    """
+
+    def __init__(
+        self,
+        settings: StudentTrainingSettings,
+        clips: ClipSet,
+        latents: Tensor,
+        first_chunks: Tensor | None = None,
+    ) -> None:
+        super().__init__(settings, clips, latents)
+        self.first_chunks = first_chunks
 
     def _loss(self, shared: np.random.Generator, own: np.random.Generator, among: range) -> Tensor:
         module, rng = self.module, own
@@ -105,7 +129,7 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
         if self.settings.forcing == "diffusion":
             sequence = with_noisy_context(sequence)
         device = module.transformer.device
-        clean = self.latents[clips].to(device, torch.float32)
+        clean = self._latents_of(clips).to(device, torch.float32)
         captions = [caption(clip, int(rng.integers(CAPTIONS))) for clip in clips]
         prompted = rng.random(len(clips)) >= self.settings.without_text
         told = [text if kept else "" for text, kept in zip(captions, prompted, strict=True)]
@@ -129,7 +153,10 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
         """The sequence of a step, its clips out of `among`, and what gives the caption of its targets."""
         settings, clips, kind = self.settings, self.clips, shared.random()
         if kind < settings.first:
-            chosen = [clip for _ in range(settings.first_chunks) for clip in self._choose(among, own)]
+            is_training = among.start == 0
+            if self.first_chunks is not None and is_training:
+                among = range(clips.count, clips.count + len(self.first_chunks))
+            chosen = self._choose(among, own, settings.first_chunks)
             return from_start([settings.chunk_frames], settings.window_chunks), chosen, clips.caption
         kind -= settings.first
         window, sink = settings.window_chunks, True
@@ -148,9 +175,16 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
             chunks[0] = 1
         return from_start(chunks, window, sink=sink), self._choose(among, own), clips.caption
 
-    def _choose(self, clips: Sequence[int], rng: np.random.Generator) -> list[int]:
+    def _latents_of(self, clips: Sequence[int]) -> Tensor:
+        """Of clips, or of the further ones of which there is the first chunk alone."""
+        behind = self.clips.count
+        if self.first_chunks is not None and clips[0] >= behind:
+            return self.first_chunks[[clip - behind for clip in clips]]
+        return self.latents[clips]
+
+    def _choose(self, clips: Sequence[int], rng: np.random.Generator, batches: int = 1) -> list[int]:
         weights = np.array([self.settings.hard_weight if self.clips.is_hard(clip) else 1 for clip in clips])
-        places = rng.choice(len(clips), size=self.settings.batch_size, p=weights / weights.sum())
+        places = rng.choice(len(clips), size=batches * self.settings.batch_size, p=weights / weights.sum())
         return [clips[place] for place in places]
 
     def _middle(self, rng: np.random.Generator, window: int, *, sink: bool) -> ForcedSequence:
@@ -204,7 +238,13 @@ def _redraw(
 
 def train_student(settings: StudentTrainingSettings, output: Path) -> None:
     """Encode the clips, train, and continue what `output` already holds; the result is `output`/model."""
-    train_model(settings, output, StudentTrainee, export)
+
+    def build(settings: StudentTrainingSettings, clips: ClipSet, latents: Tensor) -> StudentTrainee:
+        count = settings.first_clips
+        further = load_first_chunks(settings, clips, count, output) if count else None
+        return StudentTrainee(settings, clips, latents, further)
+
+    train_model(settings, output, build, export)
 
 
 def export(student: Denoiser, settings: StudentTrainingSettings, run_folder: Path) -> None:

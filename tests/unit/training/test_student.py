@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -224,6 +225,37 @@ def test_latents_of_another_vae_or_another_number_of_clips_are_not_mixed_in(buil
     more = encode_clips(settings_for(clips=6).clip_set(4), first, tmp_path)
     assert len(more) == 10
     assert torch.equal(more[:8], whole)
+
+
+def test_first_chunks_are_those_of_the_clips_with_their_numbers(build_pipeline, tmp_path):
+    vae, clips = build_pipeline().vae, settings_for(clips=6).clip_set(4)
+    whole = encode_clips(clips, vae, tmp_path)
+    first = encode_clips(replace(clips, count=5, chunks=1), vae, tmp_path, start=3)
+    torch.testing.assert_close(first, whole[3:8, :, :1])
+
+
+def test_steps_on_first_chunks_draw_from_further_clips():
+    torch.manual_seed(0)
+    plain = trainee_for(first=1.0, image_start=0.0, middle=0.0, switched=0.0, without_text=0.0)
+    further = torch.randn(7, 4, 1, 4, 4)
+    trainee = StudentTrainee(plain.settings, plain.clips, plain.latents, further)
+    rng = np.random.default_rng(0)
+    _, clips, caption = drawn(trainee, rng, range(5))
+    assert set(clips) <= set(range(9, 16)) and len(set(clips)) > 1
+    assert caption(clips[0], 0) == ToyWorld().caption(ToyWorld().scene(clips[0]), 0)
+    assert torch.equal(trainee._latents_of([9, 15]), further[[0, 6]])
+    assert torch.equal(trainee._latents_of([0, 8]), plain.latents[[0, 8]])
+    _, clips, _ = drawn(trainee, rng, range(5, 9))
+    assert set(clips) <= set(range(5, 9))  # evaluation
+    assert trainee.loss(0)[0].isfinite()
+
+
+def test_a_run_with_further_first_chunks(trained, tmp_path):
+    settings, _ = trained
+    settings = replace(settings, first=1.0, image_start=0.0, middle=0.0, switched=0.0, first_clips=3)
+    train_student(settings, tmp_path / "run")
+    encoded = [load_file(path)["latents"].shape[:3] for path in (tmp_path / "latents").rglob("*.safetensors")]
+    assert sorted(encoded) == [(3, 4, 1), (9, 4, 6)]
 
 
 def test_the_result_is_a_pipeline(trained):
