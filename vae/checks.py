@@ -24,6 +24,7 @@ def check_start(direction: Direction, batch_size: int, height: int, width: int, 
 
 def check_clip(name: str, clip: Tensor) -> None:
     """A whole clip, from which a state of its size is made."""
+    check_is_tensor(name, clip)
     if clip.ndim != _CLIP_DIMENSIONS:
         raise ValueError(f"{name} must be [B, C, T, h, w], got {list(clip.shape)}")
     if clip.shape[2] == 0:
@@ -55,6 +56,7 @@ def check_tensor(name: str, tensor: Tensor, expected: tuple[int | None, ...], li
 
     Autocast converts, so that inside of it the dtype is free.
     """
+    check_is_tensor(name, tensor)
     shape = tuple(tensor.shape)
     fits = len(shape) == len(expected) and all(
         want is None or got == want for got, want in zip(shape, expected, strict=True)
@@ -66,6 +68,12 @@ def check_tensor(name: str, tensor: Tensor, expected: tuple[int | None, ...], li
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         tensor = tensor.new_empty(0, dtype=like.dtype)
     check_like(name, tensor, like)
+
+
+def check_is_tensor(name: str, value: object) -> None:
+    """Refuse arrays, lists and None."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
 def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
@@ -89,11 +97,13 @@ def check_owner(state: VAEState, direction: Direction, vae: str) -> None:
 
 def check_state(state: VAEState, direction: Direction, vae: str, like: Tensor) -> None:
     """`check_owner`, and what is remembered must be like the weights."""
+    # First: a VAE that was moved or cast has other weights, too.
+    for slot in state.slots.values() if isinstance(state, VAEState) else ():
+        check_like("state", slot, like)
     check_owner(state, direction, vae)
     if not state.slots:
         raise ValueError("state must hold what its stream remembers, got no slots")
     for name, slot in state.slots.items():
-        check_like("state", slot, like)
         if slot.shape[0] != state.batch_size:
             raise ValueError(
                 f"state must hold {state.batch_size} streams, as it says, got {slot.shape[0]} in {name!r}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from genstream.shapes import check_count, check_whole
-from genstream.vae.checks import check_clip, check_frames, check_owner, check_start
+from genstream.vae.checks import check_clip, check_frames, check_is_tensor, check_owner, check_start
 from genstream.vae.chunks import decoding_state
 from genstream.vae.protocol import Direction, StreamingVAE, VAESpec, VAEState
 from genstream.vae.wrapping import streams
@@ -168,6 +168,7 @@ class TiledVAE:
 
     def _check(self, state: VAEState, direction: Direction, name: str, tensor: Tensor) -> None:
         self._check_owner(state, direction)
+        check_is_tensor(name, tensor)
         unit = 1 if direction == "encode" else self.spec.spatial_ratio
         wanted = (state.batch_size, state.height // unit, state.width // unit)
         if tensor.ndim != 5 or (tensor.shape[0], *tensor.shape[3:]) != wanted:

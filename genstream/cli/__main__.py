@@ -24,8 +24,14 @@ _OPTION_OF_ARGUMENT = {
     "chunk_frames": "--chunk",
 }
 """Arguments of the library that have another name on the command line."""
-_LOUD_WHEN_IMPORTED = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
-"""Loggers that tell of kernels which this machine has no use for, whether torchao is used or not."""
+_LOUD = (
+    "torchao",
+    "torch.utils._pytree",
+    "diffusers.quantizers.torchao.torchao_quantizer",
+    "imageio_ffmpeg",
+)
+"""Loggers that tell of kernels which this machine has no use for, used or not, and of every
+video that is stored on its side."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv`; returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
     given = sys.argv[1:] if argv is None else list(argv)
-    for name in _LOUD_WHEN_IMPORTED:
+    for name in _LOUD:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         arguments = _parse([text for text in given if text != "--debug"])

@@ -107,8 +107,7 @@ def read_video(path: str | PathLike[str]) -> Iterator[NDArray[np.uint8]]:
     """Frames uint8 [H, W, 3] of a video file, a folder of png, or an image, one at a time."""
     source = Path(path)
     if source.is_dir():
-        for file in _frame_files(source):
-            yield _open_rgb(file)
+        yield from _pictures(_frame_files(source))
     elif source.suffix.lower() == ".png":
         yield _open_rgb(source)
     else:
@@ -128,16 +127,39 @@ def _check_exists(source: Path) -> None:
 
 
 def _frame_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob(FRAME_PATTERN))
+    # By number: not all who write them pad it with zeros.
+    files = sorted(folder.glob(FRAME_PATTERN), key=lambda file: (_number(file), file.name))
     if not files:
         raise ValueError(f"video {str(folder)!r} is a folder without any {FRAME_PATTERN}")
     return files
 
 
+def _number(frame: Path) -> int:
+    digits = frame.stem.removeprefix(FRAME_PATTERN.partition("*")[0])
+    if not digits.isdecimal():
+        raise ValueError(f"frame {str(frame)!r} must have a number after {FRAME_PATTERN.partition('*')[0]!r}")
+    return int(digits)
+
+
+def _pictures(files: Sequence[Path]) -> Iterator[NDArray[np.uint8]]:
+    """Frames of one size."""
+    shape = None
+    for file in files:
+        frame = _open_rgb(file)
+        shape = shape or frame.shape
+        if frame.shape != shape:
+            height, width, _ = shape
+            raise ValueError(
+                f"frame {str(file)!r} must be {width}x{height} like those before it, "
+                f"got {frame.shape[1]}x{frame.shape[0]}"
+            )
+        yield frame
+
+
 def _frames_from(video: VideoFile, start: int, count: int) -> Iterator[NDArray[np.uint8]]:
     """At most `count` frames from `start` on, without decoding what is far in front of them."""
     if video.path.is_dir():
-        yield from map(_open_rgb, _frame_files(video.path)[start : start + count])
+        yield from _pictures(_frame_files(video.path)[start : start + count])
         return
     # Half a frame early: what is decoded starts with the first frame at this time or later.
     seek = ["-ss", f"{(start - 0.5) / video.fps:.6f}"] if start > 0 and video.fps > 0 else []

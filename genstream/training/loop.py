@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _CHECKPOINTS_KEPT = 2
 _CHECKPOINT_PATTERN = f"step_{7 * '[0-9]'}"
+_LOCK_NAME = ".lock"
 _PROGRESS_NAME = "progress.json"
 _PROGRESS_INTERVAL_S = 10.0
 _LARGEST_SEED = 2**31 - 1
@@ -134,12 +136,33 @@ def run(settings: LoopSettings, trainee: Trainee, output: Path) -> None:
 
     Raises:
         FloatingPointError: the loss is not finite; names the last good checkpoint.
+        ValueError: another process is at the run, or its newest checkpoint is damaged.
     """
     training = _Training(settings, trainee, output)
-    training.resume()
-    while training.step < settings.total_steps:
-        training.advance()
+    with _alone(output):
+        training.resume()
+        while training.step < settings.total_steps:
+            training.advance()
     training.finish()
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keep other commands away from the run; the lock is gone with the process, however that ends."""
+    if not processes.process().is_main_process:
+        yield
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / _LOCK_NAME)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"output must be a run at which no other process is, got {str(output)!r}") from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def learning_rate_at(step: int, settings: LoopSettings) -> float:

@@ -123,6 +123,29 @@ def test_a_video_that_is_shorter_than_it_says_is_named(tmp_path: Path):
         read_clip(video, 30, 20, 32)
 
 
+def write_greys(folder: Path, names: list[str], side: int = 8) -> None:
+    folder.mkdir(exist_ok=True)
+    for grey, name in enumerate(names):
+        Image.new("RGB", (side, side), (grey,) * 3).save(folder / name)
+
+
+def test_frames_are_read_in_the_order_of_their_numbers(tmp_path: Path):
+    write_greys(tmp_path, [f"frame_{number}.png" for number in range(1, 13)])
+    assert [frame[0, 0, 0] for frame in read_video(tmp_path)] == list(range(12))
+    clip = read_clip(inspect_video(tmp_path), 8, 3, 8)
+    assert clip[:, 0, 0, 0].tolist() == [8, 9, 10]
+
+
+def test_frames_without_a_number_or_of_another_size_are_named(tmp_path: Path):
+    write_greys(tmp_path / "a", ["frame_0.png", "frame_last.png"])
+    with pytest.raises(ValueError, match=r"frame '.*frame_last\.png' must have a number"):
+        inspect_video(tmp_path / "a")
+    write_greys(tmp_path / "b", ["frame_0.png", "frame_1.png"])
+    write_greys(tmp_path / "b", ["frame_1.png"], side=9)
+    with pytest.raises(ValueError, match=r"frame '.*frame_1\.png' must be 8x8 like those before it, got 9x9"):
+        list(read_video(tmp_path / "b"))
+
+
 def test_videos_are_found_in_folders_of_folders(tmp_path: Path, caplog):
     for name in ("b.mp4", "inner/frames/frame_000000.png", "inner/A.GIF", "inner/C.MOV", "notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

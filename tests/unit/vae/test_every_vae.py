@@ -5,6 +5,7 @@ import math
 import random
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -502,6 +503,28 @@ def test_clips_that_are_no_whole_latent_frames_are_refused(name):
     count = spec.first_frames + spec.temporal_ratio + 1
     text = message(small_vae(name).encode, frames_for(small_vae(name), count))
     assert f"frames must be 1 + {spec.temporal_ratio}n along dimension 2, got {count}" in text
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_state_of_another_precision_is_told_by_it(name, direction):
+    vae, clip, step, state = beginning(name, direction)
+    step(clip, state)
+    coarse = in_precision(vae, torch.float32)
+    again = coarse.decode_chunk if direction == "decode" else coarse.encode_chunk
+    with pytest.raises(ValueError, match=r"state must be torch\.float32 .*, got torch\.float64"):
+        again(clip.float(), state)
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@pytest.mark.parametrize("name", EVERY)
+def test_what_is_no_tensor_is_refused(name, direction):
+    vae, clip, step, state = beginning(name, direction)
+    argument = "latents" if direction == "decode" else "frames"
+    for wrong in (None, clip.numpy(), [1.0]):
+        for refuse in (partial(step, wrong, state), partial(getattr(vae, direction), wrong)):
+            with pytest.raises(ValueError, match=rf"{argument} must be a torch\.Tensor, got"):
+                refuse()
 
 
 @pytest.mark.parametrize("name", EVERY)
