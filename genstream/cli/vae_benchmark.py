@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from genstream.cli.process import hardware_name, peak_memory_bytes, resident_memory_bytes
+from genstream.cli.process import (
+    hardware_name,
+    peak_memory_since,
+    resident_memory_bytes,
+    restart_peak_memory,
+)
 from genstream.cli.units import change, mib
 from genstream.vae.protocol import RGB, Direction, StreamingVAE, VAESpec, VAEState
 
@@ -20,6 +25,8 @@ _MATMUL_SIZE = 1024
 _MATMUL_SIZE_GPU = 8192
 _MATMUL_RUNS = 10
 _PARTS = 10
+_FEWEST_TURNS = 5
+_MOST_TURNS = 50
 _GIGA = 1e9
 
 
@@ -60,57 +67,71 @@ class BenchSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamFigures:
-    """What one direction took; `first` and `last` are medians of the first and last tenth of the chunks."""
+    """What one direction took.
+
+    `first` and `last` are medians of the first and last tenth of the chunks. `new` and `late` are those of a
+    new stream and of this one behind its last chunk, which took turns: machines that are shared change their
+    speed within minutes, so that its own first chunks are nothing to compare with.
+    """
 
     chunks: int
     chunk_frames: int
     frame_rate: float
     chunk_median_s: float
     chunk_p95_s: float
-    frame_first_s: float
-    frame_last_s: float
+    frame_new_s: float
+    frame_late_s: float
     memory_first_bytes: float
     memory_last_bytes: float
     state_bytes: int
+    peak_memory_bytes: int | None
     flop_per_chunk: int
-
-    @classmethod
-    def of(
-        cls,
-        chunk_s: Sequence[float],
-        memory: Sequence[int],
-        *,
-        chunk_frames: int,
-        state_bytes: int,
-        flop: int,
-    ) -> Self:
-        """Figures of chunks of `chunk_frames` frames, with the memory after each of them.
-
-        Args:
-            chunk_s: seconds of each chunk.
-            memory: bytes after each chunk.
-            chunk_frames: of every chunk.
-            state_bytes: what the stream remembers.
-            flop: floating-point operations of a chunk.
-        """
-        tenth = max(1, len(chunk_s) // _PARTS)
-        return cls(
-            chunks=len(chunk_s),
-            chunk_frames=chunk_frames,
-            frame_rate=chunk_frames * len(chunk_s) / sum(chunk_s),
-            chunk_median_s=statistics.median(chunk_s),
-            chunk_p95_s=sorted(chunk_s)[math.ceil(0.95 * len(chunk_s)) - 1],
-            frame_first_s=statistics.median(chunk_s[:tenth]) / chunk_frames,
-            frame_last_s=statistics.median(chunk_s[-tenth:]) / chunk_frames,
-            memory_first_bytes=statistics.median(memory[:tenth]),
-            memory_last_bytes=statistics.median(memory[-tenth:]),
-            state_bytes=state_bytes,
-            flop_per_chunk=flop,
-        )
 
     def share_of(self, flop_per_s: float) -> float:
         """Of what the processor can do, what the median chunk did."""
         return self.flop_per_chunk / self.chunk_median_s / flop_per_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """What was measured in one direction.
+
+    Attributes:
+        chunk_s: seconds of each chunk.
+        memory: bytes after each chunk.
+        turns: seconds of a chunk of a new stream and of this one behind all others, again and again.
+        chunk_frames: of every chunk.
+        state_bytes: what the stream remembers.
+        peak_memory_bytes: most that was held during these chunks, if that is known.
+        flop: floating-point operations of a chunk.
+    """
+
+    chunk_s: Sequence[float]
+    memory: Sequence[int]
+    turns: Sequence[tuple[float, float]]
+    chunk_frames: int
+    state_bytes: int
+    peak_memory_bytes: int | None
+    flop: int
+
+    def figures(self) -> StreamFigures:
+        """What is told of them."""
+        chunks, frames = len(self.chunk_s), self.chunk_frames
+        tenth = max(1, chunks // _PARTS)
+        return StreamFigures(
+            chunks=chunks,
+            chunk_frames=frames,
+            frame_rate=frames * chunks / sum(self.chunk_s),
+            chunk_median_s=statistics.median(self.chunk_s),
+            chunk_p95_s=sorted(self.chunk_s)[math.ceil(0.95 * chunks) - 1],
+            frame_new_s=statistics.median(new for new, _ in self.turns) / frames,
+            frame_late_s=statistics.median(late for _, late in self.turns) / frames,
+            memory_first_bytes=statistics.median(self.memory[:tenth]),
+            memory_last_bytes=statistics.median(self.memory[-tenth:]),
+            state_bytes=self.state_bytes,
+            peak_memory_bytes=self.peak_memory_bytes,
+            flop_per_chunk=self.flop,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +148,6 @@ class VAEFigures:
     date: str
     exactness: str
     matmul_flop_per_s: float
-    peak_memory_bytes: int | None
     decode: StreamFigures
     encode: StreamFigures | None
 
@@ -147,8 +167,6 @@ def measure(vae: StreamingVAE, name: str, settings: BenchSettings) -> VAEFigures
     chunk_latents = settings.latents_of_chunk(vae.spec)
     like = next(iter(vae.init_state("decode", 1, settings.height, settings.width).slots.values()))
     device = like.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     peak = _matmul_peak(like)
     decode = _measure_direction(vae, "decode", settings)
     encode = _measure_direction(vae, "encode", settings) if _encodes(vae, settings) else None
@@ -164,7 +182,6 @@ def measure(vae: StreamingVAE, name: str, settings: BenchSettings) -> VAEFigures
         exactness=vae.spec.exactness,
         # Twice: machines that are shared change their speed within minutes.
         matmul_flop_per_s=max(peak, _matmul_peak(like)),
-        peak_memory_bytes=_peak_memory(device),
         decode=decode,
         encode=encode,
     )
@@ -182,6 +199,7 @@ def _encodes(vae: StreamingVAE, settings: BenchSettings) -> bool:
 def _measure_direction(vae: StreamingVAE, direction: Direction, settings: BenchSettings) -> StreamFigures:
     state = vae.init_state(direction, 1, settings.height, settings.width)
     chunk = _random_chunk(vae.spec, state, settings.latents_of_chunk(vae.spec))
+    counts_peak = restart_peak_memory(chunk.device)
     step = _warmed_up(vae, state, chunk)
     with FlopCounterMode(display=False) as counter:
         step(chunk)
@@ -190,17 +208,34 @@ def _measure_direction(vae: StreamingVAE, direction: Direction, settings: BenchS
     memory: list[int] = []
     deadline = time.perf_counter() + settings.max_seconds
     while len(chunk_s) < settings.chunks and (time.perf_counter() < deadline or not chunk_s):
-        begun = time.perf_counter()
-        step(chunk)
-        chunk_s.append(time.perf_counter() - begun)
+        chunk_s.append(_seconds(step, chunk))
         memory.append(_memory(chunk.device))
-    return StreamFigures.of(
-        chunk_s,
-        memory,
+    state_bytes = state.nbytes
+    peak = peak_memory_since(chunk.device) if counts_peak else None
+    # Behind the peak: two streams are more than one.
+    new = _warmed_up(vae, vae.init_state(direction, 1, settings.height, settings.width), chunk)
+    turns = [(_seconds(new, chunk), _seconds(step, chunk)) for _ in range(_turns(len(chunk_s)))]
+    measured = Measurements(
+        chunk_s=chunk_s,
+        memory=memory,
+        turns=turns,
         chunk_frames=frames,
-        state_bytes=state.nbytes,
+        state_bytes=state_bytes,
+        # The system notes peaks late: some hundred kilobytes below what was in memory.
+        peak_memory_bytes=None if peak is None else max(peak, *memory),
         flop=counter.get_total_flops(),
     )
+    return measured.figures()
+
+
+def _seconds(step: Callable[[Tensor], None], chunk: Tensor) -> float:
+    begun = time.perf_counter()
+    step(chunk)
+    return time.perf_counter() - begun
+
+
+def _turns(chunks: int) -> int:
+    return min(max(chunks // _PARTS, _FEWEST_TURNS), _MOST_TURNS)
 
 
 def _random_chunk(spec: VAESpec, state: VAEState, latents: int) -> Tensor:
@@ -258,14 +293,6 @@ def _memory(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_memory_bytes()
 
 
-def _peak_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = peak_memory_bytes()
-    # The system notes peaks late: some hundred kilobytes below what is in memory now.
-    return None if peak is None else max(peak, _memory(device))
-
-
 def section_title(figures: VAEFigures) -> str:
     """Of the section that the figures belong to."""
     return f"Speed at {figures.width}x{figures.height}, {figures.dtype} on {figures.device}"
@@ -309,10 +336,11 @@ def _steady_table(rows: Sequence[VAEFigures]) -> list[str]:
     if not steady:
         return [f"How steady they are was not measured: there were fewer than {_PARTS} chunks."]
     return [
-        f"Medians of the first and of the last tenth of the chunks, where there were {_PARTS} at least in"
-        " the time that was given:",
+        "The time of a frame behind so many chunks and of one of a new stream, in turns, and memory at the"
+        f" first and at the last tenth of the chunks, where there were {_PARTS} at least in the time that was"
+        " given; medians:",
         "",
-        "| VAE | direction | chunks | ms per frame, first | last | memory, first | last |",
+        "| VAE | direction | chunks | ms per frame, new stream | behind the chunks | memory, first | last |",
         "|---|---|---|---|---|---|---|",
         *steady,
     ]
@@ -323,7 +351,7 @@ def _streams(row: VAEFigures) -> list[tuple[str, StreamFigures]]:
 
 
 def _speed(row: VAEFigures, direction: str, stream: StreamFigures, ceiling: float) -> str:
-    peak = "" if row.peak_memory_bytes is None else mib(row.peak_memory_bytes)
+    peak = "" if stream.peak_memory_bytes is None else mib(stream.peak_memory_bytes)
     cells = (
         row.vae,
         direction,
@@ -344,8 +372,8 @@ def _steadiness(row: VAEFigures, direction: str, stream: StreamFigures) -> str:
         row.vae,
         direction,
         str(stream.chunks),
-        f"{1000 * stream.frame_first_s:.4g}",
-        f"{1000 * stream.frame_last_s:.4g} ({change(stream.frame_first_s, stream.frame_last_s)})",
+        f"{1000 * stream.frame_new_s:.4g}",
+        f"{1000 * stream.frame_late_s:.4g} ({change(stream.frame_new_s, stream.frame_late_s)})",
         mib(stream.memory_first_bytes),
         f"{mib(stream.memory_last_bytes)} ({change(stream.memory_first_bytes, stream.memory_last_bytes)})",
     )

@@ -18,7 +18,7 @@ import genstream
 from genstream.cli.__main__ import main
 from genstream.cli.vae_benchmark import (
     BenchSettings,
-    StreamFigures,
+    Measurements,
     VAEFigures,
     measure,
     section_title,
@@ -70,12 +70,22 @@ def clip():
 
 def test_figures_of_known_chunks():
     chunk_s = [0.1] * 10 + [0.2] * 81 + [0.4] * 9
-    figures = StreamFigures.of(chunk_s, range(1000, 1100), chunk_frames=4, state_bytes=7, flop=10**9)
+    turns = [(0.1, 0.3), (0.9, 0.2), (0.2, 0.7)]
+    measured = Measurements(
+        chunk_s=chunk_s,
+        memory=range(1000, 1100),
+        turns=turns,
+        chunk_frames=4,
+        state_bytes=7,
+        peak_memory_bytes=2000,
+        flop=10**9,
+    )
+    figures = measured.figures()
     assert figures.chunks == 100
     assert figures.frame_rate == pytest.approx(400 / sum(chunk_s))
     assert (figures.chunk_median_s, figures.chunk_p95_s) == (0.2, 0.4)
-    assert figures.frame_first_s == pytest.approx(0.1 / 4)
-    assert figures.frame_last_s == pytest.approx(0.4 / 4)
+    assert figures.frame_new_s == pytest.approx(0.2 / 4)
+    assert figures.frame_late_s == pytest.approx(0.3 / 4)
     assert (figures.memory_first_bytes, figures.memory_last_bytes) == (1004.5, 1094.5)
     assert figures.share_of(5 * 10.0**10) == pytest.approx(0.1)
 
