@@ -5,6 +5,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from genstream.io.model_folder import installed_folder
 from genstream.vae.adapters import stream_vae
@@ -48,6 +49,7 @@ def load_vae(
             f"_class_name in {str(folder / _CONFIG_NAME)!r} must be one of {', '.join(_OWN)} "
             f"or a VAE of diffusers, got {name!r}"
         )
+    _check_weights(folder)
     vae, loading = kind.from_pretrained(
         str(folder), torch_dtype=dtype, use_safetensors=True, output_loading_info=True
     )
@@ -60,6 +62,17 @@ def load_vae(
         )
     vae.to(device).eval()
     return vae if name in _OWN else stream_vae(vae)
+
+
+def _check_weights(folder: Path) -> None:
+    """Only safetensors are read: other formats can run code when they are loaded."""
+    if any((folder / f"{SAFETENSORS_WEIGHTS_NAME}{index}").is_file() for index in ("", ".index.json")):
+        return
+    found = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pth"))
+    raise ValueError(
+        f"folder must hold {SAFETENSORS_WEIGHTS_NAME}, got {found or 'no weights'} in {str(folder)!r}; a "
+        f"variant is loaded when it is renamed, other formats when diffusers' class saves them again"
+    )
 
 
 def component_folder(folder: str | Path) -> Path:

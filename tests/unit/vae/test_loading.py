@@ -105,6 +105,15 @@ def test_a_folder_without_configuration_is_named(tmp_path):
         load_vae(tmp_path / "nothing")
 
 
+def test_weights_of_another_format_are_named(tmp_path):
+    build("tiny").save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(ValueError, match=r"got \['diffusion_pytorch_model.fp16.safetensors'\] in .* renamed"):
+        load_vae(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"must hold .*\.safetensors, got no weights"):
+        load_vae(tmp_path)
+
+
 def test_a_file_is_told_from_a_folder(tmp_path):
     (tmp_path / "Wan2.1_VAE.pth").write_bytes(b"")
     with pytest.raises(ValueError, match=r"got the file .*Wan2.1_VAE.pth': published weight files are for"):
