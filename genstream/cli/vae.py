@@ -186,14 +186,13 @@ def _run_compare(arguments: argparse.Namespace) -> int:
     from genstream.cli.vae_comparison import picture, table
 
     rows, failed = _compared(arguments, clip)
-    if not rows:
-        raise ValueError(f"could not compare {'; '.join(failed)}")
-    text = table(description, rows)
-    print(json.dumps([row.as_json() for row in rows]) if arguments.json else text)
-    if arguments.output is not None:
-        write_section(arguments.output, "Quality", text)
-    if arguments.picture is not None:
-        picture(clip, rows).save(arguments.picture, format="PNG")
+    if rows:
+        text = table(description, rows)
+        print(json.dumps([row.as_json() for row in rows]) if arguments.json else text)
+        if arguments.output is not None:
+            write_section(arguments.output, "Quality", text)
+        if arguments.picture is not None:
+            picture(clip, rows).save(arguments.picture, format="PNG")
     if failed:
         raise ValueError(f"could not compare {'; '.join(failed)}")
     return 0
