@@ -189,8 +189,8 @@ def load_first_chunks(settings: ModelRunSettings, clips: ClipSet, count: int, ou
 
 
 def _load_vae(settings: ModelRunSettings) -> TinyVideoVAE:
-    vae: TinyVideoVAE = TinyVideoVAE.from_pretrained(settings.vae, dtype=torch.float32)
-    return vae.to(process().device)
+    vae: TinyVideoVAE = TinyVideoVAE.from_pretrained(settings.vae, dtype=torch.float32).to(process().device)
+    return vae
 
 
 def model_folder(name: str, given: str) -> Path:
