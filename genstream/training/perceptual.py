@@ -66,8 +66,9 @@ def load_perceptual(folder: str | Path, device: str | torch.device = "cpu") -> F
             f"perceptual_model must be the folder of a vision model with {_PREPROCESSOR_NAME}, "
             f"got {str(folder)!r}"
         )
-    described = folder / _PREPROCESSOR_NAME
-    mean, std = (_statistic(described, name).to(device) for name in ("image_mean", "image_std"))
+    path = folder / _PREPROCESSOR_NAME
+    described = read_json(path)
+    mean, std = (_statistic(described, name, path).to(device) for name in ("image_mean", "image_std"))
     try:
         loaded = AutoModel.from_pretrained(str(folder))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -81,9 +82,8 @@ def load_perceptual(folder: str | Path, device: str | torch.device = "cpu") -> F
     return FeatureDistance(model.to(device), mean, std)
 
 
-def _statistic(path: Path, name: str) -> Tensor:
-    """What a model's description says of the three colours."""
-    described = read_json(path)
+def _statistic(described: object, name: str, path: Path) -> Tensor:
+    """What a model's description, read from `path`, says of the three colours."""
     values = described.get(name) if isinstance(described, dict) else None
     numbers = (
         [value for value in values if isinstance(value, int | float)] if isinstance(values, list) else []

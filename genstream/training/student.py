@@ -110,7 +110,7 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
         settings: of the run.
         clips: to train on, and behind them those for evaluation.
         latents: of all clips, `[clips, C, T, h, w]`.
-        first_chunks: of further clips, whose numbers follow on `clips`.
+        first_latents: of the first chunks of further clips, whose numbers follow on `clips`.
     """
 
     def __init__(
@@ -118,10 +118,10 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
         settings: StudentTrainingSettings,
         clips: ClipSet,
         latents: Tensor,
-        first_chunks: Tensor | None = None,
+        first_latents: Tensor | None = None,
     ) -> None:
         super().__init__(settings, clips, latents)
-        self.first_chunks = first_chunks
+        self.first_latents = first_latents
 
     def _loss(self, shared: np.random.Generator, own: np.random.Generator, among: range) -> Tensor:
         module, rng = self.module, own
@@ -154,8 +154,8 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
         settings, clips, kind = self.settings, self.clips, shared.random()
         if kind < settings.first:
             is_training = among.start == 0
-            if self.first_chunks is not None and is_training:
-                among = range(clips.count, clips.count + len(self.first_chunks))
+            if self.first_latents is not None and is_training:
+                among = range(clips.count, clips.count + len(self.first_latents))
             chosen = self._choose(among, own, settings.first_chunks)
             return from_start([settings.chunk_frames], settings.window_chunks), chosen, clips.caption
         kind -= settings.first
@@ -178,8 +178,8 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
     def _latents_of(self, clips: Sequence[int]) -> Tensor:
         """Of clips, or of the further ones of which there is the first chunk alone."""
         behind = self.clips.count
-        if self.first_chunks is not None and clips[0] >= behind:
-            return self.first_chunks[[clip - behind for clip in clips]]
+        if self.first_latents is not None and clips[0] >= behind:
+            return self.first_latents[[clip - behind for clip in clips]]
         return self.latents[clips]
 
     def _choose(self, clips: Sequence[int], rng: np.random.Generator, batches: int = 1) -> list[int]:
