@@ -1,7 +1,8 @@
 """Recipes: training runs one after the other, from nothing to a model; a chain that was cut off goes on.
 
 A recipe is a folder with a `recipe.json`, which names the stages and their commands in order, and a config
-file for each stage. Folders in a config (`vae`, `initial`, `teacher`) are those of earlier stages.
+file for each stage. Folders in a config (`vae`, `initial`, `text_encoder`, `teacher`) are those of earlier
+stages.
 """
 
 import logging
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _RECIPES = Path(genstream.training.__file__).parent / "recipes"
 _INDEX = "recipe.json"
-_PLACES = ("vae", "initial", "teacher")
+_PLACES = ("vae", "initial", "text_encoder", "teacher")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ def _stage(name: str, command: str, config: Path, output: Path) -> Stage:
         text
         for place in _PLACES
         if isinstance(value := content.get(place), str)
-        for text in (f"--{place}", str(output / value))
+        for text in (f"--{place.replace('_', '-')}", str(output / value))
     ]
     options = ["--config", str(config), *places, "--output", str(output / name)]
     settings, _ = parse_settings(f"genstream {command}", kind, options)

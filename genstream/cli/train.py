@@ -1,7 +1,7 @@
-"""`genstream train vae|student|teacher|causal-vae`: trains from nothing; a run that was cut off goes on.
+"""`genstream train vae|text|student|teacher|causal-vae`: trains from nothing; a run that was cut off goes on.
 
-vae and student are the parts of the embedded model, a teacher is what students can be distilled from, and
-causal-vae is a video VAE for any videos.
+vae, text and student are the parts of the embedded model, a teacher is what students can be distilled from,
+and causal-vae is a video VAE for any videos.
 """
 
 import argparse

@@ -36,6 +36,12 @@ TRAINERS: Mapping[str, Trainer] = {
     "train vae": Trainer(
         "vae", "VAETrainingSettings", "train_vae", "train the tiny video VAE of the embedded model"
     ),
+    "train text": Trainer(
+        "text_encoder",
+        "TextTrainingSettings",
+        "train_text_encoder",
+        "train the text encoder of the embedded model on captions",
+    ),
     "train teacher": Trainer(
         "teacher",
         "TeacherTrainingSettings",

@@ -30,26 +30,49 @@ TRAINING_STYLE: Final = CaptionStyle(plain=0.3, synonym=0.5, extra=0.3, omitted=
 COMPLETE_STYLE: Final = CaptionStyle(plain=0.5, synonym=0.5, extra=0.25, omitted=0.0)
 
 
+_PLAIN_JOINT = " and "
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """Part of a caption, with its spaces.
+
+    Args:
+        text: Words.
+        item: The object they are about; None for the background and for what stands between objects.
+    """
+
+    text: str
+    item: ObjectSpec | None = None
+
+
 def plain_caption(scene: Scene) -> str:
     """The shortest complete caption: "a red circle moving right and a blue square moving left"."""
-    return " and ".join(_plain_phrase(item) for item in scene.objects)
+    return _PLAIN_JOINT.join(_plain_phrase(item) for item in scene.objects)
 
 
 def describe(scene: Scene, generator: np.random.Generator, style: CaptionStyle = TRAINING_STYLE) -> str:
     """A caption of the scene that holds at every time."""
+    return "".join(phrase.text for phrase in phrases(scene, generator, style))
+
+
+def phrases(
+    scene: Scene, generator: np.random.Generator, style: CaptionStyle = TRAINING_STYLE
+) -> list[Phrase]:
+    """The same caption in parts, each about one object, or about none."""
     if generator.random() < style.plain:
-        return plain_caption(scene)
+        plain = [Phrase(_plain_phrase(item), item) for item in scene.objects]
+        return plain if len(plain) == 1 else [plain[0], Phrase(_PLAIN_JOINT), plain[1]]
     writer = _Writer(generator, style)
     if len(scene.objects) == 1:
-        caption = writer.lone(scene.objects[0])
+        parts = [Phrase(writer.lone(scene.objects[0]), scene.objects[0])]
     else:
-        caption = writer.pair(scene.objects)
+        parts = writer.pair(scene.objects)
     if generator.random() < style.extra:
         phrase = writer.choose(vocabulary.BACKGROUND_PHRASES)
-        caption += (", " if phrase.startswith("the") else " ") + phrase.format(
-            writer.word(vocabulary.BACKGROUNDS[scene.background])
-        )
-    return caption
+        background = phrase.format(writer.word(vocabulary.BACKGROUNDS[scene.background]))
+        parts.append(Phrase((", " if phrase.startswith("the") else " ") + background))
+    return parts
 
 
 def _plain_phrase(item: ObjectSpec) -> str:
@@ -99,22 +122,17 @@ class _Writer:
             return f"{name} {self.finite_motion(item.motion)}"
         return form.format(name, self.motion(item.motion))
 
-    def pair(self, objects: tuple[ObjectSpec, ...]) -> str:
-        back, front = (
-            self.name(
-                self.word(vocabulary.COLOURS[item.colour]),
-                self.word(vocabulary.SHAPES[item.shape]),
-                item.size,
-            )
-            + f" {self.motion(item.motion)}"
-            for item in objects
-        )
+    def pair(self, objects: tuple[ObjectSpec, ...]) -> list[Phrase]:
+        back, front = (Phrase(self.complete(item), item) for item in objects)
         joint = self.word(("and", *vocabulary.JOINTS))
-        if joint == "behind":
-            return f"{back} behind {front}"
-        if joint == "in front of" or self.chance(0.5):
+        if joint == "in front of" or (joint != "behind" and self.chance(0.5)):
             back, front = front, back
-        return f"{back} {joint} {front}"
+        return [back, Phrase(f" {joint} "), front]
+
+    def complete(self, item: ObjectSpec) -> str:
+        colour = self.word(vocabulary.COLOURS[item.colour])
+        shape = self.word(vocabulary.SHAPES[item.shape])
+        return f"{self.name(colour, shape, item.size)} {self.motion(item.motion)}"
 
     def name(self, colour: str, shape: str, size: str) -> str:
         size_word = self.word(vocabulary.SIZES[size]) if self.chance(self._style.extra) else ""

@@ -26,6 +26,7 @@ from genstream.training.loop import LoopSettings, run, steps_taken
 from genstream.training.precision import Precision
 from genstream.training.processes import once, own_rng, process, shared_rng
 from genstream.training.record import RECORD_FOLDER, Training, claim_run, write_record
+from genstream.training.text_encoder import load_text_encoder, text_encoder_folder
 from genstream.vae.tiny import TinyVideoVAE
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class ModelRunSettings(DenoiserSettings):
         vae: folder of the VAE whose latents it learns.
         initial: model to start from, or the run that made it; its patches may be of another size, and it may
             have fewer layers. Random weights when None.
+        text_encoder: one that `genstream train text` made, or the run that made it; it stays as it is. When
+            None the model's own is trained with it.
         total_steps: optimiser steps.
         learning_rate: peak.
         optimizer: "muon" needs fewer steps, each of them a little longer.
@@ -64,6 +67,7 @@ class ModelRunSettings(DenoiserSettings):
 
     vae: str = "runs/vae/vae"
     initial: str | None = None
+    text_encoder: str | None = None
     total_steps: int = 8000
     learning_rate: float = 1.8e-3
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -169,6 +173,10 @@ def train_model(
     trainee = build(settings, clips, latents)
     if initial is not None:
         copy_weights(initial, trainee.module)
+    if settings.text_encoder is not None:
+        module = trainee.module
+        encoder = load_text_encoder(settings.text_encoder, module.text_encoder)
+        module.text_encoder = encoder.requires_grad_(requires_grad=False)
     run(settings.loop, trainee, output)
     once(lambda: export(trainee.module, settings, output))
     logger.info("trained model in %s", output / RESULT_FOLDER)
@@ -244,7 +252,11 @@ def save_trained(
         guidance_scale=settings.guidance_scale,
         **stream,  # type: ignore[arg-type]
     )
-    earlier = [] if settings.initial is None else [model_folder("initial", settings.initial)]
+    earlier = [vae_folder]
+    if settings.text_encoder is not None:
+        earlier.append(text_encoder_folder(settings.text_encoder))
+    if settings.initial is not None:
+        earlier.append(model_folder("initial", settings.initial))
     name = run_folder.name  # as in the command lines of its descendants
     training = Training(
         name=name,
@@ -254,7 +266,7 @@ def save_trained(
         logs={name: run_folder / "log.csv"},
         steps=steps_taken(run_folder),
     )
-    save_model(pipe, run_folder / RESULT_FOLDER, [vae_folder, *earlier], training)
+    save_model(pipe, run_folder / RESULT_FOLDER, earlier, training)
 
 
 def save_model(
