@@ -167,16 +167,17 @@ def train_model(
     if not (Path(settings.vae) / "config.json").is_file():
         raise ValueError(f"vae must be the folder of a trained VAE, got {settings.vae!r}")
     initial = None if settings.initial is None else Denoiser.of(load_model("initial", settings.initial))
+    reader = None
+    if settings.text_encoder is not None:
+        reader = load_text_encoder(settings.text_encoder, settings.text_width, settings.text_layers)
     once(lambda: claim_run(output, settings))
     clips, latents = load_latents(settings, output)
     torch.manual_seed(settings.seed)
     trainee = build(settings, clips, latents)
     if initial is not None:
         copy_weights(initial, trainee.module)
-    if settings.text_encoder is not None:
-        module = trainee.module
-        encoder = load_text_encoder(settings.text_encoder, module.text_encoder)
-        module.text_encoder = encoder.requires_grad_(requires_grad=False)
+    if reader is not None:
+        trainee.module.text_encoder = reader.requires_grad_(requires_grad=False)
     run(settings.loop, trainee, output)
     once(lambda: export(trainee.module, settings, output))
     logger.info("trained model in %s", output / RESULT_FOLDER)

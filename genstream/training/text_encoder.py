@@ -143,8 +143,9 @@ class TextTrainee:
             expected = wanted[..., place].flatten()
             told = expected != _UNTOLD
             logits = read(embeds.flatten(0, 1)[told])
-            loss = loss + functional.cross_entropy(logits, expected[told])
-            right[name] = (logits.argmax(1) == expected[told]).float().mean().item()
+            count = max(1, int(told.sum()))  # no caption of a small batch may tell it
+            loss = loss + functional.cross_entropy(logits, expected[told], reduction="sum") / count
+            right[name] = int((logits.argmax(1) == expected[told]).sum()) / count
         return loss, right
 
 
@@ -169,19 +170,21 @@ def text_encoder_folder(given: str) -> Path:
     )
 
 
-def load_text_encoder(given: str, like: UMT5EncoderModel) -> UMT5EncoderModel:
-    """A trained text encoder in float32, in place of one of the same sizes.
+def load_text_encoder(given: str, width: int, layers: int) -> UMT5EncoderModel:
+    """A trained text encoder, in float32.
 
     Raises:
-        ValueError: there is none, or it has other sizes.
+        ValueError: there is none, or its sizes are others.
     """
     encoder: UMT5EncoderModel = UMT5EncoderModel.from_pretrained(
         text_encoder_folder(given), dtype=torch.float32
     )
-    for name in ("d_model", "num_layers", "vocab_size"):
-        own, expected = getattr(encoder.config, name), getattr(like.config, name)
-        if own != expected:
-            raise ValueError(f"text_encoder must have {name} = {expected} like the model, got {own}")
+    own = (encoder.config.d_model, encoder.config.num_layers)
+    if own != (width, layers):
+        raise ValueError(
+            f"text_encoder must have the model's text_width {width} and text_layers {layers}, "
+            f"got {own[0]} and {own[1]} in {given!r}"
+        )
     return encoder
 
 

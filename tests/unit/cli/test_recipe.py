@@ -30,7 +30,8 @@ CONFIGS = {
         "encoder_width": 12,
         "decoder_widths": [12, 12, 12, 12],
     },
-    "student": {**MODEL, **CLIPS, **SHORT, "window_chunks": 1},
+    "text": {**SHORT, "width": 16, "layers": 1},
+    "student": {**MODEL, **CLIPS, **SHORT, "text_encoder": "text", "window_chunks": 1},
     "teacher": {**MODEL, **CLIPS, **SHORT, "initial": "student", "horizon_chunks": 3, "sampling_steps": 2},
     "causal": {
         **SHORT,
@@ -45,6 +46,7 @@ CONFIGS = {
 }
 COMMANDS = {
     "vae": "train vae",
+    "text": "train text",
     "student": "train student",
     "teacher": "train teacher",
     "causal": "distill causal",
@@ -82,7 +84,7 @@ def test_a_chain_that_was_cut_off_goes_on_to_a_model_and_a_report(folder, tmp_pa
         with pytest.raises(Killed):
             main(command)
     before = {path: path.read_text() for path in output.rglob("log.csv")}
-    assert len(before) == 5
+    assert len(before) == 6
     assert main(command) == 0
     assert all(path.read_text() == text for path, text in before.items())
     printed = capsys.readouterr().out
@@ -106,7 +108,7 @@ def test_all_recipes_inside_the_package_fit_their_commands(tmp_path):
         stages = read_recipe(name, tmp_path)
         assert stages[-1].command == "distill student"
         for stage in stages:
-            for place in ("vae", "initial", "teacher"):
+            for place in ("vae", "initial", "text_encoder", "teacher"):
                 if (value := getattr(stage.settings, place, None)) is not None:
                     earlier = value.removeprefix(f"{tmp_path}/").split("/")[0]
                     assert earlier in [other.name for other in stages[: stages.index(stage)]]
@@ -116,7 +118,7 @@ def test_all_recipes_inside_the_package_fit_their_commands(tmp_path):
     ("change", "error"),
     [
         ({"stages": {}}, "must name at least one, got {}"),
-        ({"stages": {"vae": "train it"}}, "command of stage 'vae' must be one of train vae, train teacher"),
+        ({"stages": {"vae": "train it"}}, "command of stage 'vae' must be one of train vae, train text"),
         ({"stages": {"other": "train vae"}}, "other.json' is missing"),
     ],
 )
