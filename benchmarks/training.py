@@ -24,7 +24,7 @@ from genstream.cli.process import hardware_name
 from genstream.cli.report import read_figures
 from genstream.cli.window_judge import judge_together
 from genstream.data.prompts import evaluation_prompts
-from genstream.evaluation.judge import drift
+from genstream.evaluation.drift import drift
 from genstream.evaluation.proportion import Proportion
 from genstream.io.sections import write_section
 from genstream.pipelines.causal_video import CausalVideoPipeline

@@ -16,13 +16,16 @@ from genstream.cli.progress import progress_for
 from genstream.cli.window_judge import WindowJudge
 from genstream.data.prompts import evaluation_prompts
 from genstream.data.toyworld import ToyWorld
-from genstream.evaluation.judge import Adherence, ClipScore, DriftWindow, drift, judge_clip
+from genstream.evaluation.drift import DriftWindow, Slope, drift, slope
+from genstream.evaluation.judge import Adherence, ClipScore, judge_clip
 from genstream.evaluation.quality import psnr
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.training.clips import to_tensor
 
 _VAE_CLIP_FRAMES = 65
 _METRICS = ("colour", "shape", "direction", "count")
+_SLOPES = ("brightness", "saturation")
+_DRIFT_ROWS = 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,7 @@ class BenchmarkResult:
 
     settings: BenchmarkSettings
     windows: tuple[DriftWindow, ...]
+    slopes: dict[str, Slope]
     reconstruction: ReconstructionScore
     clock: RunClock
     first_frame_s: tuple[float, ...]
@@ -105,9 +109,14 @@ class BenchmarkResult:
                     **_shares(window.adherence),
                     "colour_error": window.colour_error,
                     "brightness_error": window.brightness_error,
+                    "saturation_error": window.saturation_error,
                 }
                 for window in self.windows
             ],
+            "slopes": {
+                name: {"per_minute": each.per_minute, "low": each.low, "high": each.high}
+                for name, each in self.slopes.items()
+            },
             "hardware": self.hardware,
             "date": self.date,
             "vae_psnr_db": self.reconstruction.psnr_db,
@@ -130,6 +139,7 @@ class BenchmarkResult:
         if self.end is not None:
             label = f"last {settings.seconds:g} of {settings.end_of_s:g} s"
             rows += [(f"{name}, {label}", str(getattr(self.end, name))) for name in _METRICS]
+            rows += [(f"slope of the {name} of objects, of 255", str(self.slopes[name])) for name in _SLOPES]
         else:
             rows += self._further_rows()
         title = f"{model}: {settings.prompts} prompts, seeds from {settings.seed},"
@@ -155,16 +165,27 @@ class BenchmarkResult:
         ]
 
     def _drift_table(self) -> list[str]:
-        """Markdown lines: what becomes of the streams as time goes by."""
+        """Markdown lines: what becomes of the streams as time goes by, of long ones at a few moments."""
         lines = [
-            "| from | colour | shape | direction | count | colour error | brightness error |",
-            "|---|---|---|---|---|---|---|",
+            "| from | colour | shape | direction | count | colour error | brightness | saturation |",
+            "|---|---|---|---|---|---|---|---|",
         ]
-        for window in self.windows:
+        for window in self._shown_windows():
             shares = (f"{100 * getattr(window.adherence, name).value:.1f} %" for name in _METRICS)
             errors = (f"{window.colour_error:.1f}", f"{window.brightness_error:+.1f}")
+            errors = (*errors, f"{window.saturation_error:+.1f}")
             lines.append(f"| {' | '.join([f'{window.start_s:g} s', *shares, *errors])} |")
-        return [*lines, "", "Colour and brightness errors are of 255."]
+        return [
+            *lines,
+            "",
+            "Errors of colour, brightness and saturation are of 255; slopes with 95 % intervals.",
+        ]
+
+    def _shown_windows(self) -> list[DriftWindow]:
+        """Evenly spread ones, the first and the last among them."""
+        last = len(self.windows) - 1
+        rows = min(len(self.windows), _DRIFT_ROWS)
+        return [self.windows[round(row * last / max(1, rows - 1))] for row in range(rows)]
 
 
 def _is_whole(number: float) -> bool:
@@ -193,6 +214,7 @@ def run_benchmark(pipe: CausalVideoPipeline, settings: BenchmarkSettings) -> Ben
     return BenchmarkResult(
         settings=settings,
         windows=tuple(drift(streams, settings.seconds)),
+        slopes={name: slope(streams, settings.seconds, f"{name}_error") for name in _SLOPES},
         reconstruction=judge_reconstructions(pipe, settings),
         clock=clock,
         first_frame_s=tuple(first_frame_s),

@@ -1,6 +1,6 @@
 """The analytic judge: scores how well toy-world clips follow their prompts, reading pixels only."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -20,6 +20,7 @@ class ObjectScore:
     Args:
         colour_error: Root mean square distance of its colour from the palette's, of 255; NaN if unseen.
         brightness_error: Mean of its channels minus the palette's, of 255; NaN if unseen.
+        saturation_error: Largest minus least of its channels, minus the palette's, of 255; NaN if unseen.
     """
 
     colour: bool
@@ -27,6 +28,7 @@ class ObjectScore:
     direction: bool
     colour_error: float
     brightness_error: float
+    saturation_error: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +62,6 @@ class Adherence:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DriftWindow:
-    """Scores of one stretch of time over all streams; errors as in ObjectScore, averaged."""
-
-    start_s: float
-    adherence: Adherence
-    colour_error: float
-    brightness_error: float
-
-
 def judge_clip(frames: NDArray[np.uint8], expected: Scene, fps: float = 16) -> ClipScore:
     """Score a clip against the attributes of a scene; places, speeds and background are free.
 
@@ -95,35 +87,26 @@ def judge_clip(frames: NDArray[np.uint8], expected: Scene, fps: float = 16) -> C
     )
 
 
-def drift(streams: Iterable[Sequence[ClipScore]], window_s: float) -> list[DriftWindow]:
-    """Scores along time, one entry per window.
-
-    Args:
-        streams: for each stream the scores of its windows in order.
-        window_s: seconds of a window.
-    """
-    return [
-        DriftWindow(
-            start_s=index * window_s,
-            adherence=Adherence.of(scores),
-            colour_error=_mean([item.colour_error for score in scores for item in score.objects]),
-            brightness_error=_mean([item.brightness_error for score in scores for item in score.objects]),
-        )
-        for index, scores in enumerate(zip(*streams, strict=True))
-    ]
-
-
 def _score(expected: ObjectSpec, seen: ObservedObject | None) -> ObjectScore:
     if seen is None:
         nan = float("nan")
-        return ObjectScore(colour=False, shape=False, direction=False, colour_error=nan, brightness_error=nan)
-    error = seen.rgb - np.array(COLOUR_RGB[expected.colour], dtype=np.float32)
+        return ObjectScore(
+            colour=False,
+            shape=False,
+            direction=False,
+            colour_error=nan,
+            brightness_error=nan,
+            saturation_error=nan,
+        )
+    true = np.array(COLOUR_RGB[expected.colour], dtype=np.float32)
+    error = seen.rgb - true
     return ObjectScore(
         colour=seen.colour == expected.colour,
         shape=seen.shape == expected.shape,
         direction=seen.motion == expected.motion,
         colour_error=float(np.sqrt(np.mean(error**2))),
         brightness_error=float(error.mean()),
+        saturation_error=float(np.ptp(seen.rgb) - np.ptp(true)),
     )
 
 
@@ -134,8 +117,3 @@ def _closeness(scores: tuple[ObjectScore, ...]) -> tuple[int, int]:
 
 def _share(results: list[bool]) -> Proportion:
     return Proportion(successes=sum(results), total=len(results))
-
-
-def _mean(values: list[float]) -> float:
-    known = [value for value in values if not np.isnan(value)]
-    return float(np.mean(known)) if known else float("nan")

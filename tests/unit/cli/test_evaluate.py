@@ -45,11 +45,15 @@ def test_every_figure_comes_out(tmp_path, capsys):
     assert [window["start_s"] for window in figures["drift"]] == [0, 1]
     assert figures["drift"][0]["colour"] == figures["start"]["colour"]
     assert figures["drift"][1]["colour"] == figures["end"]["colour"]
+    for each in figures["slopes"].values():
+        assert each["low"] <= each["per_minute"] <= each["high"]
+    assert list(figures["slopes"]) == ["brightness", "saturation"]
     assert figures["frame_rate"] > 0
     table = (tmp_path / "table.md").read_text()
     assert "## Long streams" in table
     assert "| colour, last 1 of 2 s | " in table
     assert "| 1 s | " in table
+    assert "| slope of the saturation of objects, of 255 | " in table
     assert "fps |" not in table and "PSNR" not in table  # those of short streams say it
     assert main([*arguments[:-2], "--output", str(tmp_path / "table.md")]) == 0
     scores = (tmp_path / "table.md").read_text().partition("## Scores")[2]
