@@ -85,10 +85,15 @@ def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
         )
 
 
+def check_is_state(value: object) -> None:
+    """Refuse all but states."""
+    if not isinstance(value, VAEState):
+        raise ValueError(f"state must be a VAEState, made by init_state, got {type(value).__name__}")
+
+
 def check_owner(state: VAEState, direction: Direction, vae: str) -> None:
     """Refuse a state of the other direction or of another VAE than `vae`."""
-    if not isinstance(state, VAEState):
-        raise ValueError(f"state must be a VAEState, made by init_state, got {type(state).__name__}")
+    check_is_state(state)
     if state.direction != direction:
         raise ValueError(f"state must be for {direction!r}, got one for {state.direction!r}")
     if state.vae != vae:
@@ -97,8 +102,9 @@ def check_owner(state: VAEState, direction: Direction, vae: str) -> None:
 
 def check_state(state: VAEState, direction: Direction, vae: str, like: Tensor) -> None:
     """`check_owner`, and what is remembered must be like the weights."""
+    check_is_state(state)
     # First: a VAE that was moved or cast has other weights, too.
-    for slot in state.slots.values() if isinstance(state, VAEState) else ():
+    for slot in state.slots.values():
         check_like("state", slot, like)
     check_owner(state, direction, vae)
     if not state.slots:

@@ -8,7 +8,14 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
-from genstream.vae.checks import check_chunk, check_frames, check_start, check_state, latent_statistics
+from genstream.vae.checks import (
+    check_chunk,
+    check_frames,
+    check_is_state,
+    check_start,
+    check_state,
+    latent_statistics,
+)
 from genstream.vae.chunks import cut_clip, decoding_state
 from genstream.vae.identity import describe
 from genstream.vae.protocol import RGB, Direction, VAESpec, VAEState
@@ -93,6 +100,7 @@ class NativeVAE(NativeDecoder):
 
         A decoding state never holds frames back: its result has length 0.
         """
+        check_is_state(state)
         if state.direction == "decode":
             rest = self.decode_chunk(self._no_latents(state), state)
         else:

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from genstream.shapes import check_count, check_whole
-from genstream.vae.checks import check_clip, check_frames, check_is_tensor, check_owner, check_start
+from genstream.vae.checks import (
+    check_clip,
+    check_frames,
+    check_is_state,
+    check_is_tensor,
+    check_owner,
+    check_start,
+)
 from genstream.vae.chunks import decoding_state
 from genstream.vae.protocol import Direction, StreamingVAE, VAESpec, VAEState
 from genstream.vae.wrapping import streams
@@ -105,6 +112,7 @@ class TiledVAE:
 
     def flush(self, state: VAEState) -> Tensor:
         """What still waits in `state`."""
+        check_is_state(state)
         self._check_owner(state, state.direction)
         rest = self._run(state, lambda inner, part: self.vae.flush(inner))
         state.ended = True

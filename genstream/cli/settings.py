@@ -88,6 +88,8 @@ def _shown(value: object) -> str:
 
 def _read_config(path: Path, kind: type[object]) -> dict[str, object]:
     """Fields from a json file; an unknown one is an error that lists those that exist."""
+    if not path.is_file():
+        raise ValueError(f"config must be a json file, got {str(path)!r}")
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"config {str(path)!r} must be a json object, got {type(content).__name__}")

@@ -344,7 +344,7 @@ class _Training:
                 shutil.rmtree(partial, ignore_errors=True)
             raise _cause(error, self.output) from error
         if self.state.is_main_process:
-            progress = {"step": self.step, "seconds": self.seconds}
+            progress = {"step": self.step, "seconds": self.seconds, "window": self.window}
             (partial / _PROGRESS_NAME).write_text(json.dumps(progress))
             partial.rename(final)
             for old in sorted(folder.glob(_CHECKPOINT_PATTERN))[:-_CHECKPOINTS_KEPT]:
@@ -368,6 +368,7 @@ class _Training:
         progress = json.loads((folder / _PROGRESS_NAME).read_text())
         try:
             self.step, self.seconds = int(progress["step"]), float(progress["seconds"])
+            self.window = progress.get("window", [])  # earlier versions did not keep it
         except (KeyError, TypeError) as error:
             raise ValueError(f"{_PROGRESS_NAME} must hold step and seconds, got {progress!r}") from error
 

@@ -101,8 +101,11 @@ class VAETrainingSettings:
         for name in ("encoder_width", "latent_channels"):
             if (value := getattr(self, name)) < PASSED_CHANNELS:
                 raise ValueError(f"{name} must be at least {PASSED_CHANNELS}, got {value}")
-        if self.size_px % (16 * self.patch_size):
-            raise ValueError(f"size_px must divide by 16 * patch_size, got {self.size_px}")
+        unit = 8 * self.patch_size * max(parts for parts, _ in _CLIP_SHAPES)
+        if self.size_px < unit or self.size_px % unit:
+            raise ValueError(
+                f"size_px must be a multiple of {unit} for patch_size {self.patch_size}, got {self.size_px}"
+            )
         if not 0 <= self.latents_noise < 1:
             raise ValueError(f"latents_noise must be in [0, 1), got {self.latents_noise}")
 

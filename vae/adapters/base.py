@@ -15,6 +15,7 @@ from genstream.vae.adapters.scale import LatentScale
 from genstream.vae.checks import (
     check_chunk,
     check_frames,
+    check_is_state,
     check_like,
     check_owner,
     check_start,
@@ -170,6 +171,7 @@ class Adapter(ABC):
 
     def flush_unclamped(self, state: VAEState) -> Tensor:
         """`flush` before the clamp of frames."""
+        check_is_state(state)
         self._load()
         rest = self._flush_encode(state) if state.direction == "encode" else self._flush_decode(state)
         state.ended = True

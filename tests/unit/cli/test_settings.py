@@ -91,6 +91,11 @@ def test_wrong_config(tmp_path: Path, content: str, message: str):
         parse("--config", str(config))
 
 
+def test_config_must_be_there(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"config must be a json file, got '.*nothing\.json'"):
+        parse("--config", str(tmp_path / "nothing.json"))
+
+
 def test_part_must_exist(capsys: pytest.CaptureFixture[str]):
     assert main(["train", "nothing"]) == 2
     assert "student" in capsys.readouterr().err

@@ -108,6 +108,16 @@ def test_killed_run_continues_as_if_unbroken(tmp_path, killed_at, kind, optimize
         assert rows(tmp_path / "killed" / name) == rows(tmp_path / "unbroken" / name)
 
 
+def test_rows_of_the_log_that_span_a_kill_are_the_same(tmp_path):
+    """Their steps are on both sides of a checkpoint."""
+    settings = LoopSettings(**{**SETTINGS, "log_steps": 3, "checkpoint_steps": 2})
+    trained(settings, Line(), tmp_path / "unbroken")
+    with pytest.raises(Killed):
+        run(settings, killed(Line, 5), tmp_path / "killed")
+    trained(settings, Line(), tmp_path / "killed")
+    assert rows(tmp_path / "killed" / "log.csv") == rows(tmp_path / "unbroken" / "log.csv")
+
+
 @pytest.mark.parametrize(
     ("cause", "expected"),
     [

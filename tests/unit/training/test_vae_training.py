@@ -85,7 +85,8 @@ def test_first_weights_tell_the_quarters_of_a_patch():
         ({"clips": 3}, "clips must be at least 4, got 3"),
         ({"encoder_width": 8}, "encoder_width must be at least 12, got 8"),
         ({"latent_channels": 4}, "latent_channels must be at least 12, got 4"),
-        ({"size_px": 100}, r"size_px must divide by 16 \* patch_size, got 100"),
+        ({"size_px": 100}, "size_px must be a multiple of 64 for patch_size 2, got 100"),
+        ({"size_px": 32}, "size_px must be a multiple of 64 for patch_size 2, got 32"),
         ({"latents_noise": 1.0}, r"latents_noise must be in \[0, 1\), got 1\.0"),
     ],
 )

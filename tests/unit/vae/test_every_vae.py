@@ -464,6 +464,22 @@ def test_meta_of_nonsense_is_refused(name, value):
     assert text.startswith(name) and text.endswith(f"got {value!r}")
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_a_flush_without_a_state_is_refused(name):
+    text = "state must be a VAEState, made by init_state, got NoneType"
+    assert message(small_vae(name).flush, None) == text
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_clip_without_streams_or_pixels_is_refused(name):
+    vae = small_vae(name)
+    latents = latents_for(vae, 2)
+    assert message(vae.decode, latents[:0]) == "batch_size must be at least 1, got 0"
+    size = vae.spec.spatial_ratio
+    text = message(vae.decode, latents[:, :, :, :0])
+    assert text.startswith(f"height must be a positive multiple of {size}, got 0")
+
+
 def test_states_of_nonsense_are_refused(tmp_path):
     vae = small_vae("tiny")
     latents = latents_for(vae, 1)
