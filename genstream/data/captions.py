@@ -39,11 +39,13 @@ class Phrase:
 
     Args:
         text: Words.
-        item: The object they are about; None for the background and for what stands between objects.
+        item: The object they are about.
+        background: The background they are about; what stands between two objects is about neither.
     """
 
     text: str
     item: ObjectSpec | None = None
+    background: str | None = None
 
 
 def plain_caption(scene: Scene) -> str:
@@ -59,7 +61,7 @@ def describe(scene: Scene, generator: np.random.Generator, style: CaptionStyle =
 def phrases(
     scene: Scene, generator: np.random.Generator, style: CaptionStyle = TRAINING_STYLE
 ) -> list[Phrase]:
-    """The same caption in parts, each about one object, or about none."""
+    """The same caption in parts, each about one object, the background or neither."""
     if generator.random() < style.plain:
         plain = [Phrase(_plain_phrase(item), item) for item in scene.objects]
         return plain if len(plain) == 1 else [plain[0], Phrase(_PLAIN_JOINT), plain[1]]
@@ -70,8 +72,9 @@ def phrases(
         parts = writer.pair(scene.objects)
     if generator.random() < style.extra:
         phrase = writer.choose(vocabulary.BACKGROUND_PHRASES)
-        background = phrase.format(writer.word(vocabulary.BACKGROUNDS[scene.background]))
-        parts.append(Phrase((", " if phrase.startswith("the") else " ") + background))
+        text = phrase.format(writer.word(vocabulary.BACKGROUNDS[scene.background]))
+        joint = ", " if phrase.startswith("the") else " "
+        parts.append(Phrase(joint + text, background=scene.background))
     return parts
 
 

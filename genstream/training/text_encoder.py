@@ -1,4 +1,4 @@
-"""Trains the small text encoder on captions alone: each word learns what the object is that it speaks of.
+"""Trains the small text encoder on captions alone: each word learns what it is that it speaks of.
 
 Large models come with a text encoder that has read much before it sees a video. A small one that learns only
 through the errors of a video model takes words for themselves: of two objects it tells which colours and
@@ -35,6 +35,7 @@ _ATTRIBUTES: dict[str, vocabulary.Words] = {
     "shape": vocabulary.SHAPES,
     "size": vocabulary.SIZES,
     "motion": {**vocabulary.HEADINGS, **vocabulary.OTHER_MOTIONS},
+    "background": vocabulary.BACKGROUNDS,
 }
 _FINITE_MOTIONS = {**vocabulary.HEADINGS, **vocabulary.FINITE_OTHER_MOTIONS}
 _UNTOLD = -100
@@ -88,7 +89,7 @@ class TextTrainingSettings:
 
 
 class Reader(nn.Module):
-    """A text encoder, and what reads the attributes of an object out of every word's embedding.
+    """A text encoder, and what reads out of every word's embedding what the word speaks of.
 
     Args:
         encoder: text encoder.
@@ -115,7 +116,7 @@ class TextTrainee:
         self.module = Reader(tiny_text_encoder(len(self.tokenizer), settings.width, settings.layers))
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Sum over the attributes of the cross-entropy at every word about an object that tells them."""
+        """Sum over the attributes of the cross-entropy at every word of a phrase that tells them."""
         settings, rng = self.settings, own_rng(self.settings.seed, step)
         captions = [
             phrases(_scene(rng, "train", pair=bool(rng.random() < settings.pairs)), rng)
@@ -212,7 +213,7 @@ def _scene(rng: np.random.Generator, split: Split, *, pair: bool) -> Scene:
 
 
 def _labels(caption: list[Phrase], tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[list[int]]:
-    """For every token the number of each attribute of the object it speaks of, where its phrase tells it."""
+    """For every token the number of each attribute of what it speaks of, where its phrase tells it."""
     labels: list[list[int]] = []
     for phrase in caption:
         count = len(tokenizer(phrase.text, add_special_tokens=False).input_ids)
@@ -221,13 +222,13 @@ def _labels(caption: list[Phrase], tokenizer: PreTrainedTokenizerBase, tokens: i
 
 
 def _told(phrase: Phrase) -> list[int]:
-    if phrase.item is None:
-        return [_UNTOLD] * len(_ATTRIBUTES)
     text = f" {phrase.text} "
     numbers = []
     for name, words in _ATTRIBUTES.items():
-        value = getattr(phrase.item, name)
-        ways = (*words[value], *(_FINITE_MOTIONS[value] if name == "motion" else ()))
+        value = getattr(phrase, name) if name == "background" else getattr(phrase.item, name, None)
+        ways = () if value is None else words[value]
+        if name == "motion" and value is not None:
+            ways += _FINITE_MOTIONS[value]
         is_told = any(f" {way} " in text for way in ways)
         numbers.append(list(words).index(value) if is_told else _UNTOLD)
     return numbers
