@@ -29,10 +29,14 @@ class MatmulAttention(AttentionProcessor):
         attended = []
         for first, last in itertools.pairwise([0, *changes.tolist(), len(mask)]):
             seen = mask[first].nonzero().flatten()
-            attended.append(
-                _attend(query[:, first:last], keys.index_select(1, seen), values.index_select(1, seen))
-            )
+            attended.append(_attend(query[:, first:last], _chosen(keys, seen), _chosen(values, seen)))
         return torch.cat(attended, dim=1)
+
+
+def _chosen(tokens: Tensor, seen: Tensor) -> Tensor:
+    """Those of `[B, S, N, D]` that are seen; a run of them is not copied, nor is its gradient added up."""
+    start, end = int(seen[0]), int(seen[-1]) + 1
+    return tokens[:, start:end] if end - start == len(seen) else tokens.index_select(1, seen)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
