@@ -172,8 +172,8 @@ class BenchmarkResult:
         ]
         for window in self._shown_windows():
             shares = (f"{100 * getattr(window.adherence, name).value:.1f} %" for name in _METRICS)
-            errors = (f"{window.colour_error:.1f}", f"{window.brightness_error:+.1f}")
-            errors = (*errors, f"{window.saturation_error:+.1f}")
+            changes = (window.brightness_error, window.saturation_error)
+            errors = (f"{window.colour_error:.1f}", *(f"{change:+.1f}" for change in changes))
             lines.append(f"| {' | '.join([f'{window.start_s:g} s', *shares, *errors])} |")
         return [
             *lines,

@@ -95,6 +95,15 @@ FINITE_OTHER_MOTIONS: Final[Words] = MappingProxyType(
     }
 )
 MOTIONS: Final = (*HEADINGS, *OTHER_MOTIONS)
+ATTRIBUTES: Final[Mapping[str, Words]] = MappingProxyType(
+    {
+        "colour": COLOURS,
+        "shape": SHAPES,
+        "size": SIZES,
+        "motion": MappingProxyType({**HEADINGS, **OTHER_MOTIONS}),
+        "background": BACKGROUNDS,
+    }
+)
 ANY_SHAPE: Final = ("object", "shape", "thing")
 JOINTS: Final = ("and", "in front of", "behind", "with")
 BACKGROUND_PHRASES: Final = (

@@ -7,8 +7,8 @@ from typing import Final
 import numpy as np
 
 from genstream.evaluation.judge import Adherence, ClipScore
+from genstream.evaluation.proportion import Z_95
 
-_Z_95: Final = 1.959964
 ERRORS: Final = ("colour_error", "brightness_error", "saturation_error")
 
 
@@ -82,7 +82,7 @@ def slope(streams: Iterable[Sequence[ClipScore]], window_s: float, error: str) -
     if len(slopes) < 2:
         return Slope(per_minute=float("nan"), half_width=float("nan"))
     spread = np.std(slopes, ddof=1) / np.sqrt(len(slopes))
-    return Slope(per_minute=float(np.mean(slopes)), half_width=float(_Z_95 * spread))
+    return Slope(per_minute=float(np.mean(slopes)), half_width=float(Z_95 * spread))
 
 
 def _errors(score: ClipScore, name: str) -> list[float]:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Final
 
-_Z_95: Final = 1.959964
+Z_95: Final = 1.959964
+"""Standard deviations on each side of a 95 % interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +29,9 @@ class Proportion:
         """Wilson's 95 % score interval (Wilson 1927), [0, 1] without trials."""
         if not self.total:
             return 0.0, 1.0
-        share, spread = self.value, _Z_95**2 / self.total
+        share, spread = self.value, Z_95**2 / self.total
         centre = share + spread / 2
-        half = _Z_95 * sqrt(share * (1 - share) / self.total + spread / self.total / 4)
+        half = Z_95 * sqrt(share * (1 - share) / self.total + spread / self.total / 4)
         return max((centre - half) / (1 + spread), 0.0), min((centre + half) / (1 + spread), 1.0)
 
     def __str__(self) -> str:

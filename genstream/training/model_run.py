@@ -307,15 +307,8 @@ def _forget_places(folder: Path) -> None:
 
 def _card() -> dict[str, object]:
     """What `genstream models` says of the model."""
-    tables = {
-        "colours": vocabulary.COLOURS,
-        "shapes": vocabulary.SHAPES,
-        "sizes": vocabulary.SIZES,
-        "motions": {**vocabulary.HEADINGS, **vocabulary.OTHER_MOTIONS},
-        "backgrounds": vocabulary.BACKGROUNDS,
-    }
     return {
         "name": "toyworld",
         "description": "Coloured shapes that move over a dark background: one or two objects.",
-        "vocabulary": {group: list(table) for group, table in tables.items()},
+        "vocabulary": {f"{name}s": list(words) for name, words in vocabulary.ATTRIBUTES.items()},
     }

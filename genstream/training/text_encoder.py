@@ -30,13 +30,6 @@ from genstream.training.vae_run import last_figures
 logger = logging.getLogger(__name__)
 
 RESULT_FOLDER = "text_encoder"
-_ATTRIBUTES: dict[str, vocabulary.Words] = {
-    "colour": vocabulary.COLOURS,
-    "shape": vocabulary.SHAPES,
-    "size": vocabulary.SIZES,
-    "motion": {**vocabulary.HEADINGS, **vocabulary.OTHER_MOTIONS},
-    "background": vocabulary.BACKGROUNDS,
-}
 _FINITE_MOTIONS = {**vocabulary.HEADINGS, **vocabulary.FINITE_OTHER_MOTIONS}
 _UNTOLD = -100
 """What `cross_entropy` passes over."""
@@ -99,7 +92,10 @@ class Reader(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.attributes = nn.ModuleDict(
-            {name: nn.Linear(encoder.config.d_model, len(words)) for name, words in _ATTRIBUTES.items()}
+            {
+                name: nn.Linear(encoder.config.d_model, len(words))
+                for name, words in vocabulary.ATTRIBUTES.items()
+            }
         )
 
 
@@ -218,17 +214,18 @@ def _labels(caption: list[Phrase], tokenizer: PreTrainedTokenizerBase, tokens: i
     for phrase in caption:
         count = len(tokenizer(phrase.text, add_special_tokens=False).input_ids)
         labels += [_told(phrase)] * count
-    return labels + [[_UNTOLD] * len(_ATTRIBUTES)] * (tokens - len(labels))
+    return labels + [[_UNTOLD] * len(vocabulary.ATTRIBUTES)] * (tokens - len(labels))
 
 
 def _told(phrase: Phrase) -> list[int]:
     text = f" {phrase.text} "
     numbers = []
-    for name, words in _ATTRIBUTES.items():
-        value = getattr(phrase, name) if name == "background" else getattr(phrase.item, name, None)
-        ways = () if value is None else words[value]
-        if name == "motion" and value is not None:
-            ways += _FINITE_MOTIONS[value]
-        is_told = any(f" {way} " in text for way in ways)
-        numbers.append(list(words).index(value) if is_told else _UNTOLD)
+    for name, words in vocabulary.ATTRIBUTES.items():
+        value: str | None = getattr(phrase if name == "background" else phrase.item, name, None)
+        number = _UNTOLD
+        if value is not None:
+            ways = (*words[value], *(_FINITE_MOTIONS[value] if name == "motion" else ()))
+            if any(f" {way} " in text for way in ways):
+                number = list(words).index(value)
+        numbers.append(number)
     return numbers

@@ -20,13 +20,6 @@ from genstream.training.text_encoder import (
 )
 
 TINY = {"width": 16, "layers": 1, "batch_size": 4, "checkpoint_steps": 2, "evaluate_steps": 2}
-ATTRIBUTES = {
-    "colour": vocabulary.COLOURS,
-    "shape": vocabulary.SHAPES,
-    "size": vocabulary.SIZES,
-    "motion": {**vocabulary.HEADINGS, **vocabulary.OTHER_MOTIONS},
-    "background": vocabulary.BACKGROUNDS,
-}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +43,7 @@ def test_labels_are_those_of_the_object_that_each_word_speaks_of():
         ]
         assert len(spoken) == len(tokens) - 1  # the end
         for token, phrase, numbers in zip(tokens, spoken, labels, strict=False):
-            for (name, words), number in zip(ATTRIBUTES.items(), numbers, strict=True):
+            for (name, words), number in zip(vocabulary.ATTRIBUTES.items(), numbers, strict=True):
                 about = phrase if name == "background" else phrase.item
                 value = None if about is None else getattr(about, name)
                 if number != -100:
