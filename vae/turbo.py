@@ -14,7 +14,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from genstream.shapes import check_counts, check_positive
-from genstream.vae.checks import check_state
+from genstream.vae.checks import check_clip, check_start, check_state, check_tensor
 from genstream.vae.chunks import decoding_state
 from genstream.vae.identity import describe
 from genstream.vae.layers import Memory, remembering_layers
@@ -170,7 +170,11 @@ class TurboVAED(NativeDecoder):
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def decode_unclamped(self, latents: Tensor) -> Tensor:
         """`decode` before the clamp, as the published code gives it."""
-        self._check_latents(latents, decoding_state(self, latents))
+        check_clip("latents", latents)
+        ratio = self.spec.spatial_ratio
+        batch_size, _, _, height, width = latents.shape
+        check_start("decode", batch_size, height * ratio, width * ratio, ratio)
+        check_tensor("latents", latents, (None, self.config.latent_channels, None, None, None), self._weight)
         past = {name: latents.new_zeros(0) for name in remembering_layers(self.decoder).values()}
         return self._run(latents, Memory(self.decoder, past))
 

@@ -28,8 +28,6 @@ class CaptionStyle:
 
 TRAINING_STYLE: Final = CaptionStyle(plain=0.3, synonym=0.5, extra=0.3, omitted=0.15)
 COMPLETE_STYLE: Final = CaptionStyle(plain=0.5, synonym=0.5, extra=0.25, omitted=0.0)
-
-
 _PLAIN_JOINT = " and "
 
 
