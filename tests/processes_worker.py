@@ -23,9 +23,11 @@ class Velocities:
         self.module = nn.ModuleDict({"denoiser": Denoiser.new(MODEL, 4), "head": nn.Linear(4, 4)})
         nn.init.normal_(self.module["denoiser"].transformer.proj_out.weight, std=0.1)
         self.ranks = ranks
+        self.noise: list[float] = []
 
     def loss(self, step: int):
         """The loss of this process, or the mean over `ranks` processes in one."""
+        self.noise.append(torch.rand(()).item())
         if self.ranks is None:
             return self._loss(processes.own_rng(0, step).integers(2**31)), {}
         seeds = [
@@ -63,7 +65,7 @@ def main(output: Path) -> None:
     weights = {name: value.detach().clone() for name, value in trainee.module.state_dict().items()}
     torch.save(weights, output / f"weights_{processes.process().process_index}.pt")
     (output / f"state_{processes.process().process_index}.json").write_text(
-        json.dumps({"processes": processes.process().num_processes})
+        json.dumps({"processes": processes.process().num_processes, "noise": trainee.noise})
     )
 
 

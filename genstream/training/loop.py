@@ -42,7 +42,7 @@ _LOCK_NAME = ".lock"
 _PROGRESS_NAME = "progress.json"
 _PROGRESS_INTERVAL_S = 10.0
 _LARGEST_SEED = 2**31 - 1
-"""Seed, step and process share the 64 bits of torch's generator."""
+"""Generators take larger ones, but not all alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class LoopSettings:
         optimizer: "adamw"; or "muon" (Jordan et al., 2024) for the matrices of repeated blocks, and AdamW for
             all else.
         gradient_clip: largest norm of the gradient.
-        ema_decay: of the averaged weights; builds up over the first steps.
+        ema_decay: of the averaged weights, in each step that changes them; builds up over the first steps.
         checkpoint_steps: steps between checkpoints.
         evaluate_steps: steps between evaluations of the averaged weights.
         log_steps: steps averaged into one row of log.csv.
@@ -111,8 +111,9 @@ class LoopSettings:
 class Trainee(Protocol):
     """What is trained, and on what.
 
-    It may have `rate_factors`: for names that parameters start with, factors on their learning rate; and
-    `frozen`, models besides `module` that it only asks.
+    It may have `rate_factors`: for names that parameters start with, factors on their learning rate, and
+    their gradients are clipped apart from the others'; and `frozen`, models besides `module` that it only
+    asks.
     """
 
     @property
@@ -135,7 +136,7 @@ def run(settings: LoopSettings, trainee: Trainee, output: Path) -> None:
     Afterwards the module's weights are the averaged ones, whole and in every process.
 
     Raises:
-        FloatingPointError: the loss is not finite; names the last good checkpoint.
+        FloatingPointError: the loss or its gradient is not finite; names the last good checkpoint.
         ValueError: another process is at the run, or its newest checkpoint is damaged.
     """
     training = _Training(settings, trainee, output)
@@ -201,6 +202,7 @@ class _Training:
         processes.shard([trainee.module, *getattr(trainee, "frozen", ())])
         self.average = {name: value.detach().clone() for name, value in _trained(trainee.module).items()}
         factors: Mapping[str, float] = getattr(trainee, "rate_factors", {})
+        self.parts = _parts(trainee.module, factors)
         self.optimizers = _optimizers(trainee.module, settings, factors)
         self.step = 0
         self.seconds = 0.0
@@ -263,7 +265,7 @@ class _Training:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * group["rate_factor"]
-        torch.manual_seed((self.state.process_index << 56) + (settings.seed << 32) + self.step)
+        torch.manual_seed(processes.own_seed(settings.seed, self.step))
         with computing_in(settings.precision, self.state.device.type):
             loss, parts = self.trainee.loss(self.step)
         figures = processes.mean({"loss": loss.item(), **parts})
@@ -273,7 +275,9 @@ class _Training:
         loss.backward()
         processes.reshard(module)
         processes.average_gradients(module.parameters())
-        processes.clip_gradients(module.parameters(), settings.gradient_clip)
+        for part in self.parts:
+            norm = processes.clip_gradients(part, settings.gradient_clip)
+            self._check_finite({"norm of the gradient": norm})
         for optimizer in self.optimizers:
             optimizer.step()
         return {**figures, "learning_rate": learning_rate}
@@ -292,7 +296,8 @@ class _Training:
         processes.reshard(self.trainee.module)
         values = _values(self.trainee.module)
         for name, average in self.average.items():
-            average.lerp_(values[name], 1 - decay)
+            if not isinstance(value := values[name], nn.Parameter) or value.grad is not None:
+                average.lerp_(value, 1 - decay)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -436,6 +441,14 @@ def _optimizers(
         groups = _groups(rest, factors)
         optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=settings.betas, weight_decay=decay))
     return optimizers
+
+
+def _parts(module: nn.Module, factors: Mapping[str, float]) -> list[list[nn.Parameter]]:
+    """Parameters whose names start alike, as `factors` has it, and behind them all others."""
+    parts: dict[str, list[nn.Parameter]] = {start: [] for start in (*factors, "")}
+    for name, weight in module.named_parameters():
+        parts[next(start for start in parts if name.startswith(start))].append(weight)
+    return list(parts.values())
 
 
 def _groups(weights: Mapping[str, Tensor], factors: Mapping[str, float]) -> list[dict[str, Any]]:

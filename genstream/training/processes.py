@@ -50,6 +50,15 @@ def own_rng(seed: int, step: int) -> np.random.Generator:
     return np.random.default_rng((seed, step, 1 + process().process_index))
 
 
+def own_seed(seed: int, step: int) -> int:
+    """Seed of torch's generator for a step, another one in every process.
+
+    On CPUs that generator takes 32 bits of its seed alone, so they are mixed from all three numbers.
+    """
+    numbers = np.random.SeedSequence((seed, step, 1 + process().process_index))
+    return int(numbers.generate_state(1)[0])
+
+
 def own_share(items: Sequence[T]) -> Sequence[T]:
     """What of the work this process does; the others do the rest."""
     state = process()
@@ -113,8 +122,12 @@ def average_gradients(weights: Iterable[Tensor]) -> None:
             weight.grad /= dist.get_world_size()
 
 
-def clip_gradients(weights: Iterable[Tensor], largest: float) -> None:
-    """Scale gradients down to a norm of at most `largest`, over shards and whole ones together."""
+def clip_gradients(weights: Iterable[Tensor], largest: float) -> float:
+    """Scale gradients down to a norm of at most `largest`, over shards and whole ones together.
+
+    Returns:
+        The norm before.
+    """
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     kinds = [
         [each for each in gradients if isinstance(each, DTensor) is sharded] for sharded in (True, False)
@@ -124,6 +137,7 @@ def clip_gradients(weights: Iterable[Tensor], largest: float) -> None:
     if norm > largest:
         for group in groups:
             torch._foreach_mul_(group, largest / norm)
+    return norm
 
 
 def mean(figures: dict[str, float]) -> dict[str, float]:

@@ -64,7 +64,7 @@ class SelfForcingSettings:
         most_noise: likewise.
         sid_alpha: weight of the squared difference in "sid".
         smoothness: weight of the discriminator's squared slope in "gan".
-        ema_decay: of the averaged weights, which are the result.
+        ema_decay: of the averaged weights, which are the result, in each step of theirs.
         checkpoint_steps: steps between checkpoints.
         evaluate_steps: steps between evaluations.
         log_steps: steps averaged into one row of log.csv.
@@ -90,7 +90,7 @@ class SelfForcingSettings:
     most_noise: float = 0.98
     sid_alpha: float = 1.0
     smoothness: float = 0.1
-    ema_decay: float = 0.99
+    ema_decay: float = 0.95
     checkpoint_steps: int = 120
     evaluate_steps: int = 300
     log_steps: int = 30

@@ -53,8 +53,11 @@ def test_two_processes_are_one_with_their_data_together(two, tmp_path):
     together = Velocities(ranks=2)
     run(settings_for(), together, tmp_path)
     expected = together.module.state_dict()
+    states = [json.loads((two / f"state_{process}.json").read_text()) for process in range(2)]
+    noise = [number for state in states for number in state["noise"]]
+    assert len(set(noise)) == len(noise) == 8  # by step and by process
     for process in range(2):
-        assert json.loads((two / f"state_{process}.json").read_text()) == {"processes": 2}
+        assert states[process]["processes"] == 2
         weights = torch.load(two / f"weights_{process}.pt", weights_only=True)
         assert weights.keys() == expected.keys()
         for name, weight in weights.items():
