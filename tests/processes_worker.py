@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from genstream.training import processes
 from genstream.training.denoiser import Denoiser, DenoiserSettings
@@ -63,7 +64,8 @@ def main(output: Path) -> None:
     trainee = Velocities()
     run(settings_for(), trainee, output)
     weights = {name: value.detach().clone() for name, value in trainee.module.state_dict().items()}
-    torch.save(weights, output / f"weights_{processes.process().process_index}.pt")
+    if not any(isinstance(weight, DTensor) for weight in weights.values()):
+        torch.save(weights, output / f"weights_{processes.process().process_index}.pt")
     (output / f"state_{processes.process().process_index}.json").write_text(
         json.dumps({"processes": processes.process().num_processes, "noise": trainee.noise})
     )

@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 _TRAJECTORIES_FOLDER = "trajectories"
 _EVALUATION_PATHS = 16
+_EVALUATION_SEQUENCES = 8
+_EVALUATION = 2**40
+"""In place of a step's number: evaluations draw what no step draws."""
 _SEEDS = 2**62
 _TARGET_COPIES = 3
 _MIDDLE = 0.3
@@ -152,10 +155,12 @@ class AdaptationTrainee:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The same on paths that are never trained on."""
-        count = len(self.paths.captions)
-        rng = np.random.default_rng((self.settings.seed, self.settings.total_steps))
-        return {"loss": self._loss(rng, range(count - _EVALUATION_PATHS, count)).item()}
+        """The same on paths that are never trained on, in the same sequences every time."""
+        count, seed = len(self.paths.captions), self.settings.seed
+        torch.manual_seed(seed)
+        rngs = [np.random.default_rng((seed, _EVALUATION + draw)) for draw in range(_EVALUATION_SEQUENCES)]
+        among = range(count - _EVALUATION_PATHS, count)
+        return {"loss": float(np.mean([self._loss(rng, among).item() for rng in rngs]))}
 
     def _loss(self, rng: np.random.Generator, among: range) -> Tensor:
         module = self.module
@@ -242,7 +247,7 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
             if is_causal:
                 seeds = rng.integers(_SEEDS, size=count).tolist()
                 return Trajectories(captions, stream(pipe, captions, seeds, settings.stream_chunks, sampling))
-            generator = torch.Generator().manual_seed((settings.seed << 32) + first)
+            generator = torch.Generator().manual_seed(int(rng.integers(2**32)))
             noise = torch.randn(count, *shape, generator=generator).to(denoiser.transformer.device)
             return Trajectories(captions, solve(denoiser, noise, captions, sampling))
 

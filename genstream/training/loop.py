@@ -112,8 +112,8 @@ class Trainee(Protocol):
     """What is trained, and on what.
 
     It may have `rate_factors`: for names that parameters start with, factors on their learning rate, and
-    their gradients are clipped apart from the others'; and `frozen`, models besides `module` that it only
-    asks.
+    their gradients are clipped apart from the others'; `frozen`, models besides `module` that it only asks;
+    and `result`, the part of `module` that is wanted in the end.
     """
 
     @property
@@ -133,7 +133,8 @@ class Trainee(Protocol):
 def run(settings: LoopSettings, trainee: Trainee, output: Path) -> None:
     """Train to the end, from the newest checkpoint in `output` if there is one.
 
-    Afterwards the module's weights are the averaged ones, whole and in every process.
+    Afterwards the module's weights are the averaged ones. With shards, those of the trainee's `result` are
+    whole then, in the main process alone.
 
     Raises:
         FloatingPointError: the loss or its gradient is not finite; names the last good checkpoint.
@@ -198,8 +199,10 @@ class _Training:
         self.output = output
         self.state = processes.process()
         processes.check_launch()
-        trainee.module.to(self.state.device)
-        processes.shard([trainee.module, *getattr(trainee, "frozen", ())])
+        models = [trainee.module, *getattr(trainee, "frozen", ())]
+        processes.shard(models)  # from the host, block by block: a GPU need not hold any of them whole
+        for model in models:
+            model.to(self.state.device)
         self.average = {name: value.detach().clone() for name, value in _trained(trainee.module).items()}
         factors: Mapping[str, float] = getattr(trainee, "rate_factors", {})
         self.parts = _parts(trainee.module, factors)
@@ -252,12 +255,14 @@ class _Training:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Leave the averaged weights in the module, whole."""
-        module = self.trainee.module
+        """Leave the averaged weights in the module; those of the result whole, in the main process."""
         self._swap()
-        for name, weight in list(module.named_parameters()):
+        result: nn.Module = getattr(self.trainee, "result", self.trainee.module)
+        for name, weight in list(result.named_parameters()):
             if isinstance(weight, DTensor):
-                _replace(module, name, processes.whole(weight))
+                whole = processes.whole(weight)  # all processes give their shards
+                if self.state.is_main_process:
+                    _replace(result, name, whole)
 
     def _optimise(self) -> dict[str, float]:
         settings, module = self.settings, self.trainee.module

@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 _SEEDS = 2**62
 _EVALUATION_STREAMS = 16
+_EVALUATION_CLIPS = 64
+_EVALUATION = 2**40
+"""In place of a step's number: evaluations draw what no step draws."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,7 @@ class SelfForcingSettings:
             discriminator tells apart that starts as the teacher.
         prompts: text file with a prompt on each line; captions of random scenes when None. "gan" takes those
             of its clips.
-        clips: clips of the toy world that "gan" encodes.
+        clips: clips of the toy world that "gan" learns from; 64 more are for evaluation.
         total_steps: optimiser steps; with "dmd" the critic learns in all of them.
         critic_steps: steps of the critic alone for each one of the student.
         learning_rate: peak of the student's.
@@ -156,7 +159,7 @@ class SelfForcingTrainee:
         settings: of the distillation.
         module: student and critic with weights to start from.
         corrector: their losses.
-        prompts: of the streams.
+        prompts: of the streams to learn from, and of those for evaluation.
         pipe: how the student streams.
         horizon_chunks: chunks of a piece; `settings.stream_chunks` of the longest streams.
     """
@@ -166,7 +169,7 @@ class SelfForcingTrainee:
         settings: SelfForcingSettings,
         module: Distillation,
         corrector: Corrector,
-        prompts: PromptSource,
+        prompts: tuple[PromptSource, PromptSource],
         pipe: CausalVideoPipeline,
         horizon_chunks: int,
     ) -> None:
@@ -178,7 +181,7 @@ class SelfForcingTrainee:
         self.settings = settings
         self.module = module
         self.corrector = corrector
-        self.prompts = prompts
+        self.prompts, self.held_out = prompts
         self.pipe = pipe
         self.horizon_chunks = horizon_chunks
 
@@ -186,6 +189,11 @@ class SelfForcingTrainee:
     def rate_factors(self) -> Mapping[str, float]:
         """Of the critic."""
         return {"critic.": self.settings.critic_rate}
+
+    @property
+    def result(self) -> nn.Module:
+        """The student."""
+        return self.module.student
 
     @property
     def frozen(self) -> list[nn.Module]:
@@ -203,11 +211,11 @@ class SelfForcingTrainee:
         if step % (self.settings.critic_steps + 1):
             self.module.let_learn("critic")
             with torch.no_grad():
-                piece = self._piece(asked, shared, rng)
+                piece = self._draw_piece(asked, shared, rng)
             loss = corrector.critic_loss(critic, piece, asked, rng)
             return loss, {"critic": loss.item()}
         self.module.let_learn("student")
-        piece = self._piece(asked, shared, rng)
+        piece = self._draw_piece(asked, shared, rng)
         students = corrector.student_loss(critic, piece, asked, rng)
         if corrector.through_critic:
             return students, {"student": students.item()}
@@ -217,18 +225,28 @@ class SelfForcingTrainee:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """How far the student is from where it should be, as far as the critic knows."""
-        torch.manual_seed(self.settings.seed)
-        rng = np.random.default_rng((self.settings.seed, self.settings.total_steps))
-        asked = self.prompts.draw(_EVALUATION_STREAMS, rng)
-        piece = self._piece(asked, rng, rng)
-        return {"distance": self.corrector.distance(self.module.critic, piece, asked, rng)}
+        """How far the student is from where it should be, as far as the critic knows.
 
-    def _piece(self, asked: Asked, shared: np.random.Generator, own: np.random.Generator) -> Tensor:
-        """The last horizon of a stream for each prompt, `[B, C, T, h, w]`."""
-        pipe, schedule, student = self.pipe, self.pipe.scheduler.schedule(), self.module.student
+        Mean over the shortest and the longest streams, as a viewer gets them.
+        """
+        seed, distances = self.settings.seed, []
+        for chunks in sorted({self.horizon_chunks, self.settings.stream_chunks}):
+            torch.manual_seed(seed)
+            rng = np.random.default_rng((seed, _EVALUATION))
+            asked = self.held_out.draw(_EVALUATION_STREAMS, rng)
+            piece = self._piece(asked, chunks, len(self.pipe.scheduler.schedule().timesteps) - 1, rng)
+            distances.append(self.corrector.distance(self.module.critic, piece, asked, rng))
+        return {"distance": float(np.mean(distances))}
+
+    def _draw_piece(self, asked: Asked, shared: np.random.Generator, own: np.random.Generator) -> Tensor:
+        """A piece of streams of any length, whose chunks leave their denoising after any step."""
         chunks = int(shared.integers(self.horizon_chunks, self.settings.stream_chunks + 1))
-        exit_step = int(shared.integers(len(schedule.timesteps)))
+        exit_step = int(shared.integers(len(self.pipe.scheduler.schedule().timesteps)))
+        return self._piece(asked, chunks, exit_step, own)
+
+    def _piece(self, asked: Asked, chunks: int, exit_step: int, rng: np.random.Generator) -> Tensor:
+        """The last horizon of a stream of so many chunks for each prompt, `[B, C, T, h, w]`."""
+        pipe, schedule, student = self.pipe, self.pipe.scheduler.schedule(), self.module.student
         chunk = pipe.settings.chunk_frames
         first, last = (chunks - self.horizon_chunks) * chunk, chunks * chunk
         with torch.no_grad():
@@ -238,7 +256,7 @@ class SelfForcingTrainee:
                 height=pipe.config.default_height,
                 width=pipe.config.default_width,
                 num_frames=frames_of(last, pipe.streaming_vae.spec.temporal_ratio),
-                noise=SeededNoise(tuple(own.integers(_SEEDS, size=len(asked.captions)).tolist())),
+                noise=SeededNoise(tuple(rng.integers(_SEEDS, size=len(asked.captions)).tolist())),
                 schedule=schedule,
                 settings=replace(pipe.settings, guidance_scale=1.0),
                 decode=False,
@@ -290,20 +308,24 @@ def _load_initial(settings: SelfForcingSettings) -> CausalVideoPipeline:
 
 def _prompts(
     settings: SelfForcingSettings, pipe: CausalVideoPipeline, frames: int, output: Path
-) -> PromptSource:
+) -> tuple[PromptSource, PromptSource]:
+    """Those to train with, and those to evaluate with, of which "gan" has clips of their own."""
     if settings.objective != "gan":
-        return prompts_from(settings.prompts)
+        prompts = prompts_from(settings.prompts)
+        return prompts, prompts
     if not isinstance(pipe.vae, TinyVideoVAE):
         raise ValueError(f"initial must have a TinyVideoVAE for 'gan', got a {type(pipe.vae).__name__}")
     clips = ClipSet(
-        count=settings.clips,
+        count=settings.clips + _EVALUATION_CLIPS,
         chunks=settings.stream_chunks,
         chunk_frames=pipe.settings.chunk_frames,
         temporal_ratio=pipe.vae.spec.temporal_ratio,
         size_px=pipe.config.default_height,
     )
     latents = encode_clips(clips, pipe.vae, output.parent / LATENTS_FOLDER, settings.precision)
-    return ClipPieces(clips, latents, frames, range(clips.count))
+    numbers = range(clips.count)
+    trained, held_out = numbers[: settings.clips], numbers[settings.clips :]
+    return ClipPieces(clips, latents, frames, trained), ClipPieces(clips, latents, frames, held_out)
 
 
 def export(student: Denoiser, settings: SelfForcingSettings, output: Path) -> None:

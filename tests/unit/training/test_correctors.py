@@ -66,6 +66,30 @@ def test_where_critic_and_teacher_agree_there_is_nothing_to_learn(objective):
     assert distance_of(corrector, other, x, asked) > 1e-3
 
 
+class Knowing(Denoiser):
+    """Sees one clean sample in all noise, another one when it is told nothing."""
+
+    def __init__(self, told: float, untold: float = 0.0) -> None:
+        torch.nn.Module.__init__(self)
+        self.told, self.untold = told, untold
+
+    def embed(self, captions):
+        return torch.tensor([self.told if caption else self.untold for caption in captions])
+
+    def velocity(self, x, sigma, embeds):
+        return (x - embeds[:, None, None, None, None]) / sigma[:, None, :, None, None]
+
+
+@pytest.mark.parametrize(("guidance", "real"), [(1.0, 0.7), (3.0, -0.2 + 3 * (0.7 + 0.2))])
+def test_students_go_to_where_the_guided_teacher_is_and_away_from_the_critic(guidance, real):
+    teacher, critic, x = Knowing(0.7, untold=-0.2), Knowing(0.1, untold=5.0), piece()
+    loss_of(Matching(teacher, LEVELS, guidance=guidance), critic, x, Asked(CAPTIONS)).backward()
+    distance = (x.detach() - real).abs().flatten(1).mean(1).view(-1, 1, 1, 1, 1)
+    expected = ((0.1 - real) / distance).expand_as(x) / x.numel()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-3, atol=1e-9)
+    assert (x.grad < 0).all()  # descending it raises the student toward the teacher
+
+
 def test_matching_asks_both_at_the_same_noise(monkeypatch):
     teacher, critic = denoiser(0), denoiser(1)
     seen = noted(monkeypatch, teacher, critic)

@@ -45,6 +45,9 @@ def two(request, tmp_path_factory):
     """Folder of a run of two processes."""
     output = tmp_path_factory.mktemp("two")
     launch(str(WORKER), str(output), shards=request.param)
+    # Shards are put together where the result is written, and nowhere else.
+    whole = [(output / f"weights_{process}.pt").is_file() for process in range(2)]
+    assert whole == [True, not request.param]
     return output
 
 
@@ -56,9 +59,9 @@ def test_two_processes_are_one_with_their_data_together(two, tmp_path):
     states = [json.loads((two / f"state_{process}.json").read_text()) for process in range(2)]
     noise = [number for state in states for number in state["noise"]]
     assert len(set(noise)) == len(noise) == 8  # by step and by process
-    for process in range(2):
-        assert states[process]["processes"] == 2
-        weights = torch.load(two / f"weights_{process}.pt", weights_only=True)
+    assert all(state["processes"] == 2 for state in states)
+    for path in two.glob("weights_*.pt"):
+        weights = torch.load(path, weights_only=True)
         assert weights.keys() == expected.keys()
         for name, weight in weights.items():
             torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=2e-5)

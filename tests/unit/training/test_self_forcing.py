@@ -77,7 +77,7 @@ def trainee_for(**changes) -> SelfForcingTrainee:
         settings,
         Distillation(student, judge),
         settings.corrector(STREAM.shift, teacher),
-        Described(),
+        (Described(), Described()),
         pipeline_of(student),
         HORIZON,
     )
@@ -151,17 +151,21 @@ def test_pieces_are_the_ends_of_streams_of_all_lengths(monkeypatch):
     def rolled(engine, request, exit_step):
         chunks = 1 + (request.num_frames - 1) // 4
         seen[chunks, engine.gradient_from, exit_step] += 1
-        return torch.arange(float(chunks)).view(1, 1, -1, 1, 1).expand(2, 4, -1, 16, 16)
+        return torch.arange(float(chunks)).view(1, 1, -1, 1, 1).expand(len(request.prompt), 4, -1, 16, 16)
 
     monkeypatch.setattr(self_forcing, "rollout", rolled)
     for step in range(800):
         rng = np.random.default_rng(step)
-        piece = trainee._piece(Asked(["a", "b"]), rng, rng)
+        piece = trainee._draw_piece(Asked(["a", "b"]), rng, rng)
         assert piece.shape[2] == HORIZON
         assert torch.equal(piece[0, 0, :, 0, 0].diff(), torch.ones(HORIZON - 1))
     assert {key[:2] for key in seen} == {(3, 0), (4, 1), (5, 2), (6, 3)}
     assert {key[2] for key in seen} == {0, 1}
     assert max(seen.values()) < 1.5 * min(seen.values())  # 100 of each
+    seen.clear()
+    figures = [trainee_for(stream_chunks=6, total_steps=steps).evaluate() for steps in (3, 5)]
+    assert seen == {(3, 3, 1): 2, (6, 6, 1): 2}  # the shortest and the longest, as a viewer gets them
+    assert figures[0] == figures[1]
 
 
 @pytest.fixture(scope="module")
