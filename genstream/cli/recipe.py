@@ -2,27 +2,29 @@
 
 A recipe is a folder with a `recipe.json`, which names the stages and their commands in order, and a config
 file for each stage. Folders in a config (`vae`, `initial`, `text_encoder`, `teacher`) are those of earlier
-stages.
+stages, or installed models.
 """
 
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import genstream.training
 from genstream.cli.settings import parse_settings
 from genstream.cli.trainers import TRAINERS
-from genstream.io.model_folder import INDEX_NAME, read_object
-from genstream.training.model_run import RESULT_FOLDER
+from genstream.io.model_folder import INDEX_NAME, installed_models, read_object
+from genstream.training.model_run import LATENTS_FOLDER, RESULT_FOLDER
 
 logger = logging.getLogger(__name__)
 
 _RECIPES = Path(genstream.training.__file__).parent / "recipes"
 _INDEX = "recipe.json"
 _PLACES = ("vae", "initial", "text_encoder", "teacher")
+_TAKEN = (RESULT_FOLDER, LATENTS_FOLDER)
+"""Folders beside those of the stages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,10 @@ def read_recipe(name_or_folder: str, output: Path) -> list[Stage]:
     stages = read_object(folder / _INDEX).get("stages")
     if not isinstance(stages, dict) or not stages:
         raise ValueError(f"stages in {str(folder / _INDEX)!r} must name at least one, got {stages!r}")
-    return [_stage(name, command, folder / f"{name}.json", output) for name, command in stages.items()]
+    made: list[Stage] = []
+    for name, command in stages.items():
+        made.append(_stage(name, command, folder / f"{name}.json", output, [stage.name for stage in made]))
+    return made
 
 
 def run_recipe(stages: list[Stage], output: Path) -> Path:
@@ -81,19 +86,29 @@ def run_recipe(stages: list[Stage], output: Path) -> Path:
     return model
 
 
-def _stage(name: str, command: str, config: Path, output: Path) -> Stage:
+def _stage(name: str, command: str, config: Path, output: Path, earlier: list[str]) -> Stage:
+    if not name.isidentifier() or name in _TAKEN:
+        raise ValueError(f"stages must have names like a_b_1, but not {' or '.join(_TAKEN)}, got {name!r}")
     if command not in TRAINERS:
         raise ValueError(f"command of stage {name!r} must be one of {', '.join(TRAINERS)}, got {command!r}")
     if not config.is_file():
         raise ValueError(f"recipe file {str(config)!r} is missing")
     kind, train = TRAINERS[command].load()
-    content = read_object(config)
-    places = [
-        text
-        for place in _PLACES
-        if isinstance(value := content.get(place), str)
-        for text in (f"--{place.replace('_', '-')}", str(output / value))
-    ]
-    options = ["--config", str(config), *places, "--output", str(output / name)]
-    settings, _ = parse_settings(f"genstream {command}", kind, options)
-    return Stage(name=name, command=command, settings=settings, train=train)
+    settings, _ = parse_settings(f"genstream {command}", kind, ["--config", str(config)])
+    places = {}
+    for setting in _PLACES:
+        if (value := getattr(settings, setting, None)) is not None:
+            places[setting] = _place(value, output, earlier)
+            if places[setting] is None:
+                raise ValueError(
+                    f"{setting} of stage {name!r} must be in the folder of an earlier stage "
+                    f"({', '.join(earlier) or 'there is none'}) or an installed model, got {value!r}"
+                )
+    return Stage(name=name, command=command, settings=replace(settings, **places), train=train)
+
+
+def _place(value: str, output: Path, earlier: list[str]) -> str | None:
+    """Where an earlier stage made what a setting names; None where nothing can be."""
+    if Path(value).parts[:1] in [(name,) for name in earlier]:
+        return str(output / value)
+    return value if value in installed_models() else None

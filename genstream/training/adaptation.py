@@ -22,7 +22,7 @@ from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.training.denoiser import Denoiser, copy_weights, for_training
 from genstream.training.forcing import ForcedSequence, from_middle, from_start, with_noisy_context
-from genstream.training.loop import LoopSettings, run, steps_taken
+from genstream.training.loop import LoopSettings, alone, run, steps_taken
 from genstream.training.model_run import RESULT_FOLDER, load_model, model_folder, save_model
 from genstream.training.objectives import clean_from, segment_velocity
 from genstream.training.precision import Precision, computing_in
@@ -225,7 +225,7 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
         raise ValueError(f"chunk_frames must be {together} like the causal teacher's, got {chunk}")
     if together % chunk:
         raise ValueError(f"chunk_frames must divide {together}, the teacher's frames, got {chunk}")
-    prompts = prompts_from(settings.prompts)
+    prompts = prompts_from(settings.prompts, [Denoiser.of(pipe)])
     once(lambda: claim_run(output, settings))
     torch.manual_seed(settings.seed)
     denoiser = for_training(Denoiser.of(pipe), checkpointing=settings.gradient_checkpointing)
@@ -251,7 +251,8 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
             noise = torch.randn(count, *shape, generator=generator).to(denoiser.transformer.device)
             return Trajectories(captions, solve(denoiser, noise, captions, sampling))
 
-    paths = collect(sample, settings.trajectories, output / _TRAJECTORIES_FOLDER)
+    with alone(output):
+        paths = collect(sample, settings.trajectories, output / _TRAJECTORIES_FOLDER)
     run(settings.loop, AdaptationTrainee(settings, denoiser, paths, sampling.sigmas), output)
     once(lambda: export(denoiser, settings, sampling.shift, output))
     logger.info("causal student in %s", output / RESULT_FOLDER)

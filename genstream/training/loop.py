@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from genstream.training import processes
 from genstream.training.precision import Precision, computing_in
+from genstream.training.record import LOCK_NAME
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -38,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 _CHECKPOINTS_KEPT = 2
 _CHECKPOINT_PATTERN = f"step_{7 * '[0-9]'}"
-_LOCK_NAME = ".lock"
 _PROGRESS_NAME = "progress.json"
 _PROGRESS_INTERVAL_S = 10.0
 _LARGEST_SEED = 2**31 - 1
@@ -141,7 +141,7 @@ def run(settings: LoopSettings, trainee: Trainee, output: Path) -> None:
         ValueError: another process is at the run, or its newest checkpoint is damaged.
     """
     training = _Training(settings, trainee, output)
-    with _alone(output):
+    with alone(output):
         training.resume()
         while training.step < settings.total_steps:
             training.advance()
@@ -149,13 +149,13 @@ def run(settings: LoopSettings, trainee: Trainee, output: Path) -> None:
 
 
 @contextmanager
-def _alone(output: Path) -> Iterator[None]:
+def alone(output: Path) -> Iterator[None]:
     """Keep other commands away from the run; the lock is gone with the process, however that ends."""
     if not processes.process().is_main_process:
         yield
         return
     output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / _LOCK_NAME)
+    lock = FileLock(output / LOCK_NAME)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genstream.conditioning.text import check_prompts
 from genstream.data.toyworld import ToyWorld
 from genstream.training.clips import ClipSet
+from genstream.training.denoiser import Denoiser
 
 CAPTIONS = 16
 """Captions of one scene."""
@@ -52,27 +54,38 @@ class ScenePrompts:
 class TextPrompts:
     """The lines of a text file; empty ones are left out.
 
+    Args:
+        path: of the file.
+        readers: all that will embed the prompts.
+
     Raises:
-        ValueError: the file cannot be read as text, or holds no prompt.
+        ValueError: the file cannot be read as text, holds no prompt, or one that a reader does not take.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, readers: Iterable[Denoiser] = ()) -> None:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"prompts must be a text file, got {str(path)!r}: {error}") from error
-        self.lines = [line.strip() for line in text.splitlines() if line.strip()]
-        if not self.lines:
+        numbered = {number: line.strip() for number, line in enumerate(text.splitlines(), 1) if line.strip()}
+        if not numbered:
             raise ValueError(f"prompts must hold a prompt on each line, got {str(path)!r}, which is empty")
+        for reader in readers:
+            for number, line in numbered.items():
+                try:
+                    check_prompts([line], reader.tokenizer, reader.text_tokens)
+                except ValueError as error:
+                    raise ValueError(f"prompts {str(path)!r}, line {number}: {error}") from error
+        self.lines = list(numbered.values())
 
     def draw(self, count: int, rng: np.random.Generator) -> Asked:
         """A random batch."""
         return Asked([self.lines[place] for place in rng.integers(len(self.lines), size=count)])
 
 
-def prompts_from(path: str | None) -> PromptSource:
-    """The lines of a text file, or captions of random scenes when None."""
-    return ScenePrompts() if path is None else TextPrompts(Path(path))
+def prompts_from(path: str | None, readers: Iterable[Denoiser]) -> PromptSource:
+    """The lines of a text file, which all `readers` must take, or captions of random scenes when None."""
+    return ScenePrompts() if path is None else TextPrompts(Path(path), readers)
 
 
 class ClipPieces:

@@ -1,6 +1,7 @@
 """The record that a trained model carries: what command made it, with which settings, and how it went."""
 
 import json
+import os
 import shlex
 import shutil
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 RECORD_FOLDER = "training"
 SETTINGS_NAME = "settings.json"
+LOCK_NAME = ".lock"
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 
 
@@ -28,8 +30,7 @@ def claim_run(output: Path, settings: "DataclassInstance") -> None:
     output.mkdir(parents=True, exist_ok=True)
     path = output / SETTINGS_NAME
     values = json.loads(json.dumps(asdict(settings)))
-    begun = any(other.is_file() and other != path for other in output.rglob("*"))
-    if path.is_file() and begun:
+    if path.is_file() and _has_saved(output):
         before = read_json(path)
         if not isinstance(before, dict):
             raise ValueError(f"{str(path)!r} must hold the settings of a run, got {type(before).__name__}")
@@ -39,7 +40,19 @@ def claim_run(output: Path, settings: "DataclassInstance") -> None:
                 raise ValueError(
                     f"{name} must stay {old!r} in the run that {str(output)!r} holds, got {new!r}"
                 )
-    path.write_text(json.dumps(values, indent=1) + "\n")
+        return
+    written = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    written.write_text(json.dumps(values, indent=1) + "\n")
+    written.replace(path)
+
+
+def _has_saved(output: Path) -> bool:
+    """Whether a run's folder holds what its settings made: logs, checkpoints, sampled paths."""
+    for path in output.rglob("*"):
+        parts = path.relative_to(output).parts
+        if path.is_file() and parts[0] not in (SETTINGS_NAME, LOCK_NAME) and "partial" not in str(parts):
+            return True
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)

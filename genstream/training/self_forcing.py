@@ -288,7 +288,7 @@ def distill_student(settings: SelfForcingSettings, output: Path) -> None:
         settings,
         Distillation(student, Discriminator(critic) if is_gan else critic),
         settings.corrector(pipe.scheduler.config.shift, teacher.to(device).eval()),
-        _prompts(settings, pipe, horizon, output),
+        _prompts(settings, pipe, taught, output),
         pipe,
         horizon // chunk,
     )
@@ -307,11 +307,11 @@ def _load_initial(settings: SelfForcingSettings) -> CausalVideoPipeline:
 
 
 def _prompts(
-    settings: SelfForcingSettings, pipe: CausalVideoPipeline, frames: int, output: Path
+    settings: SelfForcingSettings, pipe: CausalVideoPipeline, teacher: CausalVideoPipeline, output: Path
 ) -> tuple[PromptSource, PromptSource]:
     """Those to train with, and those to evaluate with, of which "gan" has clips of their own."""
     if settings.objective != "gan":
-        prompts = prompts_from(settings.prompts)
+        prompts = prompts_from(settings.prompts, map(Denoiser.of, (pipe, teacher)))
         return prompts, prompts
     if not isinstance(pipe.vae, TinyVideoVAE):
         raise ValueError(f"initial must have a TinyVideoVAE for 'gan', got a {type(pipe.vae).__name__}")
@@ -324,6 +324,7 @@ def _prompts(
     )
     latents = encode_clips(clips, pipe.vae, output.parent / LATENTS_FOLDER, settings.precision)
     numbers = range(clips.count)
+    frames = teacher.settings.chunk_frames
     trained, held_out = numbers[: settings.clips], numbers[settings.clips :]
     return ClipPieces(clips, latents, frames, trained), ClipPieces(clips, latents, frames, held_out)
 

@@ -120,6 +120,20 @@ def test_all_recipes_inside_the_package_fit_their_commands(tmp_path):
         ({"stages": {}}, "must name at least one, got {}"),
         ({"stages": {"vae": "train it"}}, "command of stage 'vae' must be one of train vae, train text"),
         ({"stages": {"other": "train vae"}}, "other.json' is missing"),
+        (
+            {"stages": {"model": "train vae"}},
+            "must have names like a_b_1, but not model or latents, got 'model'",
+        ),
+        ({"stages": {"../vae": "train vae"}}, "must have names like a_b_1, but not model or latents"),
+        (
+            {"stages": {"student": "train student"}},
+            "vae of stage 'student' must be in the folder of an earlier",
+        ),
+        (
+            {"stages": {"vae": "train vae", "teacher": "train teacher"}},
+            "initial of stage 'teacher' must be in the folder of an earlier stage (vae) or an installed "
+            "model, got 'student'",
+        ),
     ],
 )
 def test_a_wrong_recipe_is_refused_before_anything_runs(folder, tmp_path, capsys, change, error):
@@ -146,4 +160,8 @@ def test_a_wrong_setting_is_refused_before_anything_runs(folder, tmp_path, capsy
     (folder / "distilled.json").write_text('{"teachers": "teacher"}')
     assert main(["distill", "--recipe", str(folder), "--output", str(tmp_path / "runs")]) == 2
     assert "has no setting 'teachers'" in capsys.readouterr().err
+    (folder / "distilled.json").write_text('{"initial": "student"}')
+    assert main(["distill", "--recipe", str(folder), "--output", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err  # not what some other chain left in runs/teacher
+    assert "teacher of stage 'distilled' must be in the folder of an earlier stage" in error
     assert not (tmp_path / "runs").exists()

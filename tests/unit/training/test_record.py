@@ -41,6 +41,9 @@ def test_a_run_is_continued_with_its_own_settings_only(tmp_path):
     claim_run(tmp_path / "run", StudentTrainingSettings())
     claim_run(tmp_path / "run", StudentTrainingSettings())
     claim_run(tmp_path / "run", StudentTrainingSettings(learning_rate=0.1))  # nothing was saved yet
+    (tmp_path / "run" / ".lock").touch()
+    (tmp_path / "run" / "checkpoints" / "partial_0000200").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "partial_0000200" / "half").touch()
     claim_run(tmp_path / "run", StudentTrainingSettings())
     (tmp_path / "run" / "log.csv").write_text("step\n1\n")
     before = (tmp_path / "run" / "settings.json").read_text()

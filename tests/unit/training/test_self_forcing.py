@@ -258,6 +258,7 @@ def test_bad_settings(wrong, error):
 
 
 def test_what_does_not_fit_is_refused_before_the_run_starts(runs, tmp_path):
+    (tmp_path / "long.txt").write_text("a red circle\n\n" + "a red circle and " * 20)
     for wrong, error in (
         (
             {"teacher": "nowhere"},
@@ -268,6 +269,7 @@ def test_what_does_not_fit_is_refused_before_the_run_starts(runs, tmp_path):
             "initial must be an installed model or the folder of a model or of a finished run, got 'nowhere'",
         ),
         ({"prompts": "nowhere.txt"}, "prompts must be a text file, got 'nowhere.txt'"),
+        ({"prompts": str(tmp_path / "long.txt")}, "long.txt', line 3: prompt must have at most 32 tokens"),
         ({"teacher": runs / "student", "initial": runs / "teacher"}, "chunks that divide 1, the teacher's"),
         ({"stream_chunks": 2}, "stream_chunks must be at least 3, what the teacher sees, got 2"),
     ):
