@@ -67,6 +67,7 @@ class Scale:
     horizon_chunks: int = 6
     prompts: int = 64
     long_prompts: int = 24
+    longest_prompts: tuple[int, ...] = (0, 8, 16, 24)  # one of each shape
     short_s: float = 20.0
     long_s: float = 60.0
     longest_s: float = 600.0
@@ -96,7 +97,7 @@ class Trial:
     Attributes:
         name: of the trial.
         run: that made it.
-        prompts: streams.
+        prompts: numbers of the evaluation prompts.
         seconds: of each.
         steps: denoising steps; None for all.
         sinks: chunks; None for the student's own.
@@ -105,7 +106,7 @@ class Trial:
 
     name: str
     run: str
-    prompts: int
+    prompts: tuple[int, ...]
     seconds: float
     steps: int | None = None
     sinks: int | None = None
@@ -180,8 +181,8 @@ def runs(scale: Scale, output: Path) -> Iterator[Run]:
 
 def trials(scale: Scale) -> Iterator[Trial]:
     """All that is judged."""
-    short = {"prompts": scale.prompts, "seconds": scale.short_s}
-    long = {"prompts": scale.long_prompts, "seconds": scale.long_s}
+    short = {"prompts": tuple(range(scale.prompts)), "seconds": scale.short_s}
+    long = {"prompts": tuple(range(scale.long_prompts)), "seconds": scale.long_s}
     for forcing in FORCINGS:
         for seed in SEEDS:
             yield Trial(name=f"{forcing} {seed}", run=_slug(forcing, seed), **short)
@@ -199,7 +200,7 @@ def trials(scale: Scale) -> Iterator[Trial]:
             run="masks",
             sinks=sinks,
             window=window,
-            prompts=max(1, scale.long_prompts // 6),
+            prompts=scale.longest_prompts,
             seconds=scale.longest_s,
         )
     for steps in STEPS:
@@ -211,7 +212,7 @@ def judged(trial: Trial, output: Path) -> list[dict[str, Any]]:
     path = output / "scores" / f"{trial.name.replace(' ', '_')}.json"
     if path.is_file():
         content = json.loads(path.read_text())
-        if content["trial"] == asdict(trial):
+        if content["trial"] == json.loads(json.dumps(asdict(trial))):
             return list(content["windows"])
     pipe = CausalVideoPipeline.from_pretrained(output / trial.run / "model")
     if trial.steps is not None:
@@ -220,7 +221,8 @@ def judged(trial: Trial, output: Path) -> list[dict[str, Any]]:
     chunk = pipe.config.chunk_frames
     if trial.sinks is not None and trial.window is not None:
         pipe.register_to_config(sink_frames=trial.sinks * chunk, window_frames=trial.window * chunk)
-    prompts = evaluation_prompts(trial.prompts)
+    known = evaluation_prompts(1 + max(trial.prompts))
+    prompts = [known[number] for number in trial.prompts]
     streams = judge_together(pipe, prompts, trial.seconds, WINDOW_S, seed=0)
     windows = [
         {
@@ -391,7 +393,7 @@ def main(arguments: Sequence[str] | None = None, scale: Scale | None = None) -> 
     do_all(training, given.jobs)
     judging = [Job(name=trial.name, function=judged, arguments=(trial, output)) for trial in trials(scale)]
     # The longest first, so that jobs end together; the page keeps the order of trials().
-    judging.sort(key=lambda job: -job.arguments[0].seconds * job.arguments[0].prompts)
+    judging.sort(key=lambda job: -job.arguments[0].seconds * len(job.arguments[0].prompts))
     scores = do_all(judging, given.jobs)
     by_name = {trial.name: scores[trial.name] for trial in trials(scale)}
     write_page(by_name, {run.name: minutes_of(output / run.name) for run in planned}, scale)

@@ -41,6 +41,7 @@ def test_the_suite_writes_its_page_and_goes_on_where_it_was_cut_off(suite, tmp_p
         horizon_chunks=2,
         prompts=2,
         long_prompts=2,
+        longest_prompts=(1,),
         short_s=2.0,
         long_s=2.0,
         longest_s=3.0,
