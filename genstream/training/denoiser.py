@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from genstream.conditioning.text import encode_prompts
 from genstream.data import vocabulary
 from genstream.pipelines.causal_video import CausalVideoPipeline
-from genstream.training.attention import MatmulAttention
+from genstream.training.attention import FlexAttention, MatmulAttention
 from genstream.training.text import tiny_text_encoder, word_tokenizer
 from genstream.transformer.attention import AttentionProcessor, CrossAttention, SelfAttention
 from genstream.transformer.causal_dit import CausalDiT
@@ -132,8 +132,7 @@ def for_training(denoiser: Denoiser, *, checkpointing: bool = False) -> Denoiser
 
     With `checkpointing`, what lies between blocks is computed twice in place of being kept.
     """
-    if not torch.cuda.is_available():
-        set_attention(denoiser, MatmulAttention())
+    set_attention(denoiser, FlexAttention() if torch.cuda.is_available() else MatmulAttention())
     if checkpointing:
         denoiser.transformer.enable_gradient_checkpointing()
     return denoiser

@@ -22,7 +22,7 @@ from genstream.training.denoiser import set_attention
 from genstream.training.model_run import model_folder
 from genstream.training.rollout import Copies, GradientCache
 from genstream.training.self_forcing import SelfForcingSettings
-from genstream.transformer.attention import AttentionProcessor
+from genstream.transformer.attention import AttentionMask, AttentionProcessor
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.transformer.conversion import whole_config
 from genstream.vae.protocol import StreamingVAE
@@ -134,7 +134,12 @@ class _FusedAttention(AttentionProcessor):
     """Attention as the kernels of GPUs compute it: without a matrix of scores."""
 
     def __call__(
-        self, attention: nn.Module, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None
+        self,
+        attention: nn.Module,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: AttentionMask | None = None,
     ) -> Tensor:
         """Attend on `[B, L, N, D]`."""
         del attention, mask

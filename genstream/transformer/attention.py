@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -13,6 +16,28 @@ from genstream.kernels.rope import Phases, rotate
 KeysValues = tuple[Tensor, Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class FrameMask:
+    """Which latent frame sees which. Attention that needs no dense mask of tokens makes none of it.
+
+    Attributes:
+        frames: boolean `[T, T]`, True where the row's frame sees the column's.
+        tokens_per_frame: tokens that see alike.
+    """
+
+    frames: Tensor
+    tokens_per_frame: int
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """The same over tokens, `[L, L]`; made once for all layers."""
+        by_row = self.frames.repeat_interleave(self.tokens_per_frame, 0)
+        return by_row.repeat_interleave(self.tokens_per_frame, 1)
+
+
+AttentionMask = FrameMask | Tensor
+
+
 class AttentionProcessor:
     """Plain scaled dot-product attention on `[B, L, N, D]` through diffusers' dispatcher."""
 
@@ -20,14 +45,20 @@ class AttentionProcessor:
     _parallel_config = None
 
     def __call__(
-        self, attention: nn.Module, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None
+        self,
+        attention: nn.Module,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: AttentionMask | None = None,
     ) -> Tensor:
-        """Attend; `mask` `[L or 1, S]` is boolean, True where a query may look, or added to the scores."""
+        """Attend; a `mask` that is a tensor, `[L or 1, S]`, is added to the scores."""
+        weights = mask.dense if isinstance(mask, FrameMask) else mask
         out: Tensor = dispatch_attention_fn(
             query,
             keys,
             values,
-            attn_mask=None if mask is None else mask[None, None],
+            attn_mask=None if weights is None else weights[None, None],
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
@@ -69,7 +100,11 @@ class SelfAttention(_Attention):
         self.layer = layer
 
     def forward(
-        self, hidden: Tensor, at: Phases, cache: AttentionContext | None = None, mask: Tensor | None = None
+        self,
+        hidden: Tensor,
+        at: Phases,
+        cache: AttentionContext | None = None,
+        mask: FrameMask | None = None,
     ) -> Tensor:
         """Tokens `[B, L, C]` to `[B, L, C]`; with a cache, writes this pass's keys and values into it."""
         query = rotate(self._query(hidden), at)

@@ -20,7 +20,7 @@ from genstream.cache.kv_cache import AttentionContext, CacheShape, KVCache, Text
 from genstream.cache.layout import CacheLayout
 from genstream.kernels.rope import Phases, phases
 from genstream.shapes import check_count, check_positive
-from genstream.transformer.attention import CrossAttention, KeysValues, SelfAttention
+from genstream.transformer.attention import CrossAttention, FrameMask, KeysValues, SelfAttention
 from genstream.transformer.embeddings import ConditionEmbedder
 
 _SIZES = (
@@ -72,7 +72,7 @@ class CausalBlock(nn.Module):
         text: KeysValues,
         image: KeysValues | None = None,
         cache: AttentionContext | None = None,
-        mask: Tensor | None = None,
+        mask: FrameMask | None = None,
     ) -> Tensor:
         """Tokens by frame `[B, T, tokens, C]`, modulation `[B, T or 1, 6, C]`, to tokens by frame."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (
@@ -283,8 +283,7 @@ class CausalDiT(
         at = phases(positions, rows, columns, head_width, hidden_states.device)
         mask = None
         if attention_mask is not None:
-            tokens = rows * columns
-            mask = attention_mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+            mask = FrameMask(attention_mask, rows * columns)
 
         time = timestep if timestep.ndim == 2 else timestep.unsqueeze(1)
         embedded, modulation = self.condition_embedder.time(time)
