@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 EXIT_INTERRUPTED = 130
 _STREAM_OPTIONS = (
+    ("--chunk", "chunk_frames", "latent frames generated together"),
     ("--window", "window_frames", "latest latent frames that are kept"),
     ("--sink", "sink_frames", "first latent frames that are kept for ever"),
     ("--guidance-scale", "guidance_scale", "of classifier-free guidance; 1 is off"),

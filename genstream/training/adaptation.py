@@ -10,6 +10,7 @@ student needs no guidance.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,14 @@ from torch import Tensor
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.training.denoiser import Denoiser, copy_weights, for_training
-from genstream.training.forcing import ForcedSequence, from_middle, from_start, with_noisy_context
+from genstream.training.forcing import (
+    Context,
+    ForcedSequence,
+    draw_context,
+    from_middle,
+    from_start,
+    with_noisy_context,
+)
 from genstream.training.loop import LoopSettings, alone, run, steps_taken
 from genstream.training.model_run import RESULT_FOLDER, load_model, model_folder, save_model
 from genstream.training.objectives import clean_from, segment_velocity
@@ -63,8 +71,9 @@ class AdaptationSettings:
         stream_chunks: chunks of a path of a causal teacher; those of others are as long as what they see.
         forcing: what a noisy chunk's context is, "diffusion" noisy chunks, "teacher" the clean stream.
         context_noise: largest noise on the clean context, in standard deviations of the latents.
-        random_masks: every step draws a window from 1 to `window_chunks`, and whether there is a sink, so
-            that the model can be run with any of them.
+        random_masks: every step draws a chunk size up to `chunk_frames`, a window in whole chunks up to that
+            of `window_chunks`, and whether there is a sink, so that the model can be run with any of them.
+            Chunks of a causal teacher's paths stay as they are: all noise of one shaped each of its frames.
         total_steps: optimiser steps.
         learning_rate: peak.
         optimizer: "adamw" or "muon".
@@ -137,15 +146,22 @@ class AdaptationTrainee:
         module: with weights to start from.
         paths: to learn from, the last ones for evaluation.
         sigmas: noise levels of their states, from 1 to 0.
+        sizes: latent frames of a chunk that random masks draw from.
     """
 
     def __init__(
-        self, settings: AdaptationSettings, module: Denoiser, paths: Trajectories, sigmas: list[float]
+        self,
+        settings: AdaptationSettings,
+        module: Denoiser,
+        paths: Trajectories,
+        sigmas: list[float],
+        sizes: Sequence[int],
     ) -> None:
         self.settings = settings
         self.module = module
         self.paths = paths
         self.sigmas = torch.tensor(sigmas)
+        self.sizes = sizes
         module.text_encoder.requires_grad_(requires_grad=False)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -195,11 +211,12 @@ class AdaptationTrainee:
         return error.square()[noisy].sum() / noisy.sum().clamp(min=1)
 
     def _sequence(self, rng: np.random.Generator) -> ForcedSequence:
-        settings, size = self.settings, self.settings.chunk_frames
-        chunks = self.paths.states.shape[3] // size
-        window, sink = settings.window_chunks, True
+        settings = self.settings
+        context = Context(settings.chunk_frames, settings.window_chunks)
         if settings.random_masks:
-            window, sink = int(rng.integers(1, window + 1)), bool(rng.integers(2))
+            context = draw_context(rng, self.sizes, settings.window_chunks * settings.chunk_frames)
+        size, window, sink = context.chunk_frames, context.window_chunks, context.sink
+        chunks = self.paths.states.shape[3] // size
         if chunks > window + 1 and rng.random() < _MIDDLE:
             first = int(rng.integers(1, chunks - window))
             starts = [size * (first + place) for place in range(window + 1)]
@@ -253,7 +270,8 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
 
     with alone(output):
         paths = collect(sample, settings.trajectories, output / _TRAJECTORIES_FOLDER)
-    run(settings.loop, AdaptationTrainee(settings, denoiser, paths, sampling.sigmas), output)
+    sizes = [chunk] if is_causal else range(1, chunk + 1)
+    run(settings.loop, AdaptationTrainee(settings, denoiser, paths, sampling.sigmas, sizes), output)
     once(lambda: export(denoiser, settings, sampling.shift, output))
     logger.info("causal student in %s", output / RESULT_FOLDER)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -24,6 +26,33 @@ class Piece:
     frames: range
     positions: range
     sees: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Context:
+    """How a model streams: what a chunk sees of its past.
+
+    Attributes:
+        chunk_frames: latent frames of a chunk.
+        window_chunks: chunks kept besides the sink.
+        sink: the first chunk is kept for ever.
+    """
+
+    chunk_frames: int
+    window_chunks: int
+    sink: bool = True
+
+
+def draw_context(rng: np.random.Generator, sizes: Sequence[int], window_frames: int) -> Context:
+    """A random way to stream, for models that can be run in all of them.
+
+    Args:
+        rng: random numbers.
+        sizes: of chunks, in latent frames.
+        window_frames: the longest window; there is one of at least one chunk.
+    """
+    size = int(rng.choice(sizes))
+    return Context(size, int(rng.integers(1, window_frames // size + 1)), bool(rng.integers(2)))
 
 
 @dataclass(frozen=True)

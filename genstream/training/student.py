@@ -19,7 +19,14 @@ from genstream.schedulers.few_step import FewStepScheduler
 from genstream.schedulers.schedule import shifted
 from genstream.training.clips import ClipSet
 from genstream.training.denoiser import Denoiser
-from genstream.training.forcing import ForcedSequence, from_middle, from_start, with_noisy_context
+from genstream.training.forcing import (
+    Context,
+    ForcedSequence,
+    draw_context,
+    from_middle,
+    from_start,
+    with_noisy_context,
+)
 from genstream.training.model_run import (
     ModelRunSettings,
     ModelTrainee,
@@ -35,8 +42,6 @@ Caption = Callable[[int, int], str]
 _SHARED_LEVELS = 0.5
 """Share of noisy chunks at the sampling steps' own noise levels; the others are anywhere between."""
 _TARGET_COPIES = 3
-_WITH_SINK = 0.5
-"""Share of random masks with a sink."""
 _KEPT_SINKS = 0.2
 """Share of prompt switches that keep the stream's first sinks."""
 
@@ -48,8 +53,8 @@ class StudentTrainingSettings(ModelRunSettings):
     Attributes:
         forcing: what a noisy chunk's context is, "teacher" the clean video, "diffusion" noisy chunks.
         window_chunks: chunks kept besides the first, which is the sink, and the current one.
-        random_masks: every step draws a window from 1 to `window_chunks`, and whether there is a sink, so
-            that the model can be run with any of them.
+        random_masks: every step draws a chunk size up to `chunk_frames`, a window in whole chunks up to that
+            of `window_chunks`, and whether there is a sink, so that the model can be run with any of them.
         steps: sampling timesteps before the shift, in (0, 1000].
         context_noise: largest noise on the clean context, in standard deviations of the latents, so that
             small errors of the student's own output do not grow.
@@ -87,6 +92,8 @@ class StudentTrainingSettings(ModelRunSettings):
         super().__post_init__()
         if self.forcing not in ("teacher", "diffusion"):
             raise ValueError(f"forcing must be 'teacher' or 'diffusion', got {self.forcing!r}")
+        if self.window_chunks < (shortest := 1 if self.random_masks else 0):
+            raise ValueError(f"window_chunks must be at least {shortest}, got {self.window_chunks}")
         least = 2 * (self.window_chunks + 2)
         if self.clip_chunks < least:
             raise ValueError(f"clip_chunks must be at least {least}, got {self.clip_chunks}")
@@ -152,28 +159,30 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
     ) -> tuple[ForcedSequence, list[int], Caption]:
         """The sequence of a step, its clips out of `among`, and what gives the caption of its targets."""
         settings, clips, kind = self.settings, self.clips, shared.random()
+        context = Context(settings.chunk_frames, settings.window_chunks)
+        if settings.random_masks:
+            sizes = range(1, settings.chunk_frames + 1)
+            context = draw_context(shared, sizes, settings.window_chunks * settings.chunk_frames)
         if kind < settings.first:
             is_training = among.start == 0
             if self.first_latents is not None and is_training:
                 among = range(clips.count, clips.count + len(self.first_latents))
             chosen = self._choose(among, own, settings.first_chunks)
-            return from_start([settings.chunk_frames], settings.window_chunks), chosen, clips.caption
+            return from_start([context.chunk_frames], context.window_chunks), chosen, clips.caption
         kind -= settings.first
-        window, sink = settings.window_chunks, True
-        if settings.random_masks:
-            window, sink = int(shared.integers(1, window + 1)), bool(shared.random() < _WITH_SINK)
         if kind < settings.switched:
             chosen = self._choose([clip for clip in among if clips.switches(clip)], own)
-            return self._after_switch(shared, window), chosen, clips.caption_after_switch
+            return self._after_switch(shared, context), chosen, clips.caption_after_switch
         kind -= settings.switched
         if kind < settings.middle:
             chosen = self._choose([clip for clip in among if not clips.switches(clip)], own)
-            return self._middle(shared, window, sink=sink), chosen, clips.caption
+            return self._middle(shared, context), chosen, clips.caption
         kind -= settings.middle
-        chunks = [settings.chunk_frames] * (window + 2)
+        window = context.window_chunks
+        chunks = [context.chunk_frames] * (window + 2)
         if kind < settings.image_start:
             chunks[0] = 1
-        return from_start(chunks, window, sink=sink), self._choose(among, own), clips.caption
+        return from_start(chunks, window, sink=context.sink), self._choose(among, own), clips.caption
 
     def _latents_of(self, clips: Sequence[int]) -> Tensor:
         """Of clips, or of the further ones of which there is the first chunk alone."""
@@ -187,24 +196,26 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
         places = rng.choice(len(clips), size=batches * self.settings.batch_size, p=weights / weights.sum())
         return [clips[place] for place in places]
 
-    def _middle(self, rng: np.random.Generator, window: int, *, sink: bool) -> ForcedSequence:
+    def _middle(self, rng: np.random.Generator, context: Context) -> ForcedSequence:
         """A target whose window begins anywhere behind the sink."""
-        size = self.settings.chunk_frames
-        latest = (self.settings.clip_chunks - window - 1) * size
+        size, window = context.chunk_frames, context.window_chunks
+        latest = self.settings.clip_chunks * self.settings.chunk_frames - (window + 1) * size
         first = int(rng.integers(size + 1, latest + 1))
         starts = [first + size * place for place in range(window + 1)]
-        return from_middle([0, *starts] if sink else starts, size, _TARGET_COPIES)
+        return from_middle([0, *starts] if context.sink else starts, size, _TARGET_COPIES)
 
-    def _after_switch(self, rng: np.random.Generator, window: int) -> ForcedSequence:
+    def _after_switch(self, rng: np.random.Generator, context: Context) -> ForcedSequence:
         """A target behind the switch; the sink is the stream's first, or the oldest chunk kept by it."""
-        settings, switch = self.settings, self.clips.switch_chunk
-        target = int(rng.integers(switch, settings.clip_chunks))
-        oldest = switch - int(rng.integers(1, window + 2))
+        settings, size, window = self.settings, context.chunk_frames, context.window_chunks
+        switch = self.clips.switch_chunk * settings.chunk_frames
+        # Chunks are counted from the switch, where one begins.
+        target = int(rng.integers((settings.clip_chunks * settings.chunk_frames - switch) // size))
+        oldest = -int(rng.integers(1, window + 2))
         kept = range(max(target - window, oldest + 1), target)
-        sink = 0 if rng.random() < _KEPT_SINKS else oldest
-        starts = [chunk * settings.chunk_frames for chunk in (sink, *kept, target)]
-        recached = 1 + sum(chunk < switch for chunk in kept)
-        return from_middle(starts, settings.chunk_frames, _TARGET_COPIES, recached)
+        sink = 0 if rng.random() < _KEPT_SINKS else switch + size * oldest
+        starts = [sink, *(switch + size * chunk for chunk in (*kept, target))]
+        recached = 1 + sum(chunk < 0 for chunk in kept)
+        return from_middle(starts, size, _TARGET_COPIES, recached)
 
     def _sigma(self, sequence: ForcedSequence, clips: int, rng: np.random.Generator) -> Tensor:
         """One noise level for each noisy chunk of each clip, by frame `[B, T noisy]`."""

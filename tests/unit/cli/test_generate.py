@@ -67,16 +67,19 @@ def test_preset(model: str, tmp_path: Path):
     np.testing.assert_array_equal(np.stack(list(read_video(tmp_path / "frames"))), expected)
 
 
-def test_window_sinks_and_guidance(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    options = ["--frames", "69", "--window", "0", "--sink", "6", "--guidance-scale", "2.5"]
+def test_chunk_window_sinks_and_guidance(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--frames", "69", "--chunk", "2", "--window", "0", "--sink", "6", "--guidance-scale", "2.5"]
     assert generate(model, "-o", str(tmp_path / "frames"), *options) == 0
     pipe = CausalVideoPipeline.from_pretrained(model)
-    settings = replace(pipe.settings, window_frames=0, sink_frames=6, guidance_scale=2.5)
+    given = {"chunk_frames": 2, "window_frames": 0, "sink_frames": 6, "guidance_scale": 2.5}
+    settings = replace(pipe.settings, **given)
     chunks = pipe.stream("a red circle moving right", num_frames=69, settings=settings)
     expected = np.concatenate([to_uint8(chunk.frames) for chunk in chunks])
     np.testing.assert_array_equal(np.stack(list(read_video(tmp_path / "frames"))), expected)
     assert generate(model, "-o", str(tmp_path / "out.mp4"), "--window", "-1") == 2
     assert "window_frames (--window) must be at least 0, got -1" in error_of(capsys)
+    assert generate(model, "-o", str(tmp_path / "out.mp4"), "--chunk", "0") == 2
+    assert "chunk_frames (--chunk) must be at least 1, got 0" in error_of(capsys)
 
 
 def test_a_lora_in_the_folder_is_told(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from genstream.cache.layout import CacheLayout, PositionPolicy
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.streaming.engine import CacheEngine
+from genstream.training import adaptation
 from genstream.training.adaptation import AdaptationSettings, AdaptationTrainee, adapt_teacher
 from genstream.training.denoiser import Denoiser, DenoiserSettings
+from genstream.training.forcing import draw_context
 from genstream.training.objectives import guided
 from genstream.training.processes import own_rng
 from genstream.training.trajectories import Sampling, Trajectories, collect, solve, stream
@@ -149,7 +152,8 @@ def trainee_for(frames=6, **changes) -> AdaptationTrainee:
     sigmas = Sampling(num_steps=4, substeps=1, shift=2.0, guidance_scale=1.0).sigmas
     states = torch.stack([(1 - sigma) * clean + sigma * noise for sigma in sigmas], dim=1)
     paths = Trajectories([f"a red circle {number}" for number in range(20)], states)
-    return AdaptationTrainee(settings, Denoiser.new(MODEL, 4), paths, sigmas)
+    sizes = range(1, settings.chunk_frames + 1)
+    return AdaptationTrainee(settings, Denoiser.new(MODEL, 4), paths, sigmas, sizes)
 
 
 class Knowing(torch.nn.Module):
@@ -198,6 +202,36 @@ def test_chunks_see_what_the_stream_shows_them():
         assert window == list(range(target.frames.start - len(window), target.frames.start))
         seen.add((target.frames.start, tuple(starts)))
     assert {(5, (0, 3, 4)), (5, (3, 4)), (5, (4,)), (5, (0, 4)), (0, ())} <= seen
+
+
+def test_random_masks_show_what_the_caches_of_all_chunk_sizes_show(monkeypatch):
+    trainee = trainee_for(frames=13, chunk_frames=3, window_chunks=2, random_masks=True, forcing="teacher")
+    contexts, far = [], set()
+    monkeypatch.setattr(
+        adaptation, "draw_context", lambda *given: contexts.append(draw_context(*given)) or contexts[-1]
+    )
+    for step in range(300):
+        sequence = trainee._sequence(np.random.default_rng(step))
+        context, target = contexts[-1], sequence.noisy[-1]
+        size, sink = context.chunk_frames, context.chunk_frames * context.sink
+        assert len(target.frames) == size and target.frames.stop <= 13
+        layout = CacheLayout(
+            chunk_frames=size,
+            sink_frames=sink,
+            window_frames=size * context.window_chunks,
+            positions=PositionPolicy.WINDOW,
+        )
+        start, stop = target.frames.start, target.frames.stop
+        kept = {*range(min(sink, start)), *layout.kept(start, stop)}
+        pieces = [sequence.clean[index] for index in target.sees]
+        assert {frame for piece in pieces for frame in piece.frames} == kept
+        sinks = layout.sink_positions(stop)
+        for piece in pieces:
+            in_stream = sinks.start if sink and piece.frames.start == 0 else piece.frames.start
+            assert target.positions.start - piece.positions.start == start - in_stream
+        if target.positions != target.frames:
+            far.add(size)
+    assert {context.chunk_frames for context in contexts} == far == {1, 2, 3}
 
 
 def test_a_context_that_is_given_is_clean_but_for_its_noise():
@@ -282,6 +316,21 @@ def test_a_causal_teacher_teaches_fewer_steps_without_guidance(causal_teacher, t
     assert pipe.scheduler.config.steps == [1000.0, 500.0]
     with pytest.raises(ValueError, match="chunk_frames must be 2 like the causal teacher's, got 1"):
         adapt_teacher(AdaptationSettings(**{**settings, "chunk_frames": 1}), tmp_path / "other")
+
+
+@pytest.mark.parametrize(("folder", "sizes"), [("teacher", [1, 2]), ("causal", [2])])
+def test_chunks_of_a_causal_teacher_keep_their_size(causal_teacher, tmp_path, monkeypatch, folder, sizes):
+    """Those of a clip that was made at once can be smaller."""
+    causal_teacher.save_pretrained(tmp_path / "causal")
+    causal_teacher.register_to_config(sink_frames=0, window_frames=0)
+    causal_teacher.save_pretrained(tmp_path / "teacher")
+    trainees = []
+    monkeypatch.setattr(adaptation, "run", lambda loop, trainee, output: trainees.append(trainee))
+    monkeypatch.setattr(adaptation, "export", lambda *given: None)
+    changes = {"chunk_frames": 2, "random_masks": True, "stream_chunks": 2}
+    settings = AdaptationSettings(**{**TINY, **changes, "teacher": str(tmp_path / folder)})
+    adapt_teacher(settings, tmp_path / "run")
+    assert list(trainees[0].sizes) == sizes
 
 
 @pytest.mark.parametrize(

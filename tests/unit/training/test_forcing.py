@@ -1,11 +1,14 @@
 """What a chunk sees in training is what it sees in a stream."""
 
+from collections import Counter
+
+import numpy as np
 import pytest
 import torch
 
 from genstream.cache.layout import CacheLayout, PositionPolicy
 from genstream.streaming.controls import PromptControl
-from genstream.training.forcing import from_middle, from_start, with_noisy_context
+from genstream.training.forcing import draw_context, from_middle, from_start, with_noisy_context
 
 
 def visible_in_a_stream(layout: CacheLayout, start: int) -> set[int]:
@@ -20,7 +23,7 @@ def seen(sequence, piece) -> list[int]:
     return [frame for index in piece.sees for frame in sequence.clean[index].frames]
 
 
-@pytest.mark.parametrize("chunk_frames", [1, 3])
+@pytest.mark.parametrize("chunk_frames", [1, 2, 3])
 @pytest.mark.parametrize("window_chunks", [0, 1, 2])
 @pytest.mark.parametrize("chunks", [1, 2, 4, 7])
 def test_from_start_sees_what_the_cache_shows(chunk_frames, window_chunks, chunks):
@@ -34,7 +37,7 @@ def test_from_start_sees_what_the_cache_shows(chunk_frames, window_chunks, chunk
         assert piece.positions == piece.frames
 
 
-@pytest.mark.parametrize("chunk_frames", [1, 3])
+@pytest.mark.parametrize("chunk_frames", [1, 2, 3])
 @pytest.mark.parametrize(("first", "window_chunks"), [(2, 1), (2, 2), (5, 2), (9, 3)])
 def test_from_middle_stands_as_in_the_cache(chunk_frames, first, window_chunks):
     layout = CacheLayout(
@@ -70,11 +73,11 @@ def test_mask_rows_follow_the_pieces():
     assert noisy[4].nonzero().flatten().tolist() == [0, 1, 2, 6, 7]
 
 
-@pytest.mark.parametrize("first_chunk", [1, 3])
-def test_a_masked_pass_gives_what_streaming_gives(build_pipeline, first_chunk):
+@pytest.mark.parametrize(("first_chunk", "size"), [(1, 1), (1, 2), (2, 2), (1, 3), (3, 3)])
+def test_a_masked_pass_gives_what_streaming_gives(build_pipeline, first_chunk, size):
     """Both halves at once, against one pass after another with a cache."""
     model = build_pipeline().transformer.requires_grad_(requires_grad=False)
-    chunks = [first_chunk, 3, 3, 3]
+    chunks = [first_chunk, size, size, size]
     sequence = from_start(chunks, window_chunks=2)
     clean, noisy = torch.randn(2, 1, 4, sum(chunks), 4, 4)
     context, level = torch.randn(1, 12, 16), 700.0
@@ -84,7 +87,9 @@ def test_a_masked_pass_gives_what_streaming_gives(build_pipeline, first_chunk):
     timestep[:, :count] = 0
     mask = torch.tensor(sequence.mask())
     trained = model(both, timestep, context, frame_positions=sequence.positions, attention_mask=mask).sample
-    layout = CacheLayout(chunk_frames=3, sink_frames=3, window_frames=6, positions=PositionPolicy.WINDOW)
+    layout = CacheLayout(
+        chunk_frames=size, sink_frames=size, window_frames=2 * size, positions=PositionPolicy.WINDOW
+    )
     cache, text, found = model.kv_cache(layout, 1, 4, 4), model.text_cache(context), []
     for piece in sequence.noisy:
         span = slice(piece.frames.start, piece.frames.stop)
@@ -150,3 +155,13 @@ def test_noisy_context_is_the_clean_one_under_noise(sequence):
         assert piece.positions == expected[piece.frames].positions
         context = [frame for index in piece.sees for frame in noisy.noisy[index].frames]
         assert context == seen(sequence, expected[piece.frames])
+
+
+def test_contexts_come_in_all_sizes_that_a_stream_can_have():
+    drawn = Counter(draw_context(np.random.default_rng(seed), range(1, 4), 6) for seed in range(3000))
+    assert {(each.chunk_frames, each.window_chunks, each.sink) for each in drawn} == {
+        (size, window, sink) for size in (1, 2, 3) for window in range(1, 6 // size + 1) for sink in (0, 1)
+    }
+    for size in (1, 2, 3):
+        share = sum(count for each, count in drawn.items() if each.chunk_frames == size) / 3000
+        assert abs(share - 1 / 3) < 0.05

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -180,13 +181,50 @@ def test_hard_clips_come_more_often():
 
 
 def test_random_masks_come_in_all_sizes():
-    trainee, seen = trainee_for(random_masks=True, window_chunks=2, clip_chunks=8), set()
-    for step in range(300):
+    changes = {"chunk_frames": 3, "window_chunks": 2, "clip_chunks": 8, "switched": 0.0}
+    trainee, seen = trainee_for(random_masks=True, **changes), set()
+    for step in range(1000):
         sequence, _, _ = drawn(trainee, np.random.default_rng(step), range(9))
         target = sequence.noisy[-1]
-        context = [sequence.clean[index].frames.start for index in target.sees]
-        seen.add((0 in context, sum(start > 0 for start in context)))
-    assert {(True, 1), (True, 2), (False, 1), (False, 2)} <= seen
+        context = [sequence.clean[index].frames for index in target.sees]
+        window = [frames for frames in context if frames.start]
+        chunks = [*window, target.frames]
+        assert all(before.stop == after.start for before, after in pairwise(chunks))
+        assert {len(frames) for frames in chunks} == {len(target.frames)}
+        assert target.frames.stop <= 24
+        seen.add((len(target.frames), len(window), len(window) < len(context)))
+    for size in (1, 2, 3):
+        for window in range(1, 6 // size + 1):
+            assert {(size, window, True), (size, window, False)} <= seen
+
+
+def test_random_masks_behind_a_switch_begin_a_chunk_there():
+    changes = {"chunk_frames": 3, "window_chunks": 2, "clip_chunks": 8}
+    shares = {"first": 0.0, "middle": 0.0, "image_start": 0.0, "switched": 1.0}
+    trainee, seen = trainee_for(random_masks=True, **changes, **shares), set()
+    switch = 3 * trainee.clips.switch_chunk
+    for step in range(300):
+        sequence, _, _ = drawn(trainee, np.random.default_rng(step), range(9))
+        target = sequence.noisy[-1].frames
+        assert switch <= target.start and target.stop <= 24
+        for piece in sequence.clean[1:]:
+            assert (piece.frames.start - switch) % len(target) == 0
+        # What a re-cache made sees all of it; what came later does not.
+        for index, piece in enumerate(sequence.clean):
+            later = sequence.clean[index + 1 :]
+            recached = [index + 1 + place for place, each in enumerate(later) if each.frames.stop <= switch]
+            assert set(recached) <= set(piece.sees) or piece.frames.start >= switch
+        seen.add(len(target))
+    assert seen == {1, 2, 3}
+
+
+@pytest.mark.parametrize("kind", ["first", "image_start", "middle", "switched"])
+@pytest.mark.parametrize("forcing", ["teacher", "diffusion"])
+def test_every_kind_of_sequence_with_random_masks(kind, forcing):
+    shares = {"first": 0.0, "image_start": 0.0, "middle": 0.0, "switched": 0.0, kind: 1.0}
+    trainee = trainee_for(**shares, chunk_frames=2, random_masks=True, forcing=forcing)
+    for step in range(6):
+        assert trainee.loss(step)[0].isfinite()
 
 
 def test_captions_fit_the_prompt():
@@ -293,6 +331,8 @@ def test_the_result_is_a_pipeline(trained):
     ("wrong", "error"),
     [
         ({"forcing": "self"}, "forcing must be 'teacher' or 'diffusion', got 'self'"),
+        ({"window_chunks": 0, "random_masks": True}, "window_chunks must be at least 1, got 0"),
+        ({"window_chunks": -1}, "window_chunks must be at least 0, got -1"),
         ({"hard_weight": 0.0}, "hard_weight must be above 0, got 0.0"),
         ({"width": 50}, "width must be a multiple of 48, got 50"),
         ({"guidance_scale": 0.9}, r"guidance_scale must be at least 1 \(off\), got 0\.9"),
