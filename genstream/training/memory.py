@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from genstream.cache.kv_cache import KVCache
 from genstream.cache.layout import CacheLayout
-from genstream.io.model_folder import INDEX_NAME, read_object
 from genstream.pipelines.allocation import Allocated, AttentionResult, allocated
-from genstream.pipelines.memory import bare_vae
 from genstream.training.denoiser import set_attention
-from genstream.training.model_run import model_folder
+from genstream.training.model_config import ModelConfig
 from genstream.training.rollout import Copies, GradientCache
-from genstream.training.self_forcing import SelfForcingSettings
+from genstream.training.self_forcing import SelfForcingSettings, check_models
 from genstream.transformer.attention import AttentionMask, AttentionProcessor
 from genstream.transformer.causal_dit import CausalDiT
-from genstream.transformer.conversion import whole_config
-from genstream.vae.protocol import StreamingVAE
+from genstream.vae.wrapping import module_of
 
 _FLOAT = 4
 _TRAINED_COPIES = 5
@@ -36,7 +29,7 @@ _GATHERED_BLOCKS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationMemory:
-    """Bytes on each GPU.
+    """Bytes on each GPU, and on the host.
 
     Attributes:
         trained_bytes: of student and critic with all that belongs to them.
@@ -45,6 +38,7 @@ class DistillationMemory:
         cache_bytes: of the stream's keys and values.
         student_bytes: besides, while the student learns: its chunks with gradient, teacher and critic.
         critic_bytes: besides, while the critic learns.
+        host_bytes: of each process on its host, where all models are whole before they are cut into shards.
     """
 
     trained_bytes: int
@@ -53,45 +47,13 @@ class DistillationMemory:
     cache_bytes: int
     student_bytes: int
     critic_bytes: int
+    host_bytes: int
 
     @property
     def peak_bytes(self) -> int:
-        """Most at once."""
+        """Most at once on a GPU."""
         kept = self.trained_bytes + self.frozen_bytes + self.gathered_bytes + self.cache_bytes
         return kept + max(self.student_bytes, self.critic_bytes)
-
-
-@dataclass(frozen=True)
-class _Model:
-    """A model folder's configuration."""
-
-    index: Mapping[str, Any]
-    transformer: Mapping[str, Any]
-    folder: Path
-
-    @classmethod
-    def of(cls, name: str, given: str) -> _Model:
-        folder = model_folder(name, given)
-        index = read_object(folder / INDEX_NAME)
-        return cls(index, whole_config(read_object(folder / "transformer" / "config.json")), folder)
-
-    def build(self, layers: int | None = None) -> CausalDiT:
-        """The transformer without weights."""
-        known = dict(self.transformer) if layers is None else {**self.transformer, "num_layers": layers}
-        with torch.device("meta"):
-            transformer: CausalDiT = CausalDiT(**known)
-        return transformer
-
-    def text_encoder(self) -> nn.Module | None:
-        """Likewise."""
-        entry = self.index.get("text_encoder", [None, None])
-        if entry[1] is None:
-            return None
-        with torch.device("meta"):
-            built: nn.Module = getattr(transformers, entry[1])(
-                AutoConfig.from_pretrained(self.folder / "text_encoder")
-            )
-        return built
 
 
 def distillation_memory(settings: SelfForcingSettings, processes: int) -> DistillationMemory:
@@ -110,13 +72,14 @@ def distillation_memory(settings: SelfForcingSettings, processes: int) -> Distil
         raise ValueError(f"objective must be 'dmd' for a dry run, got {settings.objective!r}")
     if processes < 1:
         raise ValueError(f"processes (--processes) must be at least 1, got {processes}")
-    student, teacher = _Model.of("initial", settings.initial), _Model.of("teacher", settings.teacher)
-    built, taught = student.build(), teacher.build()
+    teacher, student, horizon_chunks = check_models(settings)
+    built, taught = student.transformer_of(), teacher.transformer_of()
     encoders = [encoder for model in (student, teacher) if (encoder := model.text_encoder()) is not None]
     trained = _TRAINED_COPIES * (_count(built) + _count(taught))  # the critic is as large as its teacher
     frozen = _count(taught) + sum(map(_count, encoders))
     largest = max(_count(block) for block in (*built.blocks, *taught.blocks))
-    passes = _Passes(settings, student, teacher, bare_vae(student.folder))
+    vaes = [module_of(model.vae()) for model in (student, teacher)]
+    passes = _Passes(settings, student, teacher, horizon_chunks)
     chunk, critic = passes.chunk(), passes.critic()
     graphs = passes.horizon_chunks * chunk.held_bytes + passes.copied_bytes
     return DistillationMemory(
@@ -127,6 +90,7 @@ def distillation_memory(settings: SelfForcingSettings, processes: int) -> Distil
         # Both learn in one step: the graphs of the student's chunks wait while the critic is computed.
         student_bytes=graphs + max(critic.peak_bytes, chunk.peak_bytes - chunk.held_bytes),
         critic_bytes=critic.peak_bytes,
+        host_bytes=_FLOAT * (_count(built) + _count(taught) + frozen + sum(map(_count, vaes))),
     )
 
 
@@ -151,15 +115,20 @@ class _Passes:
     """The passes of a step through models of one and of two blocks; the others take as much as the second."""
 
     def __init__(
-        self, settings: SelfForcingSettings, student: _Model, teacher: _Model, vae: StreamingVAE
+        self,
+        settings: SelfForcingSettings,
+        student: ModelConfig,
+        teacher: ModelConfig,
+        horizon_chunks: int,
     ) -> None:
         self.settings, self.student, self.teacher = settings, student, teacher
         index = student.index
-        self.chunk_frames = int(index["chunk_frames"])
-        self.horizon = int(teacher.index["chunk_frames"])
-        self.horizon_chunks = self.horizon // self.chunk_frames
-        ratio = vae.spec.spatial_ratio
-        self.size = (index["default_height"] // ratio, index["default_width"] // ratio)
+        self.chunk_frames = student.chunk_frames
+        self.horizon = teacher.chunk_frames
+        self.horizon_chunks = horizon_chunks
+        ratio = student.vae().spec.spatial_ratio
+        height, width = student.size_px
+        self.size = (height // ratio, width // ratio)
         window = index.get("window_frames")
         sinks = index.get("sink_frames", 0)
         self.shares_copies = index.get("context", "clean") == "clean"
@@ -174,7 +143,7 @@ class _Passes:
     def cache_bytes(self) -> int:
         """Of all blocks."""
         layers: int = self.student.transformer["num_layers"]
-        return layers * self._cache(self.student.build(1)).nbytes
+        return layers * self._cache(self.student.transformer_of(1)).nbytes
 
     @property
     def copied_bytes(self) -> int:
@@ -188,7 +157,7 @@ class _Passes:
         seen_frames = layout.capacity_frames + (chunks - 2) * layout.chunk_frames
         seen_frames += (chunks - 1) * layout.sink_frames
         layers: int = self.student.transformer["num_layers"]
-        cache = self._cache(self.student.build(1))
+        cache = self._cache(self.student.transformer_of(1))
         frame_bytes = (cache.keys[0].nbytes + cache.values[0].nbytes) // layout.capacity_frames
         return layers * seen_frames * frame_bytes
 
@@ -244,7 +213,7 @@ class _Passes:
         taken = allocated(lambda: velocity().sum().backward(), [*given, *gradients], gradient=True)
         return Allocated(max(taken.peak_bytes, held), held)
 
-    def _of_all_layers(self, measure: Callable[[CausalDiT], Allocated], model: _Model) -> Allocated:
+    def _of_all_layers(self, measure: Callable[[CausalDiT], Allocated], model: ModelConfig) -> Allocated:
         one, two = (measure(self._build(model, layers)) for layers in (1, 2))
         others = model.transformer["num_layers"] - 1
         return Allocated(
@@ -252,8 +221,8 @@ class _Passes:
             one.held_bytes + others * (two.held_bytes - one.held_bytes),
         )
 
-    def _build(self, model: _Model, layers: int) -> CausalDiT:
-        transformer: CausalDiT = model.build(layers).train()
+    def _build(self, model: ModelConfig, layers: int) -> CausalDiT:
+        transformer: CausalDiT = model.transformer_of(layers).train()
         set_attention(transformer, _FusedAttention())
         if self.settings.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()

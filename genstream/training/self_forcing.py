@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -26,9 +27,10 @@ from genstream.training.clips import ClipSet, encode_clips
 from genstream.training.correctors import Adversarial, Corrector, Discriminator, Matching, NoiseLevels
 from genstream.training.denoiser import Denoiser, copy_weights, for_training
 from genstream.training.loop import LoopSettings, run, steps_taken
+from genstream.training.model_config import ModelConfig, check_same_latents
 from genstream.training.model_run import LATENTS_FOLDER, RESULT_FOLDER, load_model, model_folder, save_model
 from genstream.training.precision import Precision
-from genstream.training.processes import once, own_rng, process, shared_rng
+from genstream.training.processes import once, own_rng, shared_rng
 from genstream.training.prompts import Asked, ClipPieces, PromptSource, prompts_from
 from genstream.training.record import Training, claim_run
 from genstream.training.rollout import RolloutEngine, rollout
@@ -173,11 +175,6 @@ class SelfForcingTrainee:
         pipe: CausalVideoPipeline,
         horizon_chunks: int,
     ) -> None:
-        if settings.stream_chunks < horizon_chunks:
-            raise ValueError(
-                f"stream_chunks must be at least {horizon_chunks}, what the teacher sees, "
-                f"got {settings.stream_chunks}"
-            )
         self.settings = settings
         self.module = module
         self.corrector = corrector
@@ -268,29 +265,47 @@ class SelfForcingTrainee:
         return rollout(engine, request, exit_step)[:, :, first:].float()
 
 
-def distill_student(settings: SelfForcingSettings, output: Path) -> None:
-    """Distil, continuing what `output` already holds; the result is `output`/model."""
-    device = process().device
-    taught, critic_pipe = (load_model("teacher", settings.teacher) for _ in range(2))
-    pipe = _load_initial(settings)
-    teacher, critic, student = (
-        for_training(Denoiser.of(each), checkpointing=settings.gradient_checkpointing)
-        for each in (taught, critic_pipe, pipe)
+def check_models(settings: SelfForcingSettings) -> tuple[ModelConfig, ModelConfig, int]:
+    """Teacher, student, and how many of its chunks the teacher sees; nothing is loaded.
+
+    Raises:
+        ValueError: one is no model, or they do not fit each other or the settings.
+    """
+    teacher, student = (
+        ModelConfig.of("teacher", settings.teacher),
+        ModelConfig.of("initial", settings.initial),
     )
-    # It is not trained, and may be larger than all else.
-    critic.text_encoder = teacher.text_encoder
-    horizon, chunk = taught.settings.chunk_frames, pipe.settings.chunk_frames
+    check_same_latents(teacher, student)
+    horizon, chunk = teacher.chunk_frames, student.chunk_frames
     if horizon % chunk:
         raise ValueError(f"initial must have chunks that divide {horizon}, the teacher's frames, got {chunk}")
+    if settings.stream_chunks < (least := horizon // chunk):
+        raise ValueError(
+            f"stream_chunks must be at least {least}, what the teacher sees, got {settings.stream_chunks}"
+        )
+    return teacher, student, least
+
+
+def distill_student(settings: SelfForcingSettings, output: Path) -> None:
+    """Distil, continuing what `output` already holds; the result is `output`/model."""
+    _, _, horizon_chunks = check_models(settings)
+    taught, pipe = load_model("teacher", settings.teacher), _load_initial(settings)
+    teacher, student = Denoiser.of(taught), Denoiser.of(pipe)
+    # The text encoder is not trained, and may be larger than all else: both have the same one.
+    critic = Denoiser(
+        deepcopy(teacher.transformer), teacher.text_encoder, teacher.tokenizer, teacher.text_tokens
+    )
+    for each in (teacher, critic, student):
+        for_training(each, checkpointing=settings.gradient_checkpointing)
     is_gan = settings.objective == "gan"
     torch.manual_seed(settings.seed)
     trainee = SelfForcingTrainee(
         settings,
         Distillation(student, Discriminator(critic) if is_gan else critic),
-        settings.corrector(pipe.scheduler.config.shift, teacher.to(device).eval()),
+        settings.corrector(pipe.scheduler.config.shift, teacher.eval()),
         _prompts(settings, pipe, taught, output),
         pipe,
-        horizon // chunk,
+        horizon_chunks,
     )
     once(lambda: claim_run(output, settings))
     run(settings.loop, trainee, output)

@@ -1,0 +1,110 @@
+"""Models as their folders describe them: what is known of them before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig
+
+from genstream.io.model_folder import INDEX_NAME, read_object
+from genstream.pipelines.memory import bare_vae
+from genstream.streaming.settings import StreamSettings
+from genstream.training.model_run import model_folder
+from genstream.transformer.causal_dit import CausalDiT
+from genstream.transformer.conversion import whole_config
+from genstream.vae.protocol import StreamingVAE
+from genstream.vae.wrapping import module_of
+
+_STATISTICS = ("latents_mean", "latents_std", "shift_factor", "scaling_factor")
+_DIGITS = 3
+"""Of statistics that are compared: published ones have four."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model folder's configuration.
+
+    Attributes:
+        index: of the pipeline.
+        transformer: of the transformer, with its defaults.
+        folder: where it is.
+    """
+
+    index: Mapping[str, Any]
+    transformer: Mapping[str, Any]
+    folder: Path
+
+    @classmethod
+    def of(cls, name: str, given: str) -> ModelConfig:
+        """Of the model that the setting `name` gives, itself or by the run that made it."""
+        folder = model_folder(name, given)
+        index = read_object(folder / INDEX_NAME)
+        return cls(index, whole_config(read_object(folder / "transformer" / "config.json")), folder)
+
+    @property
+    def chunk_frames(self) -> int:
+        """Latent frames generated together."""
+        frames: int = self.index.get("chunk_frames", StreamSettings.chunk_frames)
+        return frames
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.index["default_height"], self.index["default_width"]
+
+    def transformer_of(self, layers: int | None = None) -> CausalDiT:
+        """The transformer without weights, or one like it with so many layers."""
+        known = dict(self.transformer) if layers is None else {**self.transformer, "num_layers": layers}
+        with torch.device("meta"):
+            transformer: CausalDiT = CausalDiT(**known)
+        return transformer
+
+    def text_encoder(self) -> nn.Module | None:
+        """Likewise."""
+        entry = self.index.get("text_encoder", [None, None])
+        if entry[1] is None:
+            return None
+        with torch.device("meta"):
+            built: nn.Module = getattr(transformers, entry[1])(
+                AutoConfig.from_pretrained(self.folder / "text_encoder")
+            )
+        return built
+
+    def vae(self) -> StreamingVAE:
+        """Likewise."""
+        return bare_vae(self.folder)
+
+
+def check_same_latents(teacher: ModelConfig, student: ModelConfig) -> None:
+    """Refuse a teacher that cannot judge what a student makes, as far as their configurations tell.
+
+    Raises:
+        ValueError: their latents or their sizes differ, or one needs more than latents and a prompt.
+    """
+    own, asked = dict(_traits("teacher", teacher)), dict(_traits("initial", student))
+    for name in own:
+        if name in asked and own[name] != asked[name]:
+            raise ValueError(f"teacher must have {name} {asked[name]} like initial, got {own[name]}")
+
+
+def _traits(name: str, model: ModelConfig) -> Iterator[tuple[str, object]]:
+    """What must be the same in both; statistics only where they are told, as weights may hold them."""
+    vae = model.vae()
+    config: Mapping[str, Any] = module_of(vae).config  # type: ignore[assignment]
+    channels, taken = vae.spec.latent_channels, model.transformer["in_channels"]
+    if taken != channels:
+        raise ValueError(f"{name} must take {channels} channels, those of its latents alone, got {taken}")
+    yield "latent_channels", channels
+    yield "temporal_ratio", vae.spec.temporal_ratio
+    yield "spatial_ratio", vae.spec.spatial_ratio
+    yield "default size", "{}x{}".format(*reversed(model.size_px))
+    for statistic in _STATISTICS:
+        if (value := config.get(statistic)) is not None:
+            values = value if isinstance(value, list | tuple) else [value]
+            yield statistic, [round(each, _DIGITS) for each in values]
