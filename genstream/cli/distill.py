@@ -23,11 +23,23 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.set_defaults(run=run_chain)
     parts = parser.add_subparsers(metavar="PART")
     for name, trainer in parts_of("distill").items():
-        part = parts.add_parser(name, help=trainer.text, add_help=False, allow_abbrev=False)
-        part.set_defaults(run=run, command=f"distill {name}", takes_more=True)
-        if name == "student":
-            part.add_argument("--dry-run", action="store_true", help="print the memory that each GPU takes")
-            part.add_argument("--processes", type=int, default=1, help="GPUs of the dry run, with FSDP (1)")
+        others = _dry_run_options() if name == "student" else None
+        part = parts.add_parser(
+            name,
+            help=trainer.text,
+            add_help=False,
+            allow_abbrev=False,
+            parents=[] if others is None else [others],
+        )
+        part.set_defaults(run=run, command=f"distill {name}", takes_more=True, others=others)
+
+
+def _dry_run_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    group = options.add_argument_group("dry run")
+    group.add_argument("--dry-run", action="store_true", help="print the memory that each GPU takes")
+    group.add_argument("--processes", type=int, default=1, help="GPUs of the dry run, with FSDP (1)")
+    return options
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -36,7 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--recipe runs a whole chain, without a part, got {arguments.command}")
     if getattr(arguments, "dry_run", False):
         return dry_run(arguments)
-    return run_training(arguments.command, arguments.more)
+    if getattr(arguments, "processes", 1) != 1:
+        raise ValueError(
+            f"processes (--processes) is for --dry-run, got {arguments.processes}; "
+            "accelerate launch --num_processes starts a run on several"
+        )
+    return run_training(arguments.command, arguments.more, arguments.others)
 
 
 def dry_run(arguments: argparse.Namespace) -> int:
@@ -44,7 +61,7 @@ def dry_run(arguments: argparse.Namespace) -> int:
     from genstream.training.memory import distillation_memory
 
     kind, _ = TRAINERS[arguments.command].load()
-    settings, _ = parse_settings(f"genstream {arguments.command}", kind, arguments.more)
+    settings, _ = parse_settings(f"genstream {arguments.command}", kind, arguments.more, arguments.others)
     memory = distillation_memory(settings, arguments.processes)
     rows = {
         "student and critic: weights, gradients, moments, average": memory.trained_bytes,
@@ -57,6 +74,7 @@ def dry_run(arguments: argparse.Namespace) -> int:
     }
     print(f"on each of {arguments.processes} GPUs, in float32, {settings.batch_size} streams each:")
     print("\n".join(f"{gpu_memory(taken):>12}  {text}" for text, taken in rows.items()))
+    print(f"{gpu_memory(memory.host_bytes):>12}  on the host of each process, while loading")
     return 0
 
 

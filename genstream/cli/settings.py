@@ -20,29 +20,33 @@ _EXAMPLES = {int: 1, float: 0.5, bool: True, str: "..."}
 _LISTS = (tuple, Sequence)
 
 
-def parse_settings(prog: str, kind: type[S], texts: list[str]) -> tuple[S, Path]:
+def parse_settings(
+    prog: str, kind: type[S], texts: list[str], others: argparse.ArgumentParser | None = None
+) -> tuple[S, Path]:
     """Settings of class `kind` and the output folder, from `--output FOLDER --config FILE --field value`.
 
-    A field takes its value from the option, else from the config file, else from its default.
+    A field takes its value from the option, else from the config file, else from its default. `others` are
+    options that have been read before; help lists them too.
     """
-    parser = _parser(prog, kind)
-    given = vars(parser.parse_args(texts))
-    output: Path = given.pop("output")
-    config = given.pop("config")
+    given = vars(_parser(prog, kind, others).parse_args(texts))
+    config = given["config"]
     values = _read_config(config, kind) if config is not None else {}
-    values |= given
+    values |= {field.name: given[field.name] for field in _fields(kind) if field.name in given}
     missing = [
         f"--{_option(field)}" for field in _fields(kind) if _required(field) and field.name not in values
     ]
     if missing:
         raise ValueError(f"{prog} needs {', '.join(missing)}")
-    return kind(**values), output
+    return kind(**values), given["output"]
 
 
-def _parser(prog: str, kind: type[object]) -> argparse.ArgumentParser:
+def _parser(
+    prog: str, kind: type[object], others: argparse.ArgumentParser | None = None
+) -> argparse.ArgumentParser:
     # Settings that are taken over from another class are told by that one.
     told = [inspect.getdoc(base) or "" for base in kind.__mro__ if dataclasses.is_dataclass(base)]
-    parser = Parser(prog=prog, description="\n\n".join(told), allow_abbrev=False)
+    parents = [] if others is None else [others]
+    parser = Parser(prog=prog, description="\n\n".join(told), allow_abbrev=False, parents=parents)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     folder = Path("runs") / prog.removeprefix("genstream ").removeprefix("train ").replace(" ", "-")
     parser.add_argument(

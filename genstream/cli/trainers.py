@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,10 +82,10 @@ def parts_of(verb: str) -> dict[str, Trainer]:
     }
 
 
-def run_training(command: str, texts: list[str]) -> int:
-    """Train with settings from the command line."""
+def run_training(command: str, texts: list[str], others: ArgumentParser | None = None) -> int:
+    """Train with settings from the command line; `others` are options besides, which help lists too."""
     kind, train = TRAINERS[command].load()
-    settings, output = parse_settings(f"genstream {command}", kind, texts)
+    settings, output = parse_settings(f"genstream {command}", kind, texts, others)
     show_training()
     train(settings, output)
     return 0

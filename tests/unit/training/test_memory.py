@@ -60,6 +60,16 @@ def test_weights_and_caches_are_counted_exactly(small):
     assert found.cache_bytes == 2 * 3 * 16 * 48 * 4 * (3 + 3 + 1)
 
 
+def test_all_models_are_whole_on_the_host(small):
+    pipe = CausalVideoPipeline.from_pretrained(small / "student")
+    transformer, encoder, vae = (
+        sum(weight.numel() for weight in part.parameters())
+        for part in (pipe.transformer, pipe.text_encoder, pipe.vae)
+    )
+    for processes in (1, 8):
+        assert memory_of(small, processes).host_bytes == 4 * (3 * transformer + 2 * (encoder + vae))
+
+
 def test_more_processes_share_what_is_kept_and_nothing_else(small):
     alone, eight = memory_of(small), memory_of(small, processes=8)
     assert eight.trained_bytes == alone.trained_bytes // 8
@@ -112,12 +122,24 @@ def test_published_sizes_without_weights(tmp_path, capsys, size, parameters):
     printed = capsys.readouterr().out
     assert "on each of 64 GPUs, in float32, 1 streams each:" in printed
     assert f"{found.peak_bytes / GIB:.2f} GiB  most at once" in printed
+    assert f"{found.host_bytes / GIB:.2f} GiB  on the host of each process, while loading" in printed
+
+
+def test_help_lists_the_options_of_the_dry_run(capsys):
+    with pytest.raises(SystemExit):
+        main(["distill", "student", "--help"])
+    listed = capsys.readouterr().out
+    assert all(option in listed for option in ("--dry-run", "--processes", "--stream-chunks"))
+    with pytest.raises(SystemExit):
+        main(["distill", "causal", "--help"])
+    assert "--dry-run" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "error"),
     [
         (["--processes", "0"], "processes (--processes) must be at least 1, got 0"),
+        (["--stream-chunks", "2"], "stream_chunks must be at least 3, what the teacher sees, got 2"),
         (["--objective", "sid"], "objective must be 'dmd' for a dry run, got 'sid'"),
         (
             ["--teacher", "nowhere"],
@@ -129,3 +151,8 @@ def test_bad_input(small, capsys, options, error):
     places = ["--teacher", str(small / "teacher"), "--initial", str(small / "student")]
     assert main(["distill", "student", *places, "--dry-run", *options]) == 2
     assert error in capsys.readouterr().err
+
+
+def test_several_processes_are_for_the_dry_run_alone(small, capsys):
+    assert main(["distill", "student", "--processes", "8"]) == 2
+    assert "processes (--processes) is for --dry-run, got 8" in capsys.readouterr().err

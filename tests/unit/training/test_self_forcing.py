@@ -1,6 +1,7 @@
 """Distillation by self forcing: who learns when, from which piece of a stream; and a whole run."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -13,11 +14,13 @@ from genstream.schedulers.few_step import FewStepScheduler
 from genstream.training import self_forcing
 from genstream.training.correctors import Discriminator, Matching
 from genstream.training.denoiser import Denoiser, for_training
+from genstream.training.memory import distillation_memory
 from genstream.training.prompts import Asked, ScenePrompts
 from genstream.training.self_forcing import (
     Distillation,
     SelfForcingSettings,
     SelfForcingTrainee,
+    check_models,
     distill_student,
 )
 from genstream.training.student import StudentTrainingSettings, train_student
@@ -276,6 +279,59 @@ def test_what_does_not_fit_is_refused_before_the_run_starts(runs, tmp_path):
         with pytest.raises(ValueError, match=error):
             distill_student(replace(settings_for(runs), **wrong), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def changed(runs, folder, **files):
+    """Copies of teacher and student; each of `teacher_vae` and so on changes a config.json."""
+    for name in ("teacher", "student"):
+        shutil.copytree(runs / name / "model", folder / name)
+        for part in ("index", "vae", "transformer"):
+            place = "model_index.json" if part == "index" else f"{part}/config.json"
+            path = folder / name / place
+            path.write_text(json.dumps(json.loads(path.read_text()) | files.get(f"{name}_{part}", {})))
+    return folder
+
+
+NARROW = {"vae": {"latent_channels": 2}, "transformer": {"in_channels": 2, "out_channels": 2}}
+
+
+@pytest.mark.parametrize(
+    ("files", "error"),
+    [
+        ({"teacher_index": {"default_width": 64}}, "default size 128x128 like initial, got 64x128"),
+        (
+            {f"teacher_{part}": values for part, values in NARROW.items()},
+            "latent_channels 4 like initial, got 2",
+        ),
+        ({"teacher_vae": {"decoder_spatial_strides": [2, 2, 1], "patch_size": 1}}, "_ratio"),
+        (
+            {
+                f"{name}_vae": {"latents_mean": [0.0, 0.0, 0.0, last]}
+                for name, last in (("teacher", 1.0), ("student", 0.0))
+            },
+            r"latents_mean \[0.0, 0.0, 0.0, 0.0\] like initial, got \[0.0, 0.0, 0.0, 1.0\]",
+        ),
+        ({"student_transformer": {"in_channels": 8}}, "initial must take 4 channels, those of its latents"),
+        ({"student_index": {"chunk_frames": 2}}, "initial must have chunks that divide 3"),
+    ],
+    ids=["size", "channels", "ratio", "statistics", "image", "chunks"],
+)
+def test_a_teacher_of_other_latents_is_refused_by_the_run_and_its_dry_run(runs, tmp_path, files, error):
+    folder = changed(runs, tmp_path, **files)
+    settings = settings_for(runs, teacher=str(folder / "teacher"), initial=str(folder / "student"))
+    for start in (
+        lambda: distill_student(settings, tmp_path / "run"),
+        lambda: distillation_memory(settings, 1),
+    ):
+        with pytest.raises(ValueError, match=error):
+            start()
+    assert not (tmp_path / "run").exists()
+
+
+def test_statistics_that_one_folder_does_not_tell_may_be_the_same(runs, tmp_path):
+    folder = changed(runs, tmp_path, teacher_vae={"latents_mean": [0.0] * 4, "latents_std": [2.0] * 4})
+    settings = settings_for(runs, teacher=str(folder / "teacher"))
+    assert check_models(settings)[2] == HORIZON
 
 
 def test_prompts_from_a_file(runs, tmp_path):
