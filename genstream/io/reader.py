@@ -4,8 +4,9 @@ import logging
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from os import PathLike
 from pathlib import Path
@@ -47,8 +48,13 @@ class VideoFile:
     fps: float
 
 
-def find_videos(folder: str | PathLike[str]) -> list[Path]:
-    """All video files and folders of png in `folder` and the folders in it, sorted; others are told of."""
+def find_videos(folder: str | PathLike[str], companions: Sequence[str] = ()) -> list[Path]:
+    """All video files and folders of png in `folder` and the folders in it, sorted; others are told of.
+
+    Args:
+        folder: to search.
+        companions: suffixes of files that belong to videos, such as ".txt", of which nothing is told.
+    """
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"videos must be a folder, got {str(root)!r}")
@@ -58,7 +64,8 @@ def find_videos(folder: str | PathLike[str]) -> list[Path]:
     kinds = f"{', '.join(READABLE_SUFFIXES)} or folders of {FRAME_PATTERN}"
     if not files and not frames:
         raise ValueError(f"videos must hold {kinds}, got {str(root)!r}")
-    if others := len(every) - len(files) - len(frames):
+    beside = [path for path in every if path.suffix.lower() in companions]
+    if others := len(every) - len(files) - len(frames) - len(beside):
         logger.warning("%s: %d files passed over that are not %s", root, others, kinds)
     return sorted([*files, *{frame.parent for frame in frames}])
 
@@ -91,11 +98,35 @@ def read_clip(video: VideoFile, start: int, count: int, shorter_side: int) -> ND
         count: frames of the clip.
         shorter_side: pixels of height or width, whichever is smaller, that each frame is resized to.
     """
-    frames = [_resized(frame, shorter_side) for frame in _frames_from(video, start, count)]
+    return _read(video, start, count, partial(_resized, shorter_side=shorter_side))
+
+
+def read_cropped(video: VideoFile, start: int, count: int, height: int, width: int) -> NDArray[np.uint8]:
+    """`count` frames from frame `start` on, [count, height, width, 3].
+
+    Each frame is made as small as still covers that size, and what is too much is cut off on both sides.
+
+    Args:
+        video: to read from.
+        start: frames in front of the clip.
+        count: frames of the clip.
+        height: pixels.
+        width: pixels.
+    """
+    return _read(video, start, count, partial(_cropped, height=height, width=width))
+
+
+def _read(
+    video: VideoFile,
+    start: int,
+    count: int,
+    fit: Callable[[NDArray[np.uint8]], NDArray[np.uint8]],
+) -> NDArray[np.uint8]:
+    """Frames of a video, each made to `fit` before the next one is read."""
+    frames = [fit(frame) for frame in _frames_from(video, start, count)]
     if len(frames) < count:
         # Frames that are not evenly spaced in time are not where the frame rate says.
-        stream = islice(read_video(video.path), start, start + count)
-        frames = [_resized(frame, shorter_side) for frame in stream]
+        frames = [fit(frame) for frame in islice(read_video(video.path), start, start + count)]
     if len(frames) < count:
         raise ValueError(
             f"video {str(video.path)!r} must have {start + count} frames, got {start + len(frames)}"
@@ -170,11 +201,22 @@ def _frames_from(video: VideoFile, start: int, count: int) -> Iterator[NDArray[n
 
 def _resized(frame: NDArray[np.uint8], shorter_side: int) -> NDArray[np.uint8]:
     height, width = frame.shape[:2]
-    if min(height, width) == shorter_side:
-        return frame
     scale = shorter_side / min(height, width)
-    size = (round(width * scale), round(height * scale))
-    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
+    return _scaled(frame, round(height * scale), round(width * scale))
+
+
+def _cropped(frame: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    rows, columns = frame.shape[:2]
+    scale = max(height / rows, width / columns)
+    whole = _scaled(frame, round(rows * scale), round(columns * scale))
+    top, left = (whole.shape[0] - height) // 2, (whole.shape[1] - width) // 2
+    return whole[top : top + height, left : left + width]
+
+
+def _scaled(frame: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    if frame.shape[:2] == (height, width):
+        return frame
+    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def _decode(

@@ -1,6 +1,5 @@
 """Clips that VAEs learn from: a folder of videos, or the toy world."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,12 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from genstream.data.toyworld import ToyWorld
-from genstream.io.reader import VideoFile, find_videos, inspect_video, read_clip
+from genstream.io.reader import VideoFile, find_videos, read_clip
 from genstream.shapes import check_divides
 from genstream.training.clips import to_tensor
 from genstream.training.processes import process
 from genstream.training.vae import LATEST_START_FRAME, crop_around_object
 from genstream.training.vae_windows import ClipSource
+from genstream.training.videos import by_digest, long_enough, usable
 from genstream.vae.protocol import VAESpec
 
 logger = logging.getLogger(__name__)
@@ -164,8 +164,8 @@ class _VideoPool:
         self._size = settings.size_px
         self._broken: set[Path] = set()
         root = Path(settings.videos)
-        videos = _usable_videos(root, longest)
-        videos.sort(key=lambda video: _digest(video.path.relative_to(root)))
+        videos = usable(find_videos(root), partial(long_enough, frames=longest))
+        videos.sort(key=lambda video: by_digest(video.path.relative_to(root).as_posix()))
         whole = (video for video in videos if self._clip(video, 0, longest) is not None)
         self._evaluation = list(islice(whole, settings.evaluation_clips))
         self._training = [video for video in videos if video not in self._evaluation]
@@ -199,31 +199,3 @@ class _VideoPool:
         clip = read_clip(self._evaluation[index], 0, count, self._size)
         top, left = ((length - self._size) // 2 for length in clip.shape[1:3])
         return clip[:, top : top + self._size, left : left + self._size]
-
-
-def _digest(path: Path) -> bytes:
-    return hashlib.sha256(path.as_posix().encode()).digest()
-
-
-def _usable_videos(folder: Path, longest: int) -> list[VideoFile]:
-    """The videos of a folder that clips can be cut from; the others are counted and listed."""
-    paths = find_videos(folder)
-    with ThreadPoolExecutor() as threads:
-        found = list(threads.map(partial(_inspected, longest=longest), paths))
-    problems = [problem for problem in found if isinstance(problem, str)]
-    if problems:
-        logger.warning("%d of %d videos skipped:", len(problems), len(paths))
-    for problem in problems:
-        logger.warning("  %s", problem)
-    return [video for video in found if isinstance(video, VideoFile)]
-
-
-def _inspected(path: Path, longest: int) -> VideoFile | str:
-    """The video, or what is wrong with it."""
-    try:
-        video = inspect_video(path)
-    except ValueError as error:
-        return str(error)
-    if video.frames < longest:
-        return f"video {str(path)!r} has {video.frames} frames, the longest clip {longest}"
-    return video

@@ -10,7 +10,7 @@ from PIL import Image
 
 from genstream.io import reader
 from genstream.io.metadata import VideoMetadata
-from genstream.io.reader import find_videos, inspect_video, read_clip, read_image, read_video
+from genstream.io.reader import find_videos, inspect_video, read_clip, read_cropped, read_image, read_video
 from genstream.io.writer import open_writer
 
 
@@ -116,6 +116,20 @@ def test_frames_are_resized_to_their_shorter_side(tmp_path: Path):
     assert read_clip(inspect_video(tmp_path / "a.mp4"), 3, 2, 20).shape == (2, 20, 30, 3)
 
 
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (20, 30), (16, 47), (31, 8), (64, 64)])
+def test_frames_are_cropped_to_their_middle(tmp_path: Path, height: int, width: int):
+    """Of a gradient the middle is as bright as the whole, and one of its sides reaches both edges."""
+    rows, columns = np.mgrid[0:32, 0:48].astype(np.uint8) * np.array([[[3]], [[2]]], np.uint8)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.stack([rows, columns, rows], -1)).save(tmp_path / "a" / "frame_0.png")
+    (frame,) = read_cropped(inspect_video(tmp_path / "a"), 0, 1, height, width).astype(float)
+    assert frame.shape == (height, width, 3)
+    assert frame[..., 0].mean() == pytest.approx(rows.mean(), abs=2)
+    assert frame[..., 1].mean() == pytest.approx(columns.mean(), abs=2)
+    spans = np.ptp(frame[:, 0, 0]) / np.ptp(rows), np.ptp(frame[0, :, 1]) / np.ptp(columns)
+    assert max(spans) > 0.9
+
+
 def test_a_video_that_is_shorter_than_it_says_is_named(tmp_path: Path):
     write_video(tmp_path / "a.mp4")
     video = replace(inspect_video(tmp_path / "a.mp4"), frames=99)
@@ -153,6 +167,8 @@ def test_videos_are_found_in_folders_of_folders(tmp_path: Path, caplog):
     found = [str(path.relative_to(tmp_path)) for path in find_videos(tmp_path)]
     assert found == ["b.mp4", "inner/A.GIF", "inner/C.MOV", "inner/frames"]
     assert "1 files passed over that are not .mp4" in caplog.text
+    caplog.clear()
+    assert find_videos(tmp_path, companions=[".txt"]) and not caplog.text
 
 
 def test_a_folder_without_videos_is_refused(tmp_path: Path):

@@ -2,13 +2,11 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_videos import write_video
 
-from genstream.io.metadata import VideoMetadata
-from genstream.io.writer import open_writer
 from genstream.training.vae_clips import ClipSettings, clip_source
 from genstream.vae.protocol import VAESpec
 
@@ -16,15 +14,6 @@ SPEC = VAESpec(temporal_ratio=4, spatial_ratio=8, latent_channels=4, memory_late
 SETTINGS = ClipSettings(
     size_px=32, crop_px=(16, 32), clip_latents=(1, 3), batch_pixels=16**2 * 10, evaluation_clips=2
 )
-
-
-def write_video(path: Path, colour: int, frames: int = 12) -> None:
-    """A wide clip of one grey, which tells it from others, with columns that get brighter."""
-    path.parent.mkdir(exist_ok=True)
-    metadata = VideoMetadata(prompt="", seed=0, model="")
-    clip = np.full((frames, 48, 96, 3), colour, np.uint8) + np.arange(96, dtype=np.uint8)[:, None] // 8
-    with open_writer(path, fps=16, width=96, height=48, metadata=metadata, overwrite=True) as writer:
-        writer.write(clip)
 
 
 @pytest.fixture(scope="module")
