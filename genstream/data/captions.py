@@ -28,6 +28,8 @@ class CaptionStyle:
 
 TRAINING_STYLE: Final = CaptionStyle(plain=0.3, synonym=0.5, extra=0.3, omitted=0.15)
 COMPLETE_STYLE: Final = CaptionStyle(plain=0.5, synonym=0.5, extra=0.25, omitted=0.0)
+LONGEST_WORDS: Final = 28
+"""Of the longest caption: ten for each of two objects, three between them and five of the background."""
 _PLAIN_JOINT = " and "
 
 

@@ -116,7 +116,12 @@ class FewStepScheduler(_FlowScheduler):
             check_number("steps", step)
         # Numbers of numpy become Python's, which can be saved.
         self.register_to_config(steps=[float(step) for step in steps], shift=float(shift))
-        self.set_timesteps()
+        try:
+            self.set_timesteps()
+        except ValueError as error:
+            raise ValueError(
+                f"steps must make a schedule, got {list(steps)} with a shift of {shift}: {error}"
+            ) from error
 
     def schedule(self, num_inference_steps: int | None = None) -> FewStepSchedule:
         """The trained steps; another number of steps was not trained.

@@ -1,9 +1,9 @@
-"""What is trained on the toy world: a transformer, with a text encoder small enough to learn too."""
+"""What is trained: a transformer, on the toy world with a text encoder small enough to learn too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Self
 
 import torch
@@ -12,9 +12,11 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from genstream.conditioning.text import encode_prompts
 from genstream.data import vocabulary
+from genstream.data.captions import LONGEST_WORDS
 from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.shapes import check_count
 from genstream.training.attention import FlexAttention, MatmulAttention
-from genstream.training.text import tiny_text_encoder, word_tokenizer
+from genstream.training.text import TEXT_HEADS, tiny_text_encoder, word_tokenizer
 from genstream.transformer.attention import AttentionProcessor, CrossAttention, SelfAttention
 from genstream.transformer.causal_dit import CausalDiT
 
@@ -36,7 +38,7 @@ class DenoiserSettings:
         ffn_width: hidden width of the feed-forward layers.
         text_width: of the text encoder.
         text_layers: of the text encoder.
-        text_tokens: longest prompt.
+        text_tokens: longest prompt; 29 or more, for the captions of the toy world and a token that ends them.
     """
 
     patch_size: int = 2
@@ -48,8 +50,16 @@ class DenoiserSettings:
     text_tokens: int = 32
 
     def __post_init__(self) -> None:
-        if self.width % HEAD_WIDTH:
-            raise ValueError(f"width must be a multiple of {HEAD_WIDTH}, got {self.width}")
+        for field in fields(DenoiserSettings):
+            check_count(field.name, getattr(self, field.name))
+        for name, divisor in (("width", HEAD_WIDTH), ("text_width", TEXT_HEADS)):
+            if (value := getattr(self, name)) % divisor:
+                raise ValueError(f"{name} must be a multiple of {divisor}, got {value}")
+        if self.text_tokens <= LONGEST_WORDS:
+            raise ValueError(
+                f"text_tokens must be more than {LONGEST_WORDS}, the words of the longest caption, "
+                f"got {self.text_tokens}"
+            )
 
 
 class Denoiser(nn.Module):
@@ -148,11 +158,17 @@ def copy_weights(source: Denoiser, target: Denoiser) -> None:
         ValueError: anything else differs in shape.
     """
     own, weights = target.state_dict(), _deepened(source, target.transformer.config.num_layers)
-    ends = {name for name in weights if name.startswith(_ENDS) and weights[name].shape != own[name].shape}
-    try:
-        target.load_state_dict({name: own[name] if name in ends else weights[name] for name in weights})
-    except RuntimeError as error:
-        raise ValueError(f"initial must be a model of the same widths, and no deeper: {error}") from error
+    differing = [name for name in {**own, **weights} if _shape(own, name) != _shape(weights, name)]
+    if wrong := [name for name in differing if not name.startswith(_ENDS)]:
+        raise ValueError(
+            f"initial must be a model of the same widths, and no deeper: {len(wrong)} weights differ "
+            f"in shape, the first of them {wrong[0]}"
+        )
+    target.load_state_dict({name: own[name] if name in differing else weights[name] for name in weights})
+
+
+def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(weights[name].shape) if name in weights else None
 
 
 def _deepened(denoiser: Denoiser, layers: int) -> dict[str, Tensor]:

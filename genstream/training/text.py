@@ -7,6 +7,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")
+TEXT_HEADS = 4
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -33,9 +34,9 @@ def tiny_text_encoder(vocabulary_size: int, width: int = 128, layers: int = 2) -
         UMT5Config(
             vocab_size=vocabulary_size,
             d_model=width,
-            d_kv=width // 4,
+            d_kv=width // TEXT_HEADS,
             d_ff=2 * width,
-            num_heads=4,
+            num_heads=TEXT_HEADS,
             num_layers=layers,
             pad_token_id=0,
             eos_token_id=1,

@@ -19,12 +19,13 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from genstream.conditioning.text import encode_prompts
 from genstream.data import vocabulary
-from genstream.data.captions import Phrase, phrases
+from genstream.data.captions import LONGEST_WORDS, Phrase, phrases
 from genstream.data.scene import Scene, Split, sample_scene
+from genstream.io.model_folder import check_component, read_object
 from genstream.training.loop import LoopSettings, run, steps_taken
 from genstream.training.processes import once, own_rng
 from genstream.training.record import Training, claim_run, write_record
-from genstream.training.text import tiny_text_encoder, word_tokenizer
+from genstream.training.text import TEXT_HEADS, tiny_text_encoder, word_tokenizer
 from genstream.training.vae_run import last_figures
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,13 @@ class TextTrainingSettings:
         for name in ("width", "layers", "tokens", "batch_size"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.width % 4:
-            raise ValueError(f"width must divide by 4, the heads, got {self.width}")
+        if self.width % TEXT_HEADS:
+            raise ValueError(f"width must divide by {TEXT_HEADS}, the heads, got {self.width}")
+        if self.tokens <= LONGEST_WORDS:
+            raise ValueError(
+                f"tokens must be more than {LONGEST_WORDS}, the words of the longest caption, "
+                f"got {self.tokens}"
+            )
         if not 0 <= self.pairs <= 1:
             raise ValueError(f"pairs must be in [0, 1], got {self.pairs}")
 
@@ -173,14 +179,26 @@ def load_text_encoder(given: str, width: int, layers: int) -> UMT5EncoderModel:
     Raises:
         ValueError: there is none, or its sizes are others.
     """
-    encoder: UMT5EncoderModel = UMT5EncoderModel.from_pretrained(
-        text_encoder_folder(given), dtype=torch.float32
-    )
+    folder = text_encoder_folder(given)
+    config = read_object(folder / "config.json")
+    if (kind := config.get("model_type")) != UMT5EncoderModel.config_class.model_type:
+        raise ValueError(
+            f"text_encoder must be the folder of a text encoder, got {given!r}, which holds a "
+            f"{config.get('_class_name', kind)}"
+        )
+    check_component(folder, UMT5EncoderModel.__name__)
+    encoder: UMT5EncoderModel = UMT5EncoderModel.from_pretrained(folder, dtype=torch.float32)
     own = (encoder.config.d_model, encoder.config.num_layers)
     if own != (width, layers):
         raise ValueError(
             f"text_encoder must have the model's text_width {width} and text_layers {layers}, "
             f"got {own[0]} and {own[1]} in {given!r}"
+        )
+    words = len(word_tokenizer(vocabulary.words()))
+    if encoder.config.vocab_size != words:
+        raise ValueError(
+            f"text_encoder must know the {words} tokens of the toy world, got {encoder.config.vocab_size} "
+            f"in {given!r}"
         )
     return encoder
 
