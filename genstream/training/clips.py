@@ -1,38 +1,101 @@
-"""The clips a student learns from: scenes of the toy world, some of which change as after a prompt switch."""
+"""Clips that models learn from, as latents; those of the toy world, some of which change their scene."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import os
+import uuid
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from genstream.data.switch import Switch, switch_scene
 from genstream.data.toyworld import ToyWorld
-from genstream.shapes import frames_of
+from genstream.shapes import frames_of, latent_frames_of
 from genstream.training.precision import Precision, computing_in
 from genstream.training.processes import own_share, process
+from genstream.vae.protocol import StreamingVAE
 from genstream.vae.tiny import TinyVideoVAE
+from genstream.vae.wrapping import module_of
 
 logger = logging.getLogger(__name__)
 
 SWITCHED_EVERY = 4
 """One clip in so many changes its scene in the middle."""
+CAPTIONS = 16
+"""Captions of one scene."""
 _SHARD_CLIPS = 64
 _SWITCHES_KEPT = 4096
 
 
+class Clips(Protocol):
+    """Training clips, each known by its number."""
+
+    @property
+    def count(self) -> int:
+        """All of them."""
+        ...
+
+    @property
+    def evaluation(self) -> int:
+        """How many of them, the last ones, are never trained on."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """F, H and W of each."""
+        ...
+
+    @property
+    def switch_chunk(self) -> int:
+        """First chunk of the new scene in clips that change."""
+        ...
+
+    def switches(self, clip: int) -> bool:
+        """Whether the clip changes its scene."""
+        ...
+
+    def is_hard(self, clip: int) -> bool:
+        """Whether the clip shows what is learnt last."""
+        ...
+
+    def frames(self, clip: int) -> NDArray[np.uint8]:
+        """[F, H, W, 3].
+
+        Raises:
+            ValueError: they cannot be read.
+        """
+        ...
+
+    def caption_count(self, clip: int) -> int:
+        """How many captions it has."""
+        ...
+
+    def caption(self, clip: int, variant: int) -> str:
+        """One of them; of the first scene, if the clip changes it."""
+        ...
+
+    def caption_after_switch(self, clip: int, variant: int) -> str:
+        """A caption of the scene that the clip changes to."""
+        ...
+
+    def identity(self) -> dict[str, object]:
+        """What a clip's frames follow from besides its number, as json values."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClipSet:
-    """Training clips, each known by its number.
+    """Clips of the toy world.
 
     Attributes:
         count: clips.
@@ -40,6 +103,7 @@ class ClipSet:
         chunk_frames: latent frames of a chunk.
         temporal_ratio: of the VAE.
         size_px: side of the toy world's frames.
+        evaluation: how many of them, the last ones, are never trained on.
     """
 
     count: int
@@ -47,11 +111,17 @@ class ClipSet:
     chunk_frames: int
     temporal_ratio: int
     size_px: int = 128
+    evaluation: int = 0
 
     @property
     def world(self) -> ToyWorld:
         """Where the clips are from."""
         return ToyWorld(height=self.size_px, width=self.size_px)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """F, H and W of each."""
+        return frames_of(self.chunks * self.chunk_frames, self.temporal_ratio), self.size_px, self.size_px
 
     @property
     def switch_chunk(self) -> int:
@@ -69,12 +139,16 @@ class ClipSet:
     def frames(self, clip: int) -> NDArray[np.uint8]:
         """[F, H, W, 3]."""
         world = self.world
-        count = frames_of(self.chunks * self.chunk_frames, self.temporal_ratio)
+        count, _, _ = self.shape
         frames = world.frames(world.scene(clip), count)
         if self.switches(clip):
             kept = self._frames_before_switch
             frames[kept:] = world.frames(self._switch(clip).after, count - kept)
         return frames
+
+    def caption_count(self, clip: int) -> int:
+        """How many captions it has."""
+        return CAPTIONS
 
     def caption(self, clip: int, variant: int) -> str:
         """A caption of the clip's first scene."""
@@ -84,6 +158,10 @@ class ClipSet:
     def caption_after_switch(self, clip: int, variant: int) -> str:
         """A caption of the scene that a clip changes to."""
         return self._switch(clip).caption(variant)
+
+    def identity(self) -> dict[str, object]:
+        """What a clip's frames follow from besides its number, as json values."""
+        return {name: value for name, value in asdict(self).items() if name not in ("count", "evaluation")}
 
     @property
     def _frames_before_switch(self) -> int:
@@ -105,11 +183,12 @@ def _switch(clip: int, at_s: float) -> Switch:
 
 
 def encode_clips(
-    clips: ClipSet, vae: TinyVideoVAE, folder: Path, precision: Precision = "fp32", start: int = 0
+    clips: Clips, vae: StreamingVAE, folder: Path, precision: Precision = "fp32", start: int = 0
 ) -> Tensor:
     """Latents of all clips [clips, C, T, h, w], float16, in shards that are encoded only once.
 
-    Shards of another VAE, or of clips of another length, lie in another folder and are left alone.
+    Those of a clip that cannot be read, of which it is told, are NaN. Shards of another VAE or of other clips
+    lie in another folder and are left alone.
 
     Args:
         clips: to encode.
@@ -127,9 +206,7 @@ def encode_clips(
         shards[folder / f"{numbers.start:06d}-{numbers.stop:06d}.safetensors"] = numbers
     for path, numbers in own_share(list(shards.items())):
         if not path.is_file():
-            encoded = [_encode(vae, clips.frames(number), precision) for number in numbers]
-            save_file({"latents": torch.cat(encoded)}, path.with_suffix(".partial"))
-            path.with_suffix(".partial").rename(path)
+            _save(torch.stack([_encode(clips, number, vae, precision) for number in numbers]), path)
             logger.info("encoded clip %d of %d", numbers.stop - start, clips.count)
     process().wait_for_everyone()
     return torch.cat([load_file(path)["latents"] for path in shards])
@@ -141,16 +218,53 @@ def to_tensor(clips: NDArray[np.uint8]) -> Tensor:
 
 
 @torch.no_grad()
-def _encode(vae: TinyVideoVAE, clip: NDArray[np.uint8], precision: Precision) -> Tensor:
-    pixels = to_tensor(clip[None])
-    with computing_in(precision, vae.device.type):
-        return vae.encode(pixels.to(vae.device)).half().cpu()
+def _encode(clips: Clips, number: int, vae: StreamingVAE, precision: Precision) -> Tensor:
+    """Latents `[C, T, h, w]` of a clip."""
+    try:
+        frames = clips.frames(number)
+    except ValueError as error:
+        logger.warning("skipped: %s", error)
+        return torch.full(_latent_shape(clips, vae), torch.nan, dtype=torch.float16)
+    module: Any = module_of(vae)  # of diffusers
+    pixels = to_tensor(frames[None]).to(module.device, module.dtype)  # [1, 3, F, H, W]
+    with computing_in(precision, module.device.type):
+        latents = vae.encode(pixels)[0].half().cpu()
+    if not bool(latents.isfinite().all()):
+        raise FloatingPointError(f"the VAE makes NaN or infinity of clip {number}")
+    return latents
 
 
-def _fingerprint(clips: ClipSet, vae: TinyVideoVAE) -> str:
-    values = {name: value for name, value in asdict(clips).items() if name != "count"}
-    values |= {name: vae.config[name] for name in ("encoder_start", "latents_mean", "latents_std")}
-    digest = hashlib.sha256(json.dumps(values).encode())
-    for name, weight in vae.encoder.state_dict().items():
+def _latent_shape(clips: Clips, vae: StreamingVAE) -> tuple[int, int, int, int]:
+    spec = vae.spec
+    count, height, width = clips.shape
+    frames = latent_frames_of(count, spec.temporal_ratio)
+    return spec.latent_channels, frames, height // spec.spatial_ratio, width // spec.spatial_ratio
+
+
+def _save(latents: Tensor, path: Path) -> None:
+    """Write a shard under a name of its own first: other runs may be at the same one."""
+    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
+    try:
+        save_file({"latents": latents}, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _fingerprint(clips: Clips, vae: StreamingVAE) -> str:
+    settings, encoder = _encoder(vae)
+    digest = hashlib.sha256(json.dumps({**clips.identity(), **settings}, default=str).encode())
+    for name, weight in encoder.state_dict().items():
         digest.update(name.encode() + weight.cpu().float().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _encoder(vae: StreamingVAE) -> tuple[dict[str, object], nn.Module]:
+    """What latents follow from: settings, and a module with weights. Of most VAEs this is all there is."""
+    if isinstance(vae, TinyVideoVAE):
+        return {
+            name: vae.config[name] for name in ("encoder_start", "latents_mean", "latents_std")
+        }, vae.encoder
+    module: Any = module_of(vae)  # of diffusers
+    settings = {name: value for name, value in module.config.items() if not name.startswith("_")}
+    return {"vae": type(module).__name__, **settings}, module

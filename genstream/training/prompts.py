@@ -13,11 +13,9 @@ from torch import Tensor
 
 from genstream.conditioning.text import check_prompts
 from genstream.data.toyworld import ToyWorld
-from genstream.training.clips import ClipSet
+from genstream.training.clips import CAPTIONS, Clips
 from genstream.training.denoiser import Denoiser
 
-CAPTIONS = 16
-"""Captions of one scene."""
 _SCENES = 2**31
 
 
@@ -92,7 +90,7 @@ class ClipPieces:
     """Pieces of training clips with their captions; in none does the scene change.
 
     Args:
-        clips: of the toy world.
+        clips: all of them.
         latents: of all clips, `[clips, C, T, h, w]`.
         frames: latent frames of a piece.
         among: numbers of the clips to draw from.
@@ -100,7 +98,7 @@ class ClipPieces:
     """
 
     def __init__(
-        self, clips: ClipSet, latents: Tensor, frames: int, among: Sequence[int], starts: float = 0.0
+        self, clips: Clips, latents: Tensor, frames: int, among: Sequence[int], starts: float = 0.0
     ) -> None:
         self.clips = clips
         self.latents = latents
@@ -116,5 +114,5 @@ class ClipPieces:
             clip = self.among[place]
             start = 0 if rng.random() < self.starts else int(rng.integers(latest + 1))
             pieces.append(self.latents[clip, :, start : start + self.frames].float())
-            captions.append(self.clips.caption(clip, int(rng.integers(CAPTIONS))))
+            captions.append(self.clips.caption(clip, int(rng.integers(self.clips.caption_count(clip)))))
         return Asked(captions, torch.stack(pieces))
