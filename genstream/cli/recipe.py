@@ -16,7 +16,8 @@ import genstream.training
 from genstream.cli.settings import parse_settings
 from genstream.cli.trainers import TRAINERS
 from genstream.io.model_folder import INDEX_NAME, installed_models, read_object
-from genstream.training.model_run import LATENTS_FOLDER, RESULT_FOLDER
+from genstream.training.model_run import LATENTS_FOLDER
+from genstream.training.starting import RESULT_FOLDER
 
 logger = logging.getLogger(__name__)
 

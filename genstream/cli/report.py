@@ -15,7 +15,7 @@ from genstream.data.prompts import evaluation_prompts
 from genstream.evaluation.judge import Adherence
 from genstream.io.model_folder import INDEX_NAME
 from genstream.pipelines.causal_video import CausalVideoPipeline
-from genstream.training.model_run import RESULT_FOLDER
+from genstream.training.starting import RESULT_FOLDER
 
 REPORT_NAME = "report.md"
 _CURVES_NAME = "curves.png"

@@ -12,7 +12,7 @@ _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _HEADER_LENGTH_BYTES = 8
 METADATA = "__metadata__"
 SHARD_INDICES = "*.safetensors.index.json"
-_CARD_NAME = "model_card.json"
+CARD_NAME = "model_card.json"
 INDEX_NAME = "model_index.json"
 _MODEL_FILES = ("config.json",)
 _PIPELINE = "CausalVideoPipeline"
@@ -81,7 +81,7 @@ def find_model(name_or_folder: str) -> Path:
 def read_card(folder: Path) -> ModelCard:
     """What `model_index.json` and, where there is one, `model_card.json` in `folder` say."""
     index = read_object(folder / INDEX_NAME)
-    path = folder / _CARD_NAME
+    path = folder / CARD_NAME
     content: dict[str, Any] = {"name": folder.name, "description": "", "vocabulary": {}}
     if path.is_file():
         content = read_object(path)

@@ -31,12 +31,13 @@ from genstream.training.forcing import (
     with_noisy_context,
 )
 from genstream.training.loop import LoopSettings, alone, run, steps_taken
-from genstream.training.model_run import RESULT_FOLDER, load_model, model_folder, save_model
+from genstream.training.model_run import card_of, save_model
 from genstream.training.objectives import clean_from, segment_velocity
 from genstream.training.precision import Precision, computing_in
 from genstream.training.processes import once, own_rng, process
 from genstream.training.prompts import prompts_from
 from genstream.training.record import Training, claim_run
+from genstream.training.starting import RESULT_FOLDER, load_model, model_folder
 from genstream.training.trajectories import Sampling, Trajectories, collect, solve, stream
 
 logger = logging.getLogger(__name__)
@@ -302,7 +303,8 @@ def export(student: Denoiser, settings: AdaptationSettings, shift: float, output
         logs={output.name: output / "log.csv"},
         steps=steps_taken(output),
     )
-    save_model(pipe, output / RESULT_FOLDER, [model_folder("teacher", settings.teacher)], training)
+    origin = model_folder("teacher", settings.teacher)
+    save_model(pipe, output / RESULT_FOLDER, [origin], training, card_of(origin))
 
 
 def _latents_shape(pipe: CausalVideoPipeline) -> tuple[int, int, int, int]:

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from genstream.io.model_folder import INDEX_NAME, read_object
 from genstream.pipelines.memory import bare_vae
 from genstream.streaming.settings import StreamSettings
-from genstream.training.model_run import model_folder
+from genstream.training.starting import model_folder
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.transformer.conversion import whole_config
 from genstream.vae.protocol import StreamingVAE

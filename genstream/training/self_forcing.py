@@ -28,12 +28,13 @@ from genstream.training.correctors import Adversarial, Corrector, Discriminator,
 from genstream.training.denoiser import Denoiser, copy_weights, for_training
 from genstream.training.loop import LoopSettings, run, steps_taken
 from genstream.training.model_config import ModelConfig, check_same_latents
-from genstream.training.model_run import LATENTS_FOLDER, RESULT_FOLDER, load_model, model_folder, save_model
+from genstream.training.model_run import LATENTS_FOLDER, card_of, save_model
 from genstream.training.precision import Precision
 from genstream.training.processes import once, own_rng, shared_rng
 from genstream.training.prompts import Asked, ClipPieces, PromptSource, prompts_from
 from genstream.training.record import Training, claim_run
 from genstream.training.rollout import RolloutEngine, rollout
+from genstream.training.starting import RESULT_FOLDER, load_model, model_folder
 from genstream.vae.tiny import TinyVideoVAE
 
 logger = logging.getLogger(__name__)
@@ -359,8 +360,5 @@ def export(student: Denoiser, settings: SelfForcingSettings, output: Path) -> No
         logs={name: output / "log.csv"},
         steps=steps_taken(output),
     )
-    ancestors = [
-        model_folder("teacher", settings.teacher),
-        model_folder("initial", settings.initial),
-    ]
-    save_model(pipe, output / RESULT_FOLDER, ancestors, training)
+    teacher, initial = model_folder("teacher", settings.teacher), model_folder("initial", settings.initial)
+    save_model(pipe, output / RESULT_FOLDER, [teacher, initial], training, card_of(initial))

@@ -1,4 +1,4 @@
-"""Trains the embedded causal student on the latents of the toy world.
+"""Trains a causal few-step student on latents: the embedded one on those of the toy world.
 
 The student learns the velocity of noisy chunks, mostly at the noise levels of its few sampling steps: in
 clean, slightly disturbed context (teacher forcing), or in context that is as noisy (diffusion forcing).
@@ -6,6 +6,7 @@ clean, slightly disturbed context (teacher forcing), or in context that is as no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genstream.cache.layout import PositionPolicy
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.schedulers.schedule import shifted
-from genstream.training.clips import ClipSet
+from genstream.shapes import check_counts
+from genstream.streaming.settings import StreamSettings
+from genstream.training.clips import Clips, ClipSet
 from genstream.training.denoiser import Denoiser
 from genstream.training.forcing import (
     Context,
@@ -27,15 +31,9 @@ from genstream.training.forcing import (
     from_start,
     with_noisy_context,
 )
-from genstream.training.model_run import (
-    ModelRunSettings,
-    ModelTrainee,
-    load_first_chunks,
-    save_trained,
-    train_model,
-)
+from genstream.training.model_run import ModelTrainee, load_first_chunks, save_trained, train_model
+from genstream.training.model_settings import ModelRunSettings
 from genstream.training.objectives import add_noise, clean_from, flow_loss
-from genstream.training.prompts import CAPTIONS
 
 Caption = Callable[[int, int], str]
 
@@ -44,6 +42,7 @@ _SHARED_LEVELS = 0.5
 _TARGET_COPIES = 3
 _KEPT_SINKS = 0.2
 """Share of prompt switches that keep the stream's first sinks."""
+_SWITCHED = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +68,10 @@ class StudentTrainingSettings(ModelRunSettings):
             what follows no longer fits the context.
         image_start: share of steps with a single first frame, so that a stream can start from an image.
         middle: share of steps with a target far from the start.
-        switched: share of steps with a target behind a prompt switch.
-        hard_weight: how much more often clips are drawn that show two objects or one that bounces.
+        switched: share of steps with a target behind a prompt switch. In `videos` nothing switches: left at
+            its default it falls to streams from their start.
+        hard_weight: how much more often clips are drawn that show two objects or one that bounces; 1 with
+            `videos`, like a `first_clips` of 0.
     """
 
     forcing: Literal["teacher", "diffusion"] = "teacher"
@@ -85,29 +86,69 @@ class StudentTrainingSettings(ModelRunSettings):
     redrawn_level: float = 0.8
     image_start: float = 0.05
     middle: float = 0.3
-    switched: float = 0.1
+    switched: float = _SWITCHED
     hard_weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.forcing not in ("teacher", "diffusion"):
             raise ValueError(f"forcing must be 'teacher' or 'diffusion', got {self.forcing!r}")
-        if self.window_chunks < (shortest := 1 if self.random_masks else 0):
-            raise ValueError(f"window_chunks must be at least {shortest}, got {self.window_chunks}")
-        least = 2 * (self.window_chunks + 2)
-        if self.clip_chunks < least:
-            raise ValueError(f"clip_chunks must be at least {least}, got {self.clip_chunks}")
-        if self.first_clips < 0:
-            raise ValueError(f"first_clips must be at least 0, got {self.first_clips}")
+        check_counts(first_chunks=self.first_chunks)
+        for name, least in (("window_chunks", int(self.random_masks)), ("first_clips", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.clip_chunks < self._least_chunks:
+            raise ValueError(f"clip_chunks must be at least {self._least_chunks}, got {self.clip_chunks}")
+        if not 0 <= self.context_noise < math.inf:
+            raise ValueError(f"context_noise must be at least 0 and finite, got {self.context_noise}")
+        if not 0 < self.hard_weight < math.inf:
+            raise ValueError(f"hard_weight must be above 0 and finite, got {self.hard_weight}")
+        if self.videos is not None:
+            self._check_untold()
+        self._check_shares()
+        _ = self.scheduler, self.stream  # check their parts
+
+    def _check_shares(self) -> None:
         for name in ("first", "redrawn", "redrawn_level", "image_start", "middle", "switched"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if not self.hard_weight > 0:
-            raise ValueError(f"hard_weight must be above 0, got {self.hard_weight}")
-        if (total := self.first + self.image_start + self.middle + self.switched) > 1:
+        if (total := self.first + self.image_start + self.middle + self.switched_share) > 1:
             raise ValueError(
                 f"first, image_start, middle and switched must add up to at most 1, got {total:g}"
             )
+
+    def _check_untold(self) -> None:
+        """Videos do not tell what is hard in them, nor does anything change in them at a known time."""
+        for name, allowed in (("switched", (_SWITCHED, 0)), ("first_clips", (0,)), ("hard_weight", (1,))):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} must be left at {allowed[0]} where videos are given, got {value}")
+
+    @property
+    def _least_chunks(self) -> int:
+        """A target in the middle must have room behind the sink; where the scene changes, twice."""
+        return self.window_chunks + 3 if self.videos is not None else 2 * (self.window_chunks + 2)
+
+    @property
+    def switched_share(self) -> float:
+        """Share of steps with a target behind a prompt switch."""
+        return self.switched if self.videos is None else 0.0
+
+    @property
+    def scheduler(self) -> FewStepScheduler:
+        """Denoising steps of the finished model."""
+        made: FewStepScheduler = FewStepScheduler(steps=self.steps, shift=self.shift)
+        return made
+
+    @property
+    def stream(self) -> StreamSettings:
+        """How the finished model streams."""
+        return StreamSettings(
+            chunk_frames=self.chunk_frames,
+            sink_frames=self.chunk_frames,
+            window_frames=self.window_chunks * self.chunk_frames,
+            positions=PositionPolicy.WINDOW,
+            guidance_scale=self.guidance_scale,
+        )
 
 
 class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
@@ -115,6 +156,7 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
 
     Args:
         settings: of the run.
+        module: with weights to start from.
         clips: to train on, and behind them those for evaluation.
         latents: of all clips, `[clips, C, T, h, w]`.
         first_latents: of the first chunks of further clips, whose numbers follow on `clips`.
@@ -123,11 +165,12 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
     def __init__(
         self,
         settings: StudentTrainingSettings,
-        clips: ClipSet,
+        module: Denoiser,
+        clips: Clips,
         latents: Tensor,
         first_latents: Tensor | None = None,
     ) -> None:
-        super().__init__(settings, clips, latents)
+        super().__init__(settings, module, clips, latents)
         self.first_latents = first_latents
 
     def _loss(self, shared: np.random.Generator, own: np.random.Generator, among: range) -> Tensor:
@@ -137,7 +180,7 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
             sequence = with_noisy_context(sequence)
         device = module.transformer.device
         clean = self._latents_of(clips).to(device, torch.float32)
-        captions = [caption(clip, int(rng.integers(CAPTIONS))) for clip in clips]
+        captions = [caption(clip, int(rng.integers(self.clips.caption_count(clip)))) for clip in clips]
         prompted = rng.random(len(clips)) >= self.settings.without_text
         told = [text if kept else "" for text, kept in zip(captions, prompted, strict=True)]
         text = module.embed(told)
@@ -170,10 +213,10 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
             chosen = self._choose(among, own, settings.first_chunks)
             return from_start([context.chunk_frames], context.window_chunks), chosen, clips.caption
         kind -= settings.first
-        if kind < settings.switched:
+        if kind < settings.switched_share:
             chosen = self._choose([clip for clip in among if clips.switches(clip)], own)
             return self._after_switch(shared, context), chosen, clips.caption_after_switch
-        kind -= settings.switched
+        kind -= settings.switched_share
         if kind < settings.middle:
             chosen = self._choose([clip for clip in among if not clips.switches(clip)], own)
             return self._middle(shared, context), chosen, clips.caption
@@ -250,24 +293,18 @@ def _redraw(
 def train_student(settings: StudentTrainingSettings, output: Path) -> None:
     """Encode the clips, train, and continue what `output` already holds; the result is `output`/model."""
 
-    def build(settings: StudentTrainingSettings, clips: ClipSet, latents: Tensor) -> StudentTrainee:
-        count = settings.first_clips
-        further = load_first_chunks(settings, clips, count, output) if count else None
-        return StudentTrainee(settings, clips, latents, further)
+    def build(
+        settings: StudentTrainingSettings, module: Denoiser, clips: Clips, latents: Tensor
+    ) -> StudentTrainee:
+        further = None
+        if settings.first_clips:
+            assert isinstance(clips, ClipSet)  # of videos there are none
+            further = load_first_chunks(settings, clips, settings.first_clips, output)
+        return StudentTrainee(settings, module, clips, latents, further)
 
     train_model(settings, output, build, export)
 
 
 def export(student: Denoiser, settings: StudentTrainingSettings, run_folder: Path) -> None:
     """Write the student of a run as a pipeline folder."""
-    save_trained(
-        student,
-        settings,
-        run_folder,
-        "student",
-        FewStepScheduler(steps=settings.steps, shift=settings.shift),
-        chunk_frames=settings.chunk_frames,
-        sink_frames=settings.chunk_frames,
-        window_frames=settings.window_chunks * settings.chunk_frames,
-        positions="window",
-    )
+    save_trained(student, settings, run_folder, "student", settings.scheduler, settings.stream)

@@ -7,6 +7,7 @@ can judge any piece of a stream.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +16,10 @@ import torch
 from torch import Tensor
 
 from genstream.schedulers.few_step import FlowEulerScheduler
+from genstream.streaming.settings import StreamSettings
 from genstream.training.denoiser import Denoiser
-from genstream.training.model_run import (
-    ModelRunSettings,
-    ModelTrainee,
-    save_trained,
-    train_model,
-)
+from genstream.training.model_run import ModelTrainee, save_trained, train_model
+from genstream.training.model_settings import ModelRunSettings
 from genstream.training.objectives import add_noise, flow_loss, logit_normal_sigmas
 from genstream.training.prompts import ClipPieces
 
@@ -51,17 +49,33 @@ class TeacherTrainingSettings(ModelRunSettings):
                 f"horizon_chunks must be in [1, {self.clip_chunks}], the chunks of a clip, "
                 f"got {self.horizon_chunks}"
             )
-        if not self.time_std > 0:
-            raise ValueError(f"time_std must be above 0, got {self.time_std}")
+        if not math.isfinite(self.time_mean):
+            raise ValueError(f"time_mean must be finite, got {self.time_mean}")
+        if not 0 < self.time_std < math.inf:
+            raise ValueError(f"time_std must be above 0 and finite, got {self.time_std}")
         if not 0 <= self.starts <= 1:
             raise ValueError(f"starts must be in [0, 1], got {self.starts}")
         if self.sampling_steps < 1:
             raise ValueError(f"sampling_steps must be at least 1, got {self.sampling_steps}")
+        _ = self.scheduler, self.stream  # check their parts
 
     @property
     def horizon_frames(self) -> int:
         """Latent frames that it sees."""
         return self.horizon_chunks * self.chunk_frames
+
+    @property
+    def scheduler(self) -> FlowEulerScheduler:
+        """Denoising steps of the finished model."""
+        made: FlowEulerScheduler = FlowEulerScheduler(num_steps=self.sampling_steps, shift=self.shift)
+        return made
+
+    @property
+    def stream(self) -> StreamSettings:
+        """How the finished model streams: its videos are a single chunk, longer ones know no past."""
+        return StreamSettings(
+            chunk_frames=self.horizon_frames, window_frames=0, guidance_scale=self.guidance_scale
+        )
 
 
 class TeacherTrainee(ModelTrainee[TeacherTrainingSettings]):
@@ -90,16 +104,5 @@ def train_teacher(settings: TeacherTrainingSettings, output: Path) -> None:
 
 
 def export(teacher: Denoiser, settings: TeacherTrainingSettings, run_folder: Path) -> None:
-    """Write the teacher of a run as a pipeline folder.
-
-    Its videos are a single chunk; longer ones go on chunk by chunk without a past.
-    """
-    save_trained(
-        teacher,
-        settings,
-        run_folder,
-        "teacher",
-        FlowEulerScheduler(num_steps=settings.sampling_steps, shift=settings.shift),
-        chunk_frames=settings.horizon_frames,
-        window_frames=0,
-    )
+    """Write the teacher of a run as a pipeline folder."""
+    save_trained(teacher, settings, run_folder, "teacher", settings.scheduler, settings.stream)

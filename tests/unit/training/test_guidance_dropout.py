@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from genstream.training.denoiser import Denoiser
 from genstream.training.student import StudentTrainee, StudentTrainingSettings
 from genstream.training.teacher import TeacherTrainee, TeacherTrainingSettings
 
@@ -32,7 +33,8 @@ SMALL = {
 )
 def test_as_many_prompts_are_empty_as_guidance_asks_for(kind, settings, own, share, seen, monkeypatch):
     chosen = settings(**SMALL, **own, without_text=share)
-    trainee = kind(chosen, chosen.clip_set(temporal_ratio=4), torch.randn(9, 4, 6, 2, 2))
+    clips, latents = chosen.clip_set(temporal_ratio=4), torch.randn(9, 4, 6, 2, 2)
+    trainee = kind(chosen, Denoiser.new(chosen, 4), clips, latents)
     embed, told = trainee.module.embed, []
 
     def note(captions):

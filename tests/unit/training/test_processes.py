@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes_worker import Velocities, settings_for
+from small_videos import write_video
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.training import processes
@@ -102,6 +103,21 @@ def test_a_student_is_distilled_in_shards(build_pipeline, tmp_path):
     own, old = pipe.transformer.state_dict(), before.transformer.state_dict()
     assert all(weight.isfinite().all() for weight in own.values())
     assert not all(torch.equal(own[name], old[name]) for name in own)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red circle", num_frames=9, output_type="pt").frames.isfinite().all()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_from_videos(build_pipeline, tmp_path):
+    build_pipeline().save_pretrained(tmp_path / "initial")
+    for index in range(3):
+        write_video(tmp_path / "videos" / f"{index}.mp4", 40 * index, frames=28, captions="a red circle")
+    words = ["--videos", str(tmp_path / "videos"), "--initial", str(tmp_path / "initial"), *SHORT]
+    words += "--evaluation-clips 2 --clip-chunks 4 --chunk-frames 1 --window-chunks 1".split()
+    words += ["--output", str(tmp_path / "run")]
+    launch("-m", "genstream.cli", "train", "student", *words, shards=True)
+    assert [path.suffix for path in (tmp_path / "latents").rglob("*.*")] == [".safetensors"]
+    pipe = CausalVideoPipeline.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a red circle", num_frames=9, output_type="pt").frames.isfinite().all()
 

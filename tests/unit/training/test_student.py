@@ -1,12 +1,14 @@
 import json
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from genstream.data import vocabulary
+from genstream.data.captions import LONGEST_WORDS
 from genstream.data.toyworld import ToyWorld
 from genstream.data.vocabulary import words
 from genstream.pipelines.causal_video import CausalVideoPipeline
@@ -48,7 +50,8 @@ def trainee_for(latents=None, **changes) -> StudentTrainee:
     if latents is None:
         count = settings.clips + settings.evaluation_clips
         latents = torch.randn(count, 4, 6 * settings.chunk_frames, 4, 4)
-    return StudentTrainee(settings, settings.clip_set(temporal_ratio=4), latents)
+    module = Denoiser.new(settings, 4)
+    return StudentTrainee(settings, module, settings.clip_set(temporal_ratio=4), latents)
 
 
 def drawn(trainee, rng, among):
@@ -231,9 +234,55 @@ def test_captions_fit_the_prompt():
     world, trainee = ToyWorld(), trainee_for()
     captions = [world.caption(world.scene(seed), seed % 8) for seed in range(400)]
     tokens = trainee.module.tokenizer(captions).input_ids
-    assert max(map(len, tokens)) <= StudentTrainingSettings(vae="none").text_tokens
+    assert max(map(len, tokens)) <= LONGEST_WORDS + 1
     assert not any(trainee.module.tokenizer.unk_token_id in row for row in tokens)
     assert len(trainee.module.tokenizer) == len(words()) + 3
+
+
+def test_the_longest_caption_fits_the_shortest_prompt():
+    tokenizer = trainee_for(text_tokens=LONGEST_WORDS + 1).module.tokenizer
+
+    def longest(choices) -> str:
+        return max(choices, key=lambda choice: len(choice.split()))
+
+    def longest_of(table) -> str:
+        return longest(chain(*table.values()))
+
+    moving = f"{longest(vocabulary.VERBS)} {longest_of(vocabulary.HEADINGS)}"
+    words = [longest_of(table) for table in (vocabulary.SIZES, vocabulary.COLOURS, vocabulary.SHAPES)]
+    item = " ".join(["a", *words, longest([moving, longest_of(vocabulary.OTHER_MOTIONS)])])
+    background = longest(vocabulary.BACKGROUND_PHRASES).format(longest_of(vocabulary.BACKGROUNDS))
+    caption = f"{item} {longest(vocabulary.JOINTS)} {item}, {background}"
+    assert len(tokenizer(caption).input_ids) == LONGEST_WORDS + 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"vae": "transformer"}, "vae must be the folder of a trained VAE, got .*CausalDiT"),
+        ({"vae": "text_encoder"}, "vae must be the folder of a trained VAE, got .*must name its class"),
+        ({"vae": "nowhere"}, "vae must be the folder of a trained VAE, got .*nowhere"),
+        ({"text_encoder": "vae"}, "text_encoder must be the folder of a text encoder, got .*a TinyVideoVAE"),
+        ({"text_encoder": "nowhere"}, "text_encoder must be the folder of a text encoder"),
+        ({"text_encoder": "text_encoder"}, "text_encoder must know the 101 tokens .* got 11"),
+    ],
+)
+def test_folders_of_something_else_are_refused_before_anything_is_written(
+    wrong, error, build_pipeline, tmp_path
+):
+    model = tmp_path / "model"
+    build_pipeline().save_pretrained(model)
+    folders = {name: str(model / place) for name, place in {"vae": "vae", **wrong}.items()}
+    with pytest.raises(ValueError, match=error) as raised:
+        train_student(settings_for(**folders), tmp_path / "run")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_sizes_that_make_no_whole_tokens_are_refused_before_anything_is_written(vae_folder, tmp_path):
+    with pytest.raises(ValueError, match="size_px must be a positive multiple of 16, got 40"):
+        train_student(settings_for(vae=str(vae_folder), size_px=40), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_run_leaves_its_settings_and_figures(trained):
@@ -276,7 +325,7 @@ def test_steps_on_first_chunks_draw_from_further_clips():
     torch.manual_seed(0)
     plain = trainee_for(first=1.0, image_start=0.0, middle=0.0, switched=0.0, without_text=0.0)
     further = torch.randn(7, 4, 1, 4, 4)
-    trainee = StudentTrainee(plain.settings, plain.clips, plain.latents, further)
+    trainee = StudentTrainee(plain.settings, plain.module, plain.clips, plain.latents, further)
     rng = np.random.default_rng(0)
     _, clips, caption = drawn(trainee, rng, range(5))
     assert set(clips) <= set(range(9, 16)) and len(set(clips)) > 1
@@ -333,15 +382,30 @@ def test_the_result_is_a_pipeline(trained):
         ({"forcing": "self"}, "forcing must be 'teacher' or 'diffusion', got 'self'"),
         ({"window_chunks": 0, "random_masks": True}, "window_chunks must be at least 1, got 0"),
         ({"window_chunks": -1}, "window_chunks must be at least 0, got -1"),
-        ({"hard_weight": 0.0}, "hard_weight must be above 0, got 0.0"),
+        ({"hard_weight": 0.0}, "hard_weight must be above 0 and finite, got 0.0"),
         ({"width": 50}, "width must be a multiple of 48, got 50"),
-        ({"guidance_scale": 0.9}, r"guidance_scale must be at least 1 \(off\), got 0\.9"),
+        ({"guidance_scale": 0.9}, r"guidance_scale must be at least 1 \(off\) and finite, got 0\.9"),
         ({"clip_chunks": 5}, "clip_chunks must be at least 6, got 5"),
         ({"clips": 3}, "clips must be at least 4, got 3"),
         ({"evaluation_clips": 0}, "evaluation_clips must be at least 4, got 0"),
         ({"middle": 1.5}, r"middle must be in \[0, 1\], got 1\.5"),
         ({"first": 0.8, "middle": 0.5}, "must add up to at most 1, got 1.45"),
         ({"image_start": -0.1}, r"image_start must be in \[0, 1\], got -0\.1"),
+        ({"steps": (250.0, 500.0)}, r"steps must make a schedule, got \[250\.0, 500\.0\] with a shift of 12"),
+        ({"steps": (1100.0,)}, r"steps must make a schedule, got \[1100\.0\]"),
+        ({"steps": (float("nan"),)}, r"steps must make a schedule, got \[nan\]"),
+        ({"steps": ()}, r"steps must make a schedule, got \[\]"),
+        ({"shift": 0.0}, "shift must be a positive number, got 0.0"),
+        ({"shift": float("nan")}, "shift must be a positive number, got nan"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"first_chunks": 0}, "first_chunks must be at least 1, got 0"),
+        ({"text_tokens": 28}, "text_tokens must be more than 28, the words of the longest caption, got 28"),
+        ({"text_width": 18}, "text_width must be a multiple of 4, got 18"),
+        ({"layers": 0}, "layers must be at least 1, got 0"),
+        ({"size_px": 0}, "size_px must be at least 1, got 0"),
+        ({"chunk_frames": 0}, "chunk_frames must be at least 1, got 0"),
+        ({"context_noise": float("nan")}, "context_noise must be at least 0 and finite, got nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be at least 1 .* got inf"),
     ],
 )
 def test_bad_settings(wrong, error):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.training.denoiser import Denoiser
 from genstream.training.student import StudentTrainingSettings, train_student
 from genstream.training.teacher import TeacherTrainee, TeacherTrainingSettings, train_teacher
 
@@ -38,7 +39,8 @@ def trainee_for(latents=None, **changes) -> TeacherTrainee:
     settings = settings_for(**changes)
     if latents is None:
         latents = torch.randn(settings.clips + settings.evaluation_clips, 4, 5, 4, 4)
-    return TeacherTrainee(settings, settings.clip_set(temporal_ratio=4), latents)
+    module = Denoiser.new(settings, 4)
+    return TeacherTrainee(settings, module, settings.clip_set(temporal_ratio=4), latents)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +138,11 @@ def test_a_teacher_starts_from_a_student(vae_folder, tmp_path):
     [
         ({"horizon_chunks": 6}, r"horizon_chunks must be in \[1, 5\], the chunks of a clip, got 6"),
         ({"horizon_chunks": 0}, r"horizon_chunks must be in \[1, 5\]"),
-        ({"time_std": 0.0}, "time_std must be above 0, got 0.0"),
+        ({"time_std": 0.0}, "time_std must be above 0 and finite, got 0.0"),
+        ({"time_std": float("inf")}, "time_std must be above 0 and finite, got inf"),
+        ({"time_mean": float("nan")}, "time_mean must be finite, got nan"),
+        ({"shift": -1.0}, "shift must be a positive number, got -1.0"),
+        ({"shift": float("nan")}, "shift must be a positive number, got nan"),
         ({"starts": 1.1}, r"starts must be in \[0, 1\], got 1.1"),
         ({"sampling_steps": 0}, "sampling_steps must be at least 1, got 0"),
         ({"without_text": -0.5}, r"without_text must be in \[0, 1\], got -0.5"),
