@@ -29,7 +29,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     toyworld.add_argument(
         "--output",
         type=Path,
-        help="also write the table to this markdown file, section Scores or, with --end-of, Long streams",
+        help="also write the table to this markdown file: Scores or, with --end-of, Streams of SECONDS s",
     )
     toyworld.set_defaults(run=run)
 
@@ -62,6 +62,6 @@ def run(arguments: argparse.Namespace) -> int:
     table = result.table(arguments.model)
     print(json.dumps(result.as_json()) if arguments.json else table)
     if arguments.output is not None:
-        section = "Scores" if arguments.end_of is None else "Long streams"
+        section = "Scores" if arguments.end_of is None else f"Streams of {arguments.end_of:g} s"
         write_section(arguments.output, section, table)
     return 0

@@ -50,7 +50,7 @@ def test_every_figure_comes_out(tmp_path, capsys):
     assert list(figures["slopes"]) == ["brightness", "saturation"]
     assert figures["frame_rate"] > 0
     table = (tmp_path / "table.md").read_text()
-    assert "## Long streams" in table
+    assert "## Streams of 2 s" in table
     assert "| colour, last 1 of 2 s | " in table
     assert "| 1 s | " in table
     assert "| slope of the saturation of objects, of 255 | " in table
