@@ -14,9 +14,9 @@ from genstream.cli.pipeline import frames_of_chunk
 from genstream.streaming.controls import PromptControl
 
 PROMPTS = (
-    "a red circle moving right",
-    "a small yellow star bouncing",
-    "a large cyan triangle moving up and a purple square moving left",
+    "a red circle moving right over a navy background",
+    "a blue star bouncing over a teal background",
+    "a large cyan triangle moving up and a purple square moving left on brown",
 )
 SWITCHED = ("a green square moving down", "an orange circle moving right")
 SECONDS = 6.0
