@@ -34,7 +34,7 @@ from genstream.training.loop import LoopSettings, alone, run, steps_taken
 from genstream.training.model_run import card_of, save_model
 from genstream.training.objectives import clean_from, segment_velocity
 from genstream.training.precision import Precision, computing_in
-from genstream.training.processes import once, own_rng, process
+from genstream.training.processes import evaluation_rng, once, own_rng, process
 from genstream.training.prompts import prompts_from
 from genstream.training.record import Training, claim_run
 from genstream.training.starting import RESULT_FOLDER, load_model, model_folder
@@ -45,8 +45,6 @@ logger = logging.getLogger(__name__)
 _TRAJECTORIES_FOLDER = "trajectories"
 _EVALUATION_PATHS = 16
 _EVALUATION_SEQUENCES = 8
-_EVALUATION = 2**40
-"""In place of a step's number: evaluations draw what no step draws."""
 _SEEDS = 2**62
 _TARGET_COPIES = 3
 _MIDDLE = 0.3
@@ -175,7 +173,7 @@ class AdaptationTrainee:
         """The same on paths that are never trained on, in the same sequences every time."""
         count, seed = len(self.paths.captions), self.settings.seed
         torch.manual_seed(seed)
-        rngs = [np.random.default_rng((seed, _EVALUATION + draw)) for draw in range(_EVALUATION_SEQUENCES)]
+        rngs = [evaluation_rng(seed, draw) for draw in range(_EVALUATION_SEQUENCES)]
         among = range(count - _EVALUATION_PATHS, count)
         return {"loss": float(np.mean([self._loss(rng, among).item() for rng in rngs]))}
 

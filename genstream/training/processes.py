@@ -29,6 +29,7 @@ T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 
 _SHARDED = (CausalDiT, PreTrainedModel)
+_BEYOND_STEPS = 2**40
 _OUTSIDE_FORWARD = ("text", "image")
 """What cross-attention computes with its weights once for all passes."""
 
@@ -48,6 +49,11 @@ def shared_rng(seed: int, step: int) -> np.random.Generator:
 def own_rng(seed: int, step: int) -> np.random.Generator:
     """Random numbers of a step that every process has for itself: for data and noise."""
     return np.random.default_rng((seed, step, 1 + process().process_index))
+
+
+def evaluation_rng(seed: int, draw: int = 0) -> np.random.Generator:
+    """Random numbers of an evaluation, which are the same every time and those of no step."""
+    return np.random.default_rng((seed, _BEYOND_STEPS + draw))
 
 
 def own_seed(seed: int, step: int) -> int:

@@ -30,7 +30,7 @@ from genstream.training.loop import LoopSettings, run, steps_taken
 from genstream.training.model_config import ModelConfig, check_same_latents
 from genstream.training.model_run import LATENTS_FOLDER, card_of, save_model
 from genstream.training.precision import Precision
-from genstream.training.processes import once, own_rng, shared_rng
+from genstream.training.processes import evaluation_rng, once, own_rng, shared_rng
 from genstream.training.prompts import Asked, ClipPieces, PromptSource, prompts_from
 from genstream.training.record import Training, claim_run
 from genstream.training.rollout import RolloutEngine, rollout
@@ -42,8 +42,6 @@ logger = logging.getLogger(__name__)
 _SEEDS = 2**62
 _EVALUATION_STREAMS = 16
 _EVALUATION_CLIPS = 64
-_EVALUATION = 2**40
-"""In place of a step's number: evaluations draw what no step draws."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +228,7 @@ class SelfForcingTrainee:
         seed, distances = self.settings.seed, []
         for chunks in sorted({self.horizon_chunks, self.settings.stream_chunks}):
             torch.manual_seed(seed)
-            rng = np.random.default_rng((seed, _EVALUATION))
+            rng = evaluation_rng(seed)
             asked = self.held_out.draw(_EVALUATION_STREAMS, rng)
             piece = self._piece(asked, chunks, len(self.pipe.scheduler.schedule().timesteps) - 1, rng)
             distances.append(self.corrector.distance(self.module.critic, piece, asked, rng))
