@@ -108,6 +108,11 @@ class StreamSettings:
         self.layout(self.chunk_frames)
 
     @property
+    def sees_past(self) -> bool:
+        """Whether a chunk sees anything of those in front of it: models of whole clips have one."""
+        return self.sink_frames > 0 or self.window_frames != 0
+
+    @property
     def reencodes(self) -> bool:
         """Whether the oldest frame of the context comes from decoded pixels, once frames are dropped."""
         return self.context is ContextPolicy.RECOMPUTE and self.sink_frames == 0

@@ -236,7 +236,7 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
     """Sample the paths, train, and continue what `output` already holds; the result is `output`/model."""
     pipe = load_model("teacher", settings.teacher)
     chunk, together = settings.chunk_frames, pipe.settings.chunk_frames
-    is_causal = pipe.settings.window_frames != 0 or pipe.settings.sink_frames > 0
+    is_causal = pipe.settings.sees_past
     if is_causal and chunk != together:
         raise ValueError(f"chunk_frames must be {together} like the causal teacher's, got {chunk}")
     if together % chunk:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from genstream.schedulers.schedule import shifted
 from genstream.training.denoiser import Denoiser
+from genstream.training.forcing import Context, in_stream
 from genstream.training.objectives import (
     add_noise,
     adversarial_loss,
@@ -24,6 +25,23 @@ from genstream.training.objectives import (
     roughness,
 )
 from genstream.training.prompts import Asked
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The ends of streams, which are judged.
+
+    Attributes:
+        latents: `[B, C, T, h, w]`.
+        past: what was streamed in front of them, without gradient; of any length.
+    """
+
+    latents: Tensor
+    past: Tensor
+
+    def detach(self) -> Piece:
+        """The same without gradient."""
+        return Piece(self.latents.detach(), self.past)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +76,13 @@ class Corrector(Protocol):
         """Whether the student's gradient goes through the critic, which must not learn from it."""
         ...
 
-    def student_loss(
-        self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator
-    ) -> Tensor:
-        """Of a piece `[B, C, T, h, w]` with gradient."""
+    def student_loss(self, critic: nn.Module, piece: Piece, asked: Asked, rng: np.random.Generator) -> Tensor:
+        """Of a piece with gradient."""
 
-    def critic_loss(self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator) -> Tensor:
+    def critic_loss(self, critic: nn.Module, piece: Piece, asked: Asked, rng: np.random.Generator) -> Tensor:
         """Of a piece without gradient."""
 
-    def distance(self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator) -> float:
+    def distance(self, critic: nn.Module, piece: Piece, asked: Asked, rng: np.random.Generator) -> float:
         """How far the student is from where it should be, as far as the critic knows."""
 
 
@@ -74,6 +90,7 @@ class Matching:
     """Distribution matching: the difference of what a frozen teacher and a critic see under the same noise.
 
     The critic is a denoiser that learns what the student makes (DMD, arXiv 2311.18828; SiD, 2404.04057).
+    Where the teacher streams, both see every chunk of a piece by itself, in its context in the stream.
 
     Args:
         teacher: frozen.
@@ -81,6 +98,7 @@ class Matching:
         objective: "dmd" or "sid".
         guidance: guidance scale of the teacher; 1 is off.
         alpha: weight of the squared difference in "sid".
+        context: what a streaming teacher sees of the past; None for one of whole pieces.
     """
 
     def __init__(
@@ -90,54 +108,76 @@ class Matching:
         objective: Literal["dmd", "sid"] = "dmd",
         guidance: float = 1.0,
         alpha: float = 1.0,
+        context: Context | None = None,
     ) -> None:
         self.teacher = teacher.requires_grad_(requires_grad=False)
         self.levels = levels
         self.objective = objective
         self.guidance = guidance
         self.alpha = alpha
+        self.context = context
 
     @property
     def through_critic(self) -> bool:
         """Whether the student's gradient goes through the critic."""
         return self.objective == "sid"
 
-    def student_loss(
-        self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator
-    ) -> Tensor:
+    def student_loss(self, critic: nn.Module, piece: Piece, asked: Asked, rng: np.random.Generator) -> Tensor:
         """Takes the piece to where the teacher finds more of its kind than the critic does."""
         if self.objective == "sid":
             real, fake = self._seen(critic, piece, asked, rng)
-            return identity_loss(piece, real, fake, self.alpha)
+            return identity_loss(piece.latents, real, fake, self.alpha)
         with torch.no_grad():
             real, fake = self._seen(critic, piece, asked, rng)
-        return matching_loss(piece, real, fake)
+        return matching_loss(piece.latents, real, fake)
 
-    def critic_loss(self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator) -> Tensor:
+    def critic_loss(self, critic: nn.Module, piece: Piece, asked: Asked, rng: np.random.Generator) -> Tensor:
         """Flow matching on what the student makes."""
         assert isinstance(critic, Denoiser)
-        sigma, noise = self.levels.draw(piece, rng), torch.randn_like(piece)
-        velocity = critic.velocity(add_noise(piece, noise, sigma), sigma, critic.embed(asked.captions))
-        return flow_loss(velocity, piece, noise)
+        clean = piece.latents
+        sigma, noise = self.levels.draw(clean, rng), torch.randn_like(clean)
+        velocity = self._velocity(critic, add_noise(clean, noise, sigma), sigma, asked.captions, piece)
+        return flow_loss(velocity, clean, noise)
 
-    def distance(self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator) -> float:
+    def distance(self, critic: nn.Module, piece: Piece, asked: Asked, rng: np.random.Generator) -> float:
         """Mean absolute difference of teacher and critic, in errors of the teacher."""
         real, fake = self._seen(critic, piece, asked, rng)
-        return matching_gradient(piece, real, fake).abs().mean().item()
+        return matching_gradient(piece.latents, real, fake).abs().mean().item()
 
     def _seen(
-        self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator
+        self, critic: nn.Module, piece: Piece, asked: Asked, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
         """Clean samples that teacher and critic see in a piece under noise."""
         assert isinstance(critic, Denoiser)
-        sigma, teacher = self.levels.draw(piece, rng), self.teacher
-        noisy = add_noise(piece, torch.randn_like(piece), sigma)
-        fake = critic.velocity(noisy, sigma, critic.embed(asked.captions))
-        real = teacher.velocity(noisy, sigma, teacher.embed(asked.captions))
+        clean, captions = piece.latents, asked.captions
+        sigma = self.levels.draw(clean, rng)
+        noisy = add_noise(clean, torch.randn_like(clean), sigma)
+        fake = self._velocity(critic, noisy, sigma, captions, piece)
+        real = self._velocity(self.teacher, noisy, sigma, captions, piece)
         if self.guidance > 1:
-            away = teacher.velocity(noisy, sigma, teacher.embed([""] * len(asked.captions)))
+            away = self._velocity(self.teacher, noisy, sigma, [""] * len(captions), piece)
             real = guided(real, away, self.guidance)
         return clean_from(noisy, real, sigma), clean_from(noisy, fake, sigma)
+
+    def _velocity(
+        self, denoiser: Denoiser, noisy: Tensor, sigma: Tensor, captions: list[str], piece: Piece
+    ) -> Tensor:
+        """Of a piece under noise, as the denoiser sees it."""
+        embeds = denoiser.embed(captions)
+        if self.context is None:
+            return denoiser.velocity(noisy, sigma, embeds)
+        stream = torch.cat([piece.past, piece.latents.detach()], dim=2)
+        size, first = self.context.chunk_frames, piece.past.shape[2]
+        velocities = []
+        for start in range(0, noisy.shape[2], size):
+            sequence = in_stream((first + start) // size, self.context)
+            context, own = stream[:, :, sequence.clean_frames], slice(start, start + size)
+            seen = torch.cat([context, noisy[:, :, own]], dim=2)
+            told = torch.cat([sigma.new_zeros(len(sigma), context.shape[2]), sigma[:, own]], dim=1)
+            mask = torch.tensor(sequence.mask(), device=seen.device)
+            velocity = denoiser.velocity(seen, told, embeds, sequence.positions, mask)
+            velocities.append(velocity[:, :, context.shape[2] :])
+        return torch.cat(velocities, dim=2)
 
 
 class Discriminator(nn.Module):
@@ -185,37 +225,36 @@ class Adversarial:
         """It does."""
         return True
 
-    def student_loss(
-        self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator
-    ) -> Tensor:
+    def student_loss(self, critic: nn.Module, piece: Piece, asked: Asked, rng: np.random.Generator) -> Tensor:
         """Takes the piece to where it looks as real as the real one."""
         real, fake, _ = self._logits(critic, piece, asked, rng)
         return adversarial_loss(real, fake)
 
-    def critic_loss(self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator) -> Tensor:
+    def critic_loss(self, critic: nn.Module, piece: Piece, asked: Asked, rng: np.random.Generator) -> Tensor:
         """Tells both apart, without steep slopes."""
         real, fake, slope = self._logits(critic, piece, asked, rng)
         return discriminator_loss(real, fake) + self.smoothness * slope
 
-    def distance(self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator) -> float:
+    def distance(self, critic: nn.Module, piece: Piece, asked: Asked, rng: np.random.Generator) -> float:
         """How much more real the real pieces look."""
         real, fake, _ = self._logits(critic, piece, asked, rng)
         return (real - fake).mean().item()
 
     def _logits(
-        self, critic: nn.Module, piece: Tensor, asked: Asked, rng: np.random.Generator
+        self, critic: nn.Module, piece: Piece, asked: Asked, rng: np.random.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Of the real pieces, of the made ones, and the squared slopes at both."""
         assert isinstance(critic, Discriminator)
         if asked.pieces is None:
             raise ValueError("prompts must come with clips for an adversarial objective, got prompts alone")
-        real = asked.pieces.to(piece)
-        sigma = self.levels.draw(piece, rng)
-        both = torch.cat([add_noise(each, torch.randn_like(each), sigma) for each in (real, piece)])
+        made = piece.latents
+        real = asked.pieces.to(made)
+        sigma = self.levels.draw(made, rng)
+        both = torch.cat([add_noise(each, torch.randn_like(each), sigma) for each in (real, made)])
         captions, levels = asked.captions * 2, torch.cat([sigma, sigma])
         logits = critic(both, levels, captions)
         slope = logits.new_zeros(())
-        if self.smoothness > 0 and not piece.requires_grad:
+        if self.smoothness > 0 and not made.requires_grad:
             disturbed = critic(both + self.step * torch.randn_like(both), levels, captions)
             slope = roughness(logits, disturbed, self.step)
         of_real, of_made = logits.chunk(2)

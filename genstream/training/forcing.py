@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
+
+from genstream.cache.layout import PositionPolicy
+from genstream.streaming.settings import StreamSettings
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,29 @@ class Context:
     chunk_frames: int
     window_chunks: int
     sink: bool = True
+
+    @classmethod
+    def of(cls, settings: StreamSettings) -> Self:
+        """That of a model.
+
+        Raises:
+            ValueError: it streams in another way than students are trained in.
+        """
+        size, sinks, window = settings.chunk_frames, settings.sink_frames, settings.window_frames
+        if sinks not in (0, size):
+            raise ValueError(f"sink_frames must be 0 or {size}, a chunk, got {sinks}")
+        if window is None or window % size:
+            raise ValueError(
+                f"window_frames must be a multiple of {size}, the frames of a chunk, got {window}"
+            )
+        if sinks and settings.positions is not PositionPolicy.WINDOW:
+            raise ValueError(f"positions must be 'window' with sinks, got {str(settings.positions)!r}")
+        return cls(size, window // size, sinks > 0)
+
+    @property
+    def longest_chunks(self) -> int:
+        """Chunks that are seen together at most, the current one among them."""
+        return self.sink + self.window_chunks + 1
 
 
 def draw_context(rng: np.random.Generator, sizes: Sequence[int], window_frames: int) -> Context:
@@ -122,6 +149,14 @@ def from_middle(starts: Sequence[int], chunk_frames: int, copies: int, recached:
     )
     target = Piece(spans[-1], places[-1], tuple(range(len(clean))))
     return ForcedSequence(clean, (target,) * copies)
+
+
+def in_stream(chunk: int, context: Context) -> ForcedSequence:
+    """Chunk number `chunk` of a stream as a target, in the context that it has there."""
+    kept = range(max(0, chunk - context.window_chunks), chunk)
+    sinks = [0] if context.sink and chunk > context.window_chunks else []
+    starts = [place * context.chunk_frames for place in (*sinks, *kept, chunk)]
+    return from_middle(starts, context.chunk_frames, copies=1)
 
 
 def with_noisy_context(sequence: ForcedSequence) -> ForcedSequence:

@@ -15,7 +15,7 @@ from genstream.pipelines.allocation import Allocated, AttentionResult, allocated
 from genstream.training.denoiser import set_attention
 from genstream.training.model_config import ModelConfig
 from genstream.training.rollout import Copies, GradientCache
-from genstream.training.self_forcing import SelfForcingSettings, check_models
+from genstream.training.self_forcing import Judged, SelfForcingSettings, check_models
 from genstream.transformer.attention import AttentionMask, AttentionProcessor
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.vae.wrapping import module_of
@@ -72,14 +72,15 @@ def distillation_memory(settings: SelfForcingSettings, processes: int) -> Distil
         raise ValueError(f"objective must be 'dmd' for a dry run, got {settings.objective!r}")
     if processes < 1:
         raise ValueError(f"processes (--processes) must be at least 1, got {processes}")
-    teacher, student, horizon_chunks = check_models(settings)
+    judged = check_models(settings)
+    teacher, student = judged.teacher, judged.student
     built, taught = student.transformer_of(), teacher.transformer_of()
     encoders = [encoder for model in (student, teacher) if (encoder := model.text_encoder()) is not None]
     trained = _TRAINED_COPIES * (_count(built) + _count(taught))  # the critic is as large as its teacher
     frozen = _count(taught) + sum(map(_count, encoders))
     largest = max(_count(block) for block in (*built.blocks, *taught.blocks))
     vaes = [module_of(model.vae()) for model in (student, teacher)]
-    passes = _Passes(settings, student, teacher, horizon_chunks)
+    passes = _Passes(settings, judged)
     chunk, critic = passes.chunk(), passes.critic()
     graphs = passes.horizon_chunks * chunk.held_bytes + passes.copied_bytes
     return DistillationMemory(
@@ -114,18 +115,13 @@ class _FusedAttention(AttentionProcessor):
 class _Passes:
     """The passes of a step through models of one and of two blocks; the others take as much as the second."""
 
-    def __init__(
-        self,
-        settings: SelfForcingSettings,
-        student: ModelConfig,
-        teacher: ModelConfig,
-        horizon_chunks: int,
-    ) -> None:
-        self.settings, self.student, self.teacher = settings, student, teacher
-        index = student.index
+    def __init__(self, settings: SelfForcingSettings, judged: Judged) -> None:
+        self.settings, self.student, self.teacher = settings, judged.student, judged.teacher
+        student, index = judged.student, judged.student.index
         self.chunk_frames = student.chunk_frames
-        self.horizon = teacher.chunk_frames
-        self.horizon_chunks = horizon_chunks
+        self.horizon_chunks = judged.horizon_chunks
+        # A streaming teacher sees every chunk of a piece in a pass of its own.
+        self.judging_passes = 1 if judged.context is None else judged.horizon_chunks
         ratio = student.vae().spec.spatial_ratio
         height, width = student.size_px
         self.size = (height // ratio, width // ratio)
@@ -166,8 +162,10 @@ class _Passes:
         return self._of_all_layers(self._chunk, self.student)
 
     def critic(self) -> Allocated:
-        """The pass of critic or teacher over a whole piece, and its gradient."""
-        return self._of_all_layers(self._piece, self.teacher)
+        """What critic or teacher make of a whole piece, and its gradient."""
+        one = self._of_all_layers(self._piece, self.teacher)
+        waiting = (self.judging_passes - 1) * one.held_bytes
+        return Allocated(one.peak_bytes + waiting, one.held_bytes + waiting)
 
     def _chunk(self, transformer: CausalDiT) -> Allocated:
         cache = self._cache(transformer)
@@ -186,9 +184,10 @@ class _Passes:
         return self._with_gradient(velocity, transformer, [x, *cache.tensors().values()])
 
     def _piece(self, transformer: CausalDiT) -> Allocated:
-        x = self._latents(transformer, self.horizon)
+        frames = self.horizon_chunks * self.chunk_frames
+        x = self._latents(transformer, frames)
         return self._with_gradient(
-            partial(self._velocity, transformer, x, range(self.horizon), None), transformer, [x]
+            partial(self._velocity, transformer, x, range(frames), None), transformer, [x]
         )
 
     def _velocity(

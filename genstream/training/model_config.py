@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from genstream.io.model_folder import INDEX_NAME, read_object
 from genstream.pipelines.memory import bare_vae
 from genstream.streaming.settings import StreamSettings
+from genstream.training.forcing import Context
 from genstream.training.starting import model_folder
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.transformer.conversion import whole_config
@@ -22,6 +23,7 @@ from genstream.vae.protocol import StreamingVAE
 from genstream.vae.wrapping import module_of
 
 _STATISTICS = ("latents_mean", "latents_std", "shift_factor", "scaling_factor")
+_STREAM = [field.name for field in fields(StreamSettings)]
 _DIGITS = 3
 """Of statistics that are compared: published ones have four."""
 
@@ -48,10 +50,23 @@ class ModelConfig:
         return cls(index, whole_config(read_object(folder / "transformer" / "config.json")), folder)
 
     @property
+    def settings(self) -> StreamSettings:
+        """How it is run."""
+        return StreamSettings(**{name: self.index[name] for name in _STREAM if name in self.index})
+
+    @property
     def chunk_frames(self) -> int:
         """Latent frames generated together."""
-        frames: int = self.index.get("chunk_frames", StreamSettings.chunk_frames)
-        return frames
+        return self.settings.chunk_frames
+
+    @property
+    def context(self) -> Context | None:
+        """What its chunks see of a stream; None for a model of whole clips.
+
+        Raises:
+            ValueError: it streams in another way than students are trained in.
+        """
+        return Context.of(self.settings) if self.settings.sees_past else None
 
     @property
     def size_px(self) -> tuple[int, int]:

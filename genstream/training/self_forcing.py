@@ -1,8 +1,9 @@
-"""Distils a student by self forcing: it streams, and what corrects it sees whole pieces of its streams.
+"""Distils a student by self forcing: it streams, and what corrects it sees pieces of its streams.
 
 Self Forcing (arXiv 2506.08009): the student learns from its own past. With distribution matching no videos
 are needed, only prompts. Self-Forcing++ (arXiv 2510.02283): the streams are longer than what the teacher
-sees, and the piece is the end of one, at any place with the same chance.
+sees, and the piece is the end of one, at any place with the same chance. A teacher that streams itself has no
+horizon; it sees the chunks of a piece in their contexts.
 """
 
 from __future__ import annotations
@@ -24,8 +25,16 @@ from genstream.shapes import frames_of
 from genstream.streaming.noise import SeededNoise
 from genstream.streaming.request import StreamRequest
 from genstream.training.clips import ClipSet, encode_clips
-from genstream.training.correctors import Adversarial, Corrector, Discriminator, Matching, NoiseLevels
+from genstream.training.correctors import (
+    Adversarial,
+    Corrector,
+    Discriminator,
+    Matching,
+    NoiseLevels,
+    Piece,
+)
 from genstream.training.denoiser import Denoiser, copy_weights, for_training
+from genstream.training.forcing import Context
 from genstream.training.loop import LoopSettings, run, steps_taken
 from genstream.training.model_config import ModelConfig, check_same_latents
 from genstream.training.model_run import LATENTS_FOLDER, card_of, save_model
@@ -49,7 +58,8 @@ class SelfForcingSettings:
     """How a student is distilled.
 
     Attributes:
-        teacher: model that judges whole pieces, whose one chunk is what it sees; or the run that made it.
+        teacher: model that judges, or the run that made it. One of whole clips sees pieces as long as its one
+            chunk, one that streams with a window or a sink sees each chunk in the context that it has there.
         initial: model that becomes the student, or the run that made it. Window, sinks and steps stay.
         shift: timestep shift that the student is sampled with from now on; the one it has when None.
         objective: "dmd" and "sid" match the teacher's distribution, "gan" that of real clips, which a
@@ -124,12 +134,12 @@ class SelfForcingSettings:
                 f"got {self.least_noise} and {self.most_noise}"
             )
 
-    def corrector(self, shift: float, teacher: Denoiser) -> Corrector:
-        """What corrects the student, for a timestep shift."""
+    def corrector(self, shift: float, teacher: Denoiser, context: Context | None) -> Corrector:
+        """What corrects the student, for a timestep shift and what a streaming teacher sees."""
         levels = NoiseLevels(shift=shift, least=self.least_noise, most=self.most_noise)
         if self.objective == "gan":
             return Adversarial(levels, self.smoothness)
-        return Matching(teacher, levels, self.objective, self.teacher_guidance, self.sid_alpha)
+        return Matching(teacher, levels, self.objective, self.teacher_guidance, self.sid_alpha, context)
 
     @property
     def loop(self) -> LoopSettings:
@@ -234,14 +244,14 @@ class SelfForcingTrainee:
             distances.append(self.corrector.distance(self.module.critic, piece, asked, rng))
         return {"distance": float(np.mean(distances))}
 
-    def _draw_piece(self, asked: Asked, shared: np.random.Generator, own: np.random.Generator) -> Tensor:
+    def _draw_piece(self, asked: Asked, shared: np.random.Generator, own: np.random.Generator) -> Piece:
         """A piece of streams of any length, whose chunks leave their denoising after any step."""
         chunks = int(shared.integers(self.horizon_chunks, self.settings.stream_chunks + 1))
         exit_step = int(shared.integers(len(self.pipe.scheduler.schedule().timesteps)))
         return self._piece(asked, chunks, exit_step, own)
 
-    def _piece(self, asked: Asked, chunks: int, exit_step: int, rng: np.random.Generator) -> Tensor:
-        """The last horizon of a stream of so many chunks for each prompt, `[B, C, T, h, w]`."""
+    def _piece(self, asked: Asked, chunks: int, exit_step: int, rng: np.random.Generator) -> Piece:
+        """The last horizon of a stream of so many chunks for each prompt."""
         pipe, schedule, student = self.pipe, self.pipe.scheduler.schedule(), self.module.student
         chunk = pipe.settings.chunk_frames
         first, last = (chunks - self.horizon_chunks) * chunk, chunks * chunk
@@ -261,33 +271,60 @@ class SelfForcingTrainee:
         engine = RolloutEngine(
             student.transformer, pipe.streaming_vae, student.embed, gradient_from=gradient_from
         )
-        return rollout(engine, request, exit_step)[:, :, first:].float()
+        latents = rollout(engine, request, exit_step).float()
+        return Piece(latents[:, :, first:], latents[:, :, :first].detach())
 
 
-def check_models(settings: SelfForcingSettings) -> tuple[ModelConfig, ModelConfig, int]:
-    """Teacher, student, and how many of its chunks the teacher sees; nothing is loaded.
+@dataclass(frozen=True)
+class Judged:
+    """What a distillation is of, as the folders tell.
+
+    Attributes:
+        teacher: its configuration.
+        student: likewise.
+        context: what the teacher sees of a stream; None for one of whole clips.
+        horizon_chunks: chunks of a piece: as many as the teacher sees together.
+    """
+
+    teacher: ModelConfig
+    student: ModelConfig
+    context: Context | None
+    horizon_chunks: int
+
+
+def check_models(settings: SelfForcingSettings) -> Judged:
+    """Whether teacher and student fit each other and the settings; nothing is loaded.
 
     Raises:
-        ValueError: one is no model, or they do not fit each other or the settings.
+        ValueError: one is no model, or they do not.
     """
     teacher, student = (
         ModelConfig.of("teacher", settings.teacher),
         ModelConfig.of("initial", settings.initial),
     )
     check_same_latents(teacher, student)
-    horizon, chunk = teacher.chunk_frames, student.chunk_frames
-    if horizon % chunk:
-        raise ValueError(f"initial must have chunks that divide {horizon}, the teacher's frames, got {chunk}")
-    if settings.stream_chunks < (least := horizon // chunk):
+    try:
+        context = teacher.context
+    except ValueError as error:
+        raise ValueError(f"teacher must stream as it was trained: {error}") from error
+    together, chunk = teacher.chunk_frames, student.chunk_frames
+    if context is not None and chunk != together:
+        raise ValueError(f"initial must have chunks of {together} like the streaming teacher, got {chunk}")
+    if together % chunk:
+        raise ValueError(
+            f"initial must have chunks that divide {together}, the teacher's frames, got {chunk}"
+        )
+    least = together // chunk if context is None else context.longest_chunks
+    if settings.stream_chunks < least:
         raise ValueError(
             f"stream_chunks must be at least {least}, what the teacher sees, got {settings.stream_chunks}"
         )
-    return teacher, student, least
+    return Judged(teacher, student, context, least)
 
 
 def distill_student(settings: SelfForcingSettings, output: Path) -> None:
     """Distil, continuing what `output` already holds; the result is `output`/model."""
-    _, _, horizon_chunks = check_models(settings)
+    judged = check_models(settings)
     taught, pipe = load_model("teacher", settings.teacher), _load_initial(settings)
     teacher, student = Denoiser.of(taught), Denoiser.of(pipe)
     # The text encoder is not trained, and may be larger than all else: both have the same one.
@@ -301,10 +338,10 @@ def distill_student(settings: SelfForcingSettings, output: Path) -> None:
     trainee = SelfForcingTrainee(
         settings,
         Distillation(student, Discriminator(critic) if is_gan else critic),
-        settings.corrector(pipe.scheduler.config.shift, teacher.eval()),
-        _prompts(settings, pipe, taught, output),
+        settings.corrector(pipe.scheduler.config.shift, teacher.eval(), judged.context),
+        _prompts(settings, pipe, taught, judged.horizon_chunks, output),
         pipe,
-        horizon_chunks,
+        judged.horizon_chunks,
     )
     once(lambda: claim_run(output, settings))
     run(settings.loop, trainee, output)
@@ -321,7 +358,11 @@ def _load_initial(settings: SelfForcingSettings) -> CausalVideoPipeline:
 
 
 def _prompts(
-    settings: SelfForcingSettings, pipe: CausalVideoPipeline, teacher: CausalVideoPipeline, output: Path
+    settings: SelfForcingSettings,
+    pipe: CausalVideoPipeline,
+    teacher: CausalVideoPipeline,
+    horizon_chunks: int,
+    output: Path,
 ) -> tuple[PromptSource, PromptSource]:
     """Those to train with, and those to evaluate with, of which "gan" has clips of their own."""
     if settings.objective != "gan":
@@ -338,7 +379,7 @@ def _prompts(
     )
     latents = encode_clips(clips, pipe.vae, output.parent / LATENTS_FOLDER, settings.precision)
     numbers = range(clips.count)
-    frames = teacher.settings.chunk_frames
+    frames = horizon_chunks * pipe.settings.chunk_frames
     trained, held_out = numbers[: settings.clips], numbers[settings.clips :]
     return ClipPieces(clips, latents, frames, trained), ClipPieces(clips, latents, frames, held_out)
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from genstream.training.correctors import Adversarial, Discriminator, Matching, NoiseLevels
+from genstream.training.correctors import Adversarial, Discriminator, Matching, NoiseLevels, Piece
 from genstream.training.denoiser import Denoiser, DenoiserSettings
+from genstream.training.forcing import Context
 from genstream.training.prompts import Asked
 
 SMALL = DenoiserSettings(width=48, layers=1, ffn_width=48, text_width=16, text_layers=1)
@@ -23,14 +24,19 @@ def piece(seed=0):
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
+def alone(x):
+    """A piece with nothing in front of it."""
+    return Piece(x, x.detach()[:, :, :0])
+
+
 def loss_of(corrector, critic, x, asked, kind="student_loss"):
     torch.manual_seed(0)
-    return getattr(corrector, kind)(critic, x, asked, np.random.default_rng(0))
+    return getattr(corrector, kind)(critic, alone(x), asked, np.random.default_rng(0))
 
 
 def distance_of(corrector, critic, x, asked):
     torch.manual_seed(0)
-    return corrector.distance(critic, x.detach(), asked, np.random.default_rng(0))
+    return corrector.distance(critic, alone(x.detach()), asked, np.random.default_rng(0))
 
 
 def noted(monkeypatch, *denoisers):
@@ -76,14 +82,58 @@ class Knowing(Denoiser):
     def embed(self, captions):
         return torch.tensor([self.told if caption else self.untold for caption in captions])
 
-    def velocity(self, x, sigma, embeds):
+    def velocity(self, x, sigma, embeds, positions=None, mask=None):
         return (x - embeds[:, None, None, None, None]) / sigma[:, None, :, None, None]
 
 
+@pytest.mark.parametrize("past_chunks", [0, 1, 4])
+def test_a_streaming_teacher_sees_each_chunk_under_noise_in_its_clean_context(monkeypatch, past_chunks):
+    teacher, critic = denoiser(0), denoiser(1)
+    asked = noted(monkeypatch, teacher, critic)
+    stream = torch.randn(2, 4, 2 * (past_chunks + 2), 4, 4)
+    piece = Piece(stream[:, :, 2 * past_chunks :].clone().requires_grad_(), stream[:, :, : 2 * past_chunks])
+    corrector = Matching(teacher, LEVELS, context=Context(2, 1))
+    rng, whole = np.random.default_rng(0), []
+    for kind in ("student_loss", "critic_loss"):
+        getattr(corrector, kind)(critic, piece, Asked(CAPTIONS), rng)
+    for number, (seen, told, _, positions, mask) in enumerate(asked):
+        chunk = past_chunks + number % 2
+        kept = {0: [], 1: [0]}.get(chunk, [0, chunk - 1])
+        frames = [2 * place + frame for place in kept for frame in range(2)]
+        assert torch.equal(seen[:, :, : len(frames)], stream[:, :, frames])
+        assert not told[:, : len(frames)].any()
+        assert told[:, len(frames) :].min() >= LEVELS.least
+        assert positions == list(range(len(frames) + 2))
+        assert mask[len(frames) :].all()
+        assert not mask[: len(frames), len(frames) :].any()
+        whole.append(seen[:, :, len(frames) :])
+    assert len(whole) == 6  # critic and teacher for the student, the critic for itself
+    assert torch.equal(whole[0], whole[2])
+    assert torch.equal(whole[1], whole[3])
+    assert not torch.equal(whole[0], whole[4])
+
+
+def test_the_critic_of_a_streaming_teacher_learns_the_flow_of_chunks_in_context():
+    critic, corrector = denoiser(0), Matching(denoiser(1), LEVELS, context=Context(1, 1))
+    torch.nn.init.normal_(critic.transformer.proj_out.weight, std=0.1)
+    chunk, rest = torch.randn(2, 4, 1, 4, 4), torch.randn(2, 4, 4, 4, 4)
+    seen, hidden = rest.clone(), rest.clone()
+    seen[:, :, 3], hidden[:, :, 1] = 7, 7  # in the window, and between it and the sink
+    losses = []
+    for past in (rest, seen, hidden):
+        torch.manual_seed(0)
+        asked, rng = Asked(CAPTIONS), np.random.default_rng(0)
+        losses.append(corrector.critic_loss(critic, Piece(chunk, past), asked, rng).item())
+    assert losses[0] != losses[1]
+    assert losses[0] == losses[2]
+
+
+@pytest.mark.parametrize("context", [None, Context(1, 1)], ids=["whole", "streaming"])
 @pytest.mark.parametrize(("guidance", "real"), [(1.0, 0.7), (3.0, -0.2 + 3 * (0.7 + 0.2))])
-def test_students_go_to_where_the_guided_teacher_is_and_away_from_the_critic(guidance, real):
+def test_students_go_to_where_the_guided_teacher_is_and_away_from_the_critic(guidance, real, context):
     teacher, critic, x = Knowing(0.7, untold=-0.2), Knowing(0.1, untold=5.0), piece()
-    loss_of(Matching(teacher, LEVELS, guidance=guidance), critic, x, Asked(CAPTIONS)).backward()
+    corrector = Matching(teacher, LEVELS, guidance=guidance, context=context)
+    loss_of(corrector, critic, x, Asked(CAPTIONS)).backward()
     distance = (x.detach() - real).abs().flatten(1).mean(1).view(-1, 1, 1, 1, 1)
     expected = ((0.1 - real) / distance).expand_as(x) / x.numel()
     torch.testing.assert_close(x.grad, expected, rtol=1e-3, atol=1e-9)

@@ -1,6 +1,7 @@
 """What a chunk sees in training is what it sees in a stream."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,15 @@ import torch
 
 from genstream.cache.layout import CacheLayout, PositionPolicy
 from genstream.streaming.controls import PromptControl
-from genstream.training.forcing import draw_context, from_middle, from_start, with_noisy_context
+from genstream.streaming.settings import StreamSettings
+from genstream.training.forcing import (
+    Context,
+    draw_context,
+    from_middle,
+    from_start,
+    in_stream,
+    with_noisy_context,
+)
 
 
 def visible_in_a_stream(layout: CacheLayout, start: int) -> set[int]:
@@ -56,6 +65,39 @@ def test_from_middle_stands_as_in_the_cache(chunk_frames, first, window_chunks):
     for piece in sequence.clean:
         in_stream = sinks.start if piece.frames.start == 0 else piece.frames.start
         assert target.positions.start - piece.positions.start == target.frames.start - in_stream
+
+
+@pytest.mark.parametrize("sink", [True, False])
+@pytest.mark.parametrize("window_chunks", [0, 1, 2])
+def test_in_a_stream_every_chunk_sees_what_the_cache_shows(window_chunks, sink):
+    context = Context(2, window_chunks, sink)
+    layout = CacheLayout(chunk_frames=2, sink_frames=2 * sink, window_frames=2 * window_chunks)
+    for chunk in range(7):
+        sequence = in_stream(chunk, context)
+        assert sequence.noisy_frames == [2 * chunk, 2 * chunk + 1]
+        assert set(seen(sequence, sequence.noisy[0])) == visible_in_a_stream(layout, 2 * chunk)
+        assert sequence.positions == list(range(len(sequence.positions)))
+        assert len(sequence.clean) + 1 == min(chunk + 1, context.longest_chunks)
+    # Where nothing is out of sight yet, it is the last target of a sequence that holds all of them.
+    for chunk in range(window_chunks + 1):
+        whole = from_start([2] * (chunk + 1), window_chunks, sink=sink)
+        last = replace(whole, noisy=whole.noisy[-1:])
+        sequence = in_stream(chunk, context)
+        assert (sequence.mask(), sequence.positions) == (last.mask(), last.positions)
+
+
+def test_contexts_are_those_of_models():
+    streaming = StreamSettings(chunk_frames=2, sink_frames=2, window_frames=4, positions="window")
+    assert Context.of(streaming) == Context(2, 2, sink=True)
+    assert Context.of(replace(streaming, sink_frames=0, positions="absolute")) == Context(2, 2, sink=False)
+    for wrong, error in (
+        ({"sink_frames": 1}, "sink_frames must be 0 or 2, a chunk, got 1"),
+        ({"window_frames": 3}, "window_frames must be a multiple of 2, the frames of a chunk, got 3"),
+        ({"window_frames": None}, "window_frames must be a multiple of 2, the frames of a chunk, got None"),
+        ({"positions": "absolute"}, "positions must be 'window' with sinks, got 'absolute'"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            Context.of(replace(streaming, **wrong))
 
 
 def test_mask_rows_follow_the_pieces():

@@ -23,7 +23,7 @@ LARGE = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
 def small(build_pipeline, tmp_path_factory):
     """Folders of a small student and its teacher."""
     folder = tmp_path_factory.mktemp("small")
-    for name, frames in (("student", 1), ("teacher", 3)):
+    for name, frames, seen in (("student", 1, 1), ("teacher", 3, 0), ("streaming", 1, 1)):
         denoiser = Denoiser.new(MODEL, 4)
         CausalVideoPipeline(
             denoiser.tokenizer,
@@ -32,8 +32,9 @@ def small(build_pipeline, tmp_path_factory):
             build_pipeline().vae,
             FewStepScheduler(),
             chunk_frames=frames,
-            sink_frames=1,
-            window_frames=1,
+            sink_frames=seen,
+            window_frames=seen,
+            positions="window",
             text_tokens=32,
             default_height=64,
             default_width=64,
@@ -43,7 +44,7 @@ def small(build_pipeline, tmp_path_factory):
 
 def memory_of(folder, processes=1, **settings):
     places = {"teacher": str(folder / "teacher"), "initial": str(folder / "student")}
-    return distillation_memory(SelfForcingSettings(**places, **{"batch_size": 2, **settings}), processes)
+    return distillation_memory(SelfForcingSettings(**{**places, "batch_size": 2, **settings}), processes)
 
 
 def test_weights_and_caches_are_counted_exactly(small):
@@ -109,11 +110,19 @@ def test_what_the_critic_keeps_is_what_autograd_saves(small):
     assert 0.7 * kept < found.critic_bytes < 2 * kept
 
 
+def test_a_streaming_critic_keeps_a_pass_for_each_chunk_of_a_piece(small):
+    whole, streaming = memory_of(small), memory_of(small, teacher=str(small / "streaming"))
+    assert streaming.student_bytes > whole.student_bytes
+    # Three passes of three frames, of which one is at its peak, in place of one.
+    assert 2 * whole.critic_bytes < streaming.critic_bytes < 3 * whole.critic_bytes
+
+
 @pytest.mark.parametrize(("size", "parameters"), [({}, 1.42e9), (LARGE, 14.3e9)], ids=["1.3B", "14B"])
 def test_published_sizes_without_weights(tmp_path, capsys, size, parameters):
-    for name, frames in (("student", 3), ("teacher", 21)):
+    whole = {"chunk_frames": 21, "sink_frames": 0, "window_frames": 0}
+    for name, values in (("student", {"chunk_frames": 3}), ("teacher", whole)):
         path = write_wan(tmp_path / name, **size) / "model_index.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"chunk_frames": frames}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
     found = memory_of(tmp_path, processes=64, batch_size=1, stream_chunks=7, gradient_checkpointing=True)
     assert found.trained_bytes == pytest.approx(2 * 5 * 4 * parameters / 64, rel=0.02)
     places = ["--teacher", str(tmp_path / "teacher"), "--initial", str(tmp_path / "student")]

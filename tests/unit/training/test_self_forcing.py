@@ -71,7 +71,7 @@ class Described(ScenePrompts):
         return replace(super().draw(count, rng), pieces=torch.randn(count, 4, HORIZON, 16, 16))
 
 
-def trainee_for(**changes) -> SelfForcingTrainee:
+def trainee_for(context=None, **changes) -> SelfForcingTrainee:
     torch.manual_seed(0)
     student, critic, teacher = (for_training(Denoiser.new(STREAM, 4)) for _ in range(3))
     settings = SelfForcingSettings(**{**TINY, **changes})
@@ -79,7 +79,7 @@ def trainee_for(**changes) -> SelfForcingTrainee:
     return SelfForcingTrainee(
         settings,
         Distillation(student, judge),
-        settings.corrector(STREAM.shift, teacher),
+        settings.corrector(STREAM.shift, teacher, context),
         (Described(), Described()),
         pipeline_of(student),
         HORIZON,
@@ -160,8 +160,9 @@ def test_pieces_are_the_ends_of_streams_of_all_lengths(monkeypatch):
     for step in range(800):
         rng = np.random.default_rng(step)
         piece = trainee._draw_piece(Asked(["a", "b"]), rng, rng)
-        assert piece.shape[2] == HORIZON
-        assert torch.equal(piece[0, 0, :, 0, 0].diff(), torch.ones(HORIZON - 1))
+        assert piece.latents.shape[2] == HORIZON
+        stream = torch.cat([piece.past, piece.latents], dim=2)
+        assert torch.equal(stream[0, 0, :, 0, 0], torch.arange(float(stream.shape[2])))
     assert {key[:2] for key in seen} == {(3, 0), (4, 1), (5, 2), (6, 3)}
     assert {key[2] for key in seen} == {0, 1}
     assert max(seen.values()) < 1.5 * min(seen.values())  # 100 of each
@@ -202,9 +203,11 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("objective", ["dmd", "gan"])
-def test_a_run_that_was_killed_ends_like_one_that_was_not(runs, tmp_path, monkeypatch, objective):
-    settings = settings_for(runs, objective=objective)
+@pytest.mark.parametrize(
+    ("objective", "teacher"), [("dmd", "teacher"), ("dmd", "student"), ("gan", "teacher")]
+)
+def test_a_run_that_was_killed_ends_like_one_that_was_not(runs, tmp_path, monkeypatch, objective, teacher):
+    settings = settings_for(runs, objective=objective, teacher=str(runs / teacher))
     distill_student(settings, tmp_path / "whole")
     loss = SelfForcingTrainee.loss
 
@@ -226,7 +229,7 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(runs, tmp_path, monkey
     record = json.loads((tmp_path / "whole" / "model" / "training" / "whole.json").read_text())
     assert record["command"].startswith("genstream distill student --teacher ")
     assert {path.stem for path in (tmp_path / "whole" / "model" / "training").glob("*.json")} == {
-        "teacher",
+        teacher,
         "student",
         "whole",
     }
@@ -273,7 +276,14 @@ def test_what_does_not_fit_is_refused_before_the_run_starts(runs, tmp_path):
         ),
         ({"prompts": "nowhere.txt"}, "prompts must be a text file, got 'nowhere.txt'"),
         ({"prompts": str(tmp_path / "long.txt")}, "long.txt', line 3: prompt must have at most 32 tokens"),
-        ({"teacher": runs / "student", "initial": runs / "teacher"}, "chunks that divide 1, the teacher's"),
+        (
+            {"teacher": runs / "student", "initial": runs / "teacher"},
+            "initial must have chunks of 1 like the streaming teacher, got 3",
+        ),
+        (
+            {"teacher": runs / "student", "stream_chunks": 2},
+            "stream_chunks must be at least 3, what the teacher sees, got 2",
+        ),
         ({"stream_chunks": 2}, "stream_chunks must be at least 3, what the teacher sees, got 2"),
     ):
         with pytest.raises(ValueError, match=error):
@@ -313,8 +323,12 @@ NARROW = {"vae": {"latent_channels": 2}, "transformer": {"in_channels": 2, "out_
         ),
         ({"student_transformer": {"in_channels": 8}}, "initial must take 4 channels, those of its latents"),
         ({"student_index": {"chunk_frames": 2}}, "initial must have chunks that divide 3"),
+        (
+            {"teacher_index": {"window_frames": None}},
+            "teacher must stream as it was trained: window_frames must be a multiple of 3",
+        ),
     ],
-    ids=["size", "channels", "ratio", "statistics", "image", "chunks"],
+    ids=["size", "channels", "ratio", "statistics", "image", "chunks", "window"],
 )
 def test_a_teacher_of_other_latents_is_refused_by_the_run_and_its_dry_run(runs, tmp_path, files, error):
     folder = changed(runs, tmp_path, **files)
@@ -331,7 +345,7 @@ def test_a_teacher_of_other_latents_is_refused_by_the_run_and_its_dry_run(runs, 
 def test_statistics_that_one_folder_does_not_tell_may_be_the_same(runs, tmp_path):
     folder = changed(runs, tmp_path, teacher_vae={"latents_mean": [0.0] * 4, "latents_std": [2.0] * 4})
     settings = settings_for(runs, teacher=str(folder / "teacher"))
-    assert check_models(settings)[2] == HORIZON
+    assert check_models(settings).horizon_chunks == HORIZON
 
 
 def test_prompts_from_a_file(runs, tmp_path):
