@@ -4,7 +4,8 @@ A causal video VAE with temporal ratio r turns the first latent frame into one f
 one into r frames: F = 1 + r (T - 1).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from numbers import Integral, Real
 
 
@@ -53,6 +54,20 @@ def check_number(name: str, value: object) -> None:
     """Raise ValueError unless `value` is a number, of numpy's too."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def check_unused(settings: object, names: Iterable[str], why: str) -> None:
+    """Raise ValueError if any of these settings was given a value that nothing would use.
+
+    Args:
+        settings: a dataclass with defaults.
+        names: of the settings; their defaults, 0 and None are no such values.
+        why: what makes them useless, as "where ..." or "for ...".
+    """
+    for field in fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, field.name)
+        if field.name in names and value not in (field.default, 0, None):
+            raise ValueError(f"{field.name} must be left at {field.default!r} {why}, got {value!r}")
 
 
 def check_whole(name: str, value: object) -> None:

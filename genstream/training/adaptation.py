@@ -21,6 +21,7 @@ from torch import Tensor
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
+from genstream.shapes import check_unused
 from genstream.training.denoiser import Denoiser, copy_weights, for_training
 from genstream.training.forcing import (
     Context,
@@ -241,6 +242,8 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
         raise ValueError(f"chunk_frames must be {together} like the causal teacher's, got {chunk}")
     if together % chunk:
         raise ValueError(f"chunk_frames must divide {together}, the teacher's frames, got {chunk}")
+    if not is_causal:
+        check_unused(settings, ["stream_chunks"], "for a teacher of whole clips")
     prompts = prompts_from(settings.prompts, [Denoiser.of(pipe)])
     once(lambda: claim_run(output, settings))
     torch.manual_seed(settings.seed)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from genstream.shapes import check_counts
+from genstream.shapes import check_counts, check_unused
 from genstream.training.clips import SWITCHED_EVERY, ClipSet
 from genstream.training.denoiser import DenoiserSettings
 from genstream.training.loop import LoopSettings
@@ -97,12 +97,7 @@ class ModelRunSettings(DenoiserSettings):
         """What videos are learnt by is another model, as it is."""
         if self.initial is None:
             raise ValueError("initial must be the model to start from where videos are given, got None")
-        for setting in fields(self):
-            if setting.name in _OF_NEW_MODELS and (value := getattr(self, setting.name)) != setting.default:
-                raise ValueError(
-                    f"{setting.name} must be left at {setting.default!r} where videos are given, since "
-                    f"initial decides it, got {value!r}"
-                )
+        check_unused(self, _OF_NEW_MODELS, "where videos are given, since initial decides it")
 
     def clip_set(self, temporal_ratio: int) -> ClipSet:
         """The clips of the toy world that it is trained and evaluated on."""

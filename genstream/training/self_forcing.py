@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler
-from genstream.shapes import frames_of
+from genstream.shapes import check_unused, frames_of
 from genstream.streaming.noise import SeededNoise
 from genstream.streaming.request import StreamRequest
 from genstream.training.clips import ClipSet, encode_clips
@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 _SEEDS = 2**62
 _EVALUATION_STREAMS = 16
+"""Of each length, at least."""
 _EVALUATION_CLIPS = 64
 
 
@@ -114,10 +115,7 @@ class SelfForcingSettings:
 
     def __post_init__(self) -> None:
         _ = self.loop  # checks its part
-        if self.objective not in ("dmd", "sid", "gan"):
-            raise ValueError(f"objective must be 'dmd', 'sid' or 'gan', got {self.objective!r}")
-        if self.objective == "gan" and self.prompts is not None:
-            raise ValueError(f"prompts must be None for 'gan', which needs clips, got {self.prompts!r}")
+        self._check_objective()
         if not self.smoothness >= 0:
             raise ValueError(f"smoothness must be at least 0, got {self.smoothness}")
         for name in ("critic_steps", "batch_size", "stream_chunks", "clips"):
@@ -133,6 +131,16 @@ class SelfForcingSettings:
                 "least_noise and most_noise must be in (0, 1], the least first, "
                 f"got {self.least_noise} and {self.most_noise}"
             )
+
+    def _check_objective(self) -> None:
+        if self.objective not in ("dmd", "sid", "gan"):
+            raise ValueError(f"objective must be 'dmd', 'sid' or 'gan', got {self.objective!r}")
+        if self.objective == "gan" and self.prompts is not None:
+            raise ValueError(f"prompts must be None for 'gan', which needs clips, got {self.prompts!r}")
+        unused = ["teacher_guidance"] if self.objective == "gan" else ["clips", "smoothness"]
+        if self.objective != "sid":
+            unused.append("sid_alpha")
+        check_unused(self, unused, f"for objective {self.objective!r}")
 
     def corrector(self, shift: float, teacher: Denoiser, context: Context | None) -> Corrector:
         """What corrects the student, for a timestep shift and what a streaming teacher sees."""
@@ -233,15 +241,17 @@ class SelfForcingTrainee:
     def evaluate(self) -> dict[str, float]:
         """How far the student is from where it should be, as far as the critic knows.
 
-        Mean over the shortest and the longest streams, as a viewer gets them.
+        Mean over the shortest and the longest streams, as a viewer gets them; as many at once as in a step,
+        for which there is memory.
         """
-        seed, distances = self.settings.seed, []
+        seed, together, distances = self.settings.seed, self.settings.batch_size, []
         for chunks in sorted({self.horizon_chunks, self.settings.stream_chunks}):
             torch.manual_seed(seed)
             rng = evaluation_rng(seed)
-            asked = self.held_out.draw(_EVALUATION_STREAMS, rng)
-            piece = self._piece(asked, chunks, len(self.pipe.scheduler.schedule().timesteps) - 1, rng)
-            distances.append(self.corrector.distance(self.module.critic, piece, asked, rng))
+            for _ in range(-(-_EVALUATION_STREAMS // together)):
+                asked = self.held_out.draw(together, rng)
+                piece = self._piece(asked, chunks, len(self.pipe.scheduler.schedule().timesteps) - 1, rng)
+                distances.append(self.corrector.distance(self.module.critic, piece, asked, rng))
         return {"distance": float(np.mean(distances))}
 
     def _draw_piece(self, asked: Asked, shared: np.random.Generator, own: np.random.Generator) -> Piece:

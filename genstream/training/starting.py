@@ -84,13 +84,20 @@ def model_folder(name: str, given: str) -> Path:
 
 
 def load_model(name: str, given: str) -> CausalVideoPipeline:
-    """The model that the setting `name` gives, in float32."""
-    return CausalVideoPipeline.from_pretrained(model_folder(name, given), dtype=torch.float32)
+    """The model that the setting `name` gives, in float32.
+
+    Raises:
+        ValueError: it is none, or cannot read prompts.
+    """
+    pipe: CausalVideoPipeline = CausalVideoPipeline.from_pretrained(
+        model_folder(name, given), dtype=torch.float32
+    )
+    if pipe.tokenizer is None or pipe.text_encoder is None:
+        raise ValueError(f"{name} must have a tokenizer and a text encoder, got {given!r} without")
+    return pipe
 
 
 def _check_initial(pipe: CausalVideoPipeline) -> None:
-    if pipe.tokenizer is None or pipe.text_encoder is None:
-        raise ValueError("initial must have a tokenizer and a text encoder where videos are given, got none")
     config = pipe.transformer.config
     if config.image_dim is not None or config.in_channels != pipe.transformer.out_channels:
         raise ValueError("initial must be a model of text alone, got one that also takes images")

@@ -19,7 +19,7 @@ from torch import Tensor
 from genstream.cache.layout import PositionPolicy
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.schedulers.schedule import shifted
-from genstream.shapes import check_counts
+from genstream.shapes import check_counts, check_unused
 from genstream.streaming.settings import StreamSettings
 from genstream.training.clips import Clips, ClipSet
 from genstream.training.denoiser import Denoiser
@@ -103,8 +103,10 @@ class StudentTrainingSettings(ModelRunSettings):
             raise ValueError(f"context_noise must be at least 0 and finite, got {self.context_noise}")
         if not 0 < self.hard_weight < math.inf:
             raise ValueError(f"hard_weight must be above 0 and finite, got {self.hard_weight}")
-        if self.videos is not None:
-            self._check_untold()
+        if self.videos is not None:  # they do not tell what is hard in them, and nothing switches
+            check_unused(self, ("switched", "first_clips", "hard_weight"), "where videos are given")
+        if self.forcing == "diffusion":  # its context is as noisy as what is learnt
+            check_unused(self, ("context_noise", "redrawn", "redrawn_level"), "for forcing 'diffusion'")
         self._check_shares()
         _ = self.scheduler, self.stream  # check their parts
 
@@ -116,12 +118,6 @@ class StudentTrainingSettings(ModelRunSettings):
             raise ValueError(
                 f"first, image_start, middle and switched must add up to at most 1, got {total:g}"
             )
-
-    def _check_untold(self) -> None:
-        """Videos do not tell what is hard in them, nor does anything change in them at a known time."""
-        for name, allowed in (("switched", (_SWITCHED, 0)), ("first_clips", (0,)), ("hard_weight", (1,))):
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} must be left at {allowed[0]} where videos are given, got {value}")
 
     @property
     def _least_chunks(self) -> int:

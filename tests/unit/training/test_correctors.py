@@ -8,6 +8,7 @@ from genstream.training.correctors import Adversarial, Discriminator, Matching, 
 from genstream.training.denoiser import Denoiser, DenoiserSettings
 from genstream.training.forcing import Context
 from genstream.training.prompts import Asked
+from genstream.training.starting import load_model
 
 SMALL = DenoiserSettings(width=48, layers=1, ffn_width=48, text_width=16, text_layers=1)
 LEVELS = NoiseLevels(shift=3.0, least=0.1, most=0.9)
@@ -197,6 +198,25 @@ def test_smoothness_counts_for_the_discriminator_alone():
     assert torch.equal(loss_of(smooth, critic, made, asked), loss_of(rough, critic, made, asked))
     more, less = (loss_of(each, critic, made.detach(), asked, "critic_loss") for each in (smooth, rough))
     assert more > less
+
+
+def test_slopes_are_not_lost_in_bfloat16():
+    torch.manual_seed(0)
+    critic = Discriminator(Denoiser.of(load_model("teacher", "toyworld")))
+    torch.nn.init.normal_(critic.head[1].weight, std=0.1)
+    torch.nn.init.constant_(critic.head[1].bias, 3.0)
+    real, made = torch.randn(2, 4, 16, 3, 16, 16)
+    asked, gradients = Asked(CAPTIONS * 2, pieces=real), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            torch.manual_seed(0)
+            *_, slope = Adversarial(LEVELS, smoothness=1.0)._logits(
+                critic, alone(made), asked, np.random.default_rng(0)
+            )
+        gradients.append(torch.autograd.grad(slope, critic.head[1].weight)[0].flatten())
+    exact, rounded = gradients
+    assert torch.cosine_similarity(exact, rounded, dim=0) > 0.85
+    assert rounded.norm() == pytest.approx(exact.norm(), rel=0.5)
 
 
 def test_a_discriminator_needs_clips():

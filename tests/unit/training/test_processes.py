@@ -96,15 +96,17 @@ def test_a_student_is_distilled_in_shards(build_pipeline, tmp_path):
         words = ["-m", "genstream.cli", "train", part, *common, *options, "--output", str(tmp_path / part)]
         launch(*words, shards=True)
     places = ["--teacher", str(tmp_path / "teacher"), "--initial", str(tmp_path / "student")]
-    options = ["--stream-chunks", "4", "--critic-steps", "1", "--output", str(tmp_path / "distilled")]
-    launch("-m", "genstream.cli", "distill", "student", *SHORT, *places, *options, shards=True)
-    pipe = CausalVideoPipeline.from_pretrained(tmp_path / "distilled" / "model", dtype=torch.float32)
     before = CausalVideoPipeline.from_pretrained(tmp_path / "student" / "model", dtype=torch.float32)
-    own, old = pipe.transformer.state_dict(), before.transformer.state_dict()
-    assert all(weight.isfinite().all() for weight in own.values())
-    assert not all(torch.equal(own[name], old[name]) for name in own)
-    pipe.set_progress_bar_config(disable=True)
-    assert pipe("a red circle", num_frames=9, output_type="pt").frames.isfinite().all()
+    for objective, more in (("dmd", []), ("gan", ["--clips", "4"])):
+        options = ["--stream-chunks", "4", "--critic-steps", "1", "--objective", objective, *more]
+        options += ["--output", str(tmp_path / objective)]
+        launch("-m", "genstream.cli", "distill", "student", *SHORT, *places, *options, shards=True)
+        pipe = CausalVideoPipeline.from_pretrained(tmp_path / objective / "model", dtype=torch.float32)
+        own, old = pipe.transformer.state_dict(), before.transformer.state_dict()
+        assert all(weight.isfinite().all() for weight in own.values())
+        assert not all(torch.equal(own[name], old[name]) for name in own)
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe("a red circle", num_frames=9, output_type="pt").frames.isfinite().all()
 
 
 @pytest.mark.slow

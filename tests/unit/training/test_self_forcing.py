@@ -12,6 +12,7 @@ import torch
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.training import self_forcing
+from genstream.training.adaptation import AdaptationSettings, adapt_teacher
 from genstream.training.correctors import Discriminator, Matching
 from genstream.training.denoiser import Denoiser, for_training
 from genstream.training.memory import distillation_memory
@@ -168,7 +169,8 @@ def test_pieces_are_the_ends_of_streams_of_all_lengths(monkeypatch):
     assert max(seen.values()) < 1.5 * min(seen.values())  # 100 of each
     seen.clear()
     figures = [trainee_for(stream_chunks=6, total_steps=steps).evaluate() for steps in (3, 5)]
-    assert seen == {(3, 3, 1): 2, (6, 6, 1): 2}  # the shortest and the longest, as a viewer gets them
+    # The shortest and the longest, as a viewer gets them, 16 of each, no more at once than in a step.
+    assert seen == {(3, 3, 1): 16, (6, 6, 1): 16}
     assert figures[0] == figures[1]
 
 
@@ -196,7 +198,8 @@ def runs(tmp_path_factory):
 
 def settings_for(runs, **changes) -> SelfForcingSettings:
     places = {"teacher": str(runs / "teacher"), "initial": str(runs / "student")}
-    return SelfForcingSettings(**{**TINY, **places, "clips": 8, **changes})
+    clips = {"clips": 8} if changes.get("objective") == "gan" else {}
+    return SelfForcingSettings(**{**TINY, **places, **clips, **changes})
 
 
 class Killed(Exception):
@@ -250,7 +253,14 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(runs, tmp_path, monkey
     [
         ({"objective": "vae"}, "objective must be 'dmd', 'sid' or 'gan', got 'vae'"),
         ({"objective": "gan", "prompts": "a.txt"}, "prompts must be None for 'gan', which needs clips"),
-        ({"smoothness": -1.0}, "smoothness must be at least 0, got -1.0"),
+        ({"objective": "gan", "smoothness": -1.0}, "smoothness must be at least 0, got -1.0"),
+        ({"smoothness": 0.2}, "smoothness must be left at 0.1 for objective 'dmd', got 0.2"),
+        ({"objective": "sid", "clips": 8}, "clips must be left at 3072 for objective 'sid', got 8"),
+        ({"objective": "dmd", "sid_alpha": 0.5}, "sid_alpha must be left at 1.0 for objective 'dmd'"),
+        (
+            {"objective": "gan", "teacher_guidance": 2.0},
+            "teacher_guidance must be left at 3.0 for objective 'gan', got 2.0",
+        ),
         ({"critic_steps": 0}, "critic_steps must be at least 1, got 0"),
         ({"critic_rate": 0.0}, "critic_rate must be above 0, got 0.0"),
         ({"teacher_guidance": 0.5}, r"teacher_guidance must be at least 1 \(off\), got 0.5"),
@@ -288,6 +298,24 @@ def test_what_does_not_fit_is_refused_before_the_run_starts(runs, tmp_path):
     ):
         with pytest.raises(ValueError, match=error):
             distill_student(replace(settings_for(runs), **wrong), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_that_cannot_read_are_refused(runs, tmp_path):
+    folder = changed(runs, tmp_path, teacher_index={"text_encoder": [None, None]})
+    for settings, distil in (
+        (settings_for(runs, teacher=str(folder / "teacher")), distill_student),
+        (AdaptationSettings(teacher=str(folder / "teacher")), adapt_teacher),
+    ):
+        with pytest.raises(ValueError, match="teacher must have a tokenizer and a text encoder"):
+            distil(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_chunks_of_streams_are_not_for_teachers_of_whole_clips(runs, tmp_path):
+    settings = AdaptationSettings(teacher=str(runs / "teacher"), chunk_frames=1, stream_chunks=7)
+    with pytest.raises(ValueError, match="stream_chunks must be left at 6 for a teacher of whole clips"):
+        adapt_teacher(settings, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -182,7 +182,7 @@ def test_settings_that_videos_exclude(kind, wrong, error):
     [
         ({"switched": 0.2}, "switched must be left at 0.1 where videos are given, got 0.2"),
         ({"first_clips": 4}, "first_clips must be left at 0 where videos are given, got 4"),
-        ({"hard_weight": 2.0}, "hard_weight must be left at 1 where videos are given, got 2.0"),
+        ({"hard_weight": 2.0}, "hard_weight must be left at 1.0 where videos are given, got 2.0"),
         ({"clip_chunks": 3}, "clip_chunks must be at least 4, got 3"),
     ],
 )
