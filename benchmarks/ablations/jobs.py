@@ -1,0 +1,59 @@
+"""Work side by side, in an order in which each has what it waits for."""
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from genstream.cli.pipeline import quiet_loading
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A call that waits for others: `function(*arguments)` once all of `after` are done."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    after: tuple[str, ...] = ()
+
+
+def do_all(jobs: Sequence[Job], at_once: int) -> dict[str, Any]:
+    """Do all jobs, up to `at_once` of them side by side on as many processes; what each returned, by name.
+
+    Models this small gain little from a second thread: two jobs on two cores get 1.4 times as much done as
+    one after the other.
+    """
+    if at_once == 1:
+        return {job.name: _quietly(job, None) for job in jobs}
+    done: dict[str, Any] = {}
+    waiting, running = list(jobs), dict[Future[Any], str]()
+    # Processes of their own, started anew: one that was forked would share torch's threads.
+    with ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
+        while waiting or running:
+            ready = [job for job in waiting if done.keys() >= set(job.after)][: at_once - len(running)]
+            threads = (os.cpu_count() or 1) // max(1, len(ready) + len(running))
+            for job in ready:
+                waiting.remove(job)
+                running[pool.submit(_quietly, job, max(1, threads))] = job.name
+            ended, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                done[running.pop(future)] = future.result()
+    return done
+
+
+def _quietly(job: Job, threads: int | None) -> object:
+    """Do a job in this process, telling its name with all it says."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    quiet_loading()
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s  {job.name}  %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    logging.info("begins")
+    return job.function(*job.arguments)
