@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
+from genstream.io.partial import partial_path
 from genstream.training import processes
 from genstream.training.precision import Precision, computing_in
 from genstream.training.record import LOCK_NAME
@@ -41,6 +42,8 @@ _CHECKPOINTS_KEPT = 2
 _CHECKPOINT_PATTERN = f"step_{7 * '[0-9]'}"
 _PROGRESS_NAME = "progress.json"
 _PROGRESS_INTERVAL_S = 10.0
+_NO_FAILURES = (KeyboardInterrupt, MemoryError, torch.OutOfMemoryError)
+"""What ends a command whatever it is doing, and says nothing about a checkpoint."""
 _LARGEST_SEED = 2**31 - 1
 """Generators take larger ones, but not all alike."""
 
@@ -239,10 +242,11 @@ class _Training:
             try:
                 self._load(newest)
             except (CheckpointException, OSError, ValueError) as error:
-                raise ValueError(
+                failure = ValueError(
                     f"checkpoint {str(newest)!r} cannot be read, remove it to go on from the one before it: "
                     f"{_first_line(error)}"
-                ) from error
+                )
+                raise _cause(error, failure) from error
             logger.info("continuing after step %d from %s", self.step, newest)
         if self.state.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
@@ -352,7 +356,11 @@ class _Training:
         except CheckpointException as error:
             if self.state.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise _cause(error, self.output) from error
+            failure = OSError(
+                f"checkpoint in {str(self.output)!r} could not be written, is the disk full? "
+                f"{_first_line(error)}"
+            )
+            raise _cause(error, failure) from error
         if self.state.is_main_process:
             progress = {"step": self.step, "seconds": self.seconds, "window": self.window}
             (partial / _PROGRESS_NAME).write_text(json.dumps(progress))
@@ -364,6 +372,9 @@ class _Training:
     def _load(self, folder: Path) -> None:
         tensors = self._tensors()
         optimizers = {"optimizers": tensors.pop("optimizers")}
+        for state in optimizers["optimizers"]["state"].values():
+            for value in state.values():
+                value.zero_()  # torch has taken a step to have any; what has had no gradient counts none
         with self._checkpointing() as options:
             load(tensors, checkpoint_id=folder, **options)
             # What has had no gradient yet has no state either.
@@ -395,13 +406,10 @@ class _Training:
         return {"module": module, "optimizers": optimizers, "average": self.average}
 
 
-def _cause(error: CheckpointException, output: Path) -> BaseException:
-    """Why a checkpoint could not be written; torch wraps Ctrl-C too, and has no word for a full disk."""
-    causes = [cause for cause, _ in error.failures.values()]
-    for cause in causes:
-        if isinstance(cause, KeyboardInterrupt):
-            return cause
-    return OSError(f"checkpoint in {str(output)!r} could not be written, is the disk full? {causes[0]}")
+def _cause(error: BaseException, failure: Exception) -> BaseException:
+    """Why a checkpoint was not read or written: `failure`, unless torch has wrapped Ctrl-C or the like."""
+    failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+    return next((cause for cause, _ in failures if isinstance(cause, _NO_FAILURES)), failure)
 
 
 def _values(module: nn.Module) -> dict[str, Tensor]:
@@ -487,27 +495,46 @@ def _means(rows: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _append_row(path: Path, row: dict[str, float]) -> None:
+    """Columns that no row before had are empty in those."""
     with path.open("a+", newline="") as file:
         file.seek(0)
-        header = next(csv.reader(file), None)
-        writer = csv.DictWriter(file, header or list(row), lineterminator="\n")
-        if header is None:
-            writer.writeheader()
-        writer.writerow({name: f"{value:.6g}" for name, value in row.items()})
+        header = next(csv.reader(file), [])
+        names = list(dict.fromkeys([*header, *row]))
+        cells = [f"{row[name]:.6g}" if name in row else "" for name in names]
+        if names == header:
+            csv.writer(file, lineterminator="\n").writerow(cells)
+            return
+    _, *before = _read_rows(path)
+    added = [""] * (len(names) - len(header))
+    _write_rows(path, [names, *(each + added for each in before), cells])
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
-    with path.open(newline="") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
+    header, *rows = _read_rows(path)
     # A row may have been cut off with the run that wrote it.
     kept = [row for row in rows if len(row) == len(header) and _is_step_until(row[0], step)]
     if not kept:
         path.unlink()  # its header may be no more whole than its rows
         return
-    with path.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *kept])
+    _write_rows(path, [header, *kept])
+
+
+def _read_rows(path: Path) -> list[list[str]]:
+    """The header, empty where there is none, and the rows."""
+    if not path.is_file():
+        return [[]]
+    with path.open(newline="") as file:
+        return list(csv.reader(file)) or [[]]
+
+
+def _write_rows(path: Path, rows: Iterable[Sequence[str]]) -> None:
+    """Under another name first, so that a kill never costs what is there."""
+    partial = partial_path(path)
+    with partial.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+    partial.replace(path)
 
 
 def _is_step_until(cell: str, last: int) -> bool:

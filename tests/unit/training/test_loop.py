@@ -126,6 +126,7 @@ def test_rows_of_the_log_that_span_a_kill_are_the_same(tmp_path):
             (OSError, "checkpoint in .*run.* could not be written, is the disk full"),
         ),
         (KeyboardInterrupt(), (KeyboardInterrupt, None)),
+        (MemoryError(), (MemoryError, None)),
     ],
 )
 def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch, cause, expected):
@@ -140,6 +141,18 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch, cause, expec
     with pytest.raises(kind, match=message):
         trained(LoopSettings(**SETTINGS), Line(), tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
+@pytest.mark.parametrize("cause", [KeyboardInterrupt(), MemoryError()])
+def test_what_ends_reading_a_checkpoint_is_not_taken_for_damage(tmp_path, monkeypatch, cause):
+    trained(LoopSettings(**SETTINGS), Line(), tmp_path)
+
+    def fail(tensors, checkpoint_id, **options):
+        raise CheckpointException("load", {0: (cause, None)})
+
+    monkeypatch.setattr(loop, "load", fail)
+    with pytest.raises(type(cause)):
+        trained(LoopSettings(**SETTINGS), Line(), tmp_path)
 
 
 def test_half_written_checkpoint_is_ignored(tmp_path):
@@ -282,6 +295,39 @@ def test_parts_that_take_turns_have_their_own_rates_and_columns(tmp_path, log_st
         assert float(row["one"]) <= -1.99
         assert -2.01 <= float(row["two"]) <= -1.99
     assert float(rows[-1]["one"]) < float(rows[0]["one"]) <= -2
+
+
+@pytest.mark.parametrize("killed_at", [1, 7])
+def test_parts_that_take_turns_may_be_logged_in_each_step(tmp_path, killed_at):
+    """A killed run goes on as if unbroken, though a part has not learnt yet: no optimiser knows it."""
+    settings = LoopSettings(**{**SETTINGS, "log_steps": 1, "checkpoint_steps": 1})
+    whole = trained(settings, Pair(), tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(settings, killed(Pair, killed_at), tmp_path / "killed")
+    continued = trained(settings, Pair(), tmp_path / "killed")
+    assert all(map(torch.equal, continued.parameters(), whole.parameters()))
+    logs = [rows(tmp_path / name / "log.csv") for name in ("whole", "killed")]
+    assert logs[0] == logs[1]
+    assert [(row["one"] == "", row["two"] == "") for row in logs[0]] == 6 * [(False, True), (True, False)]
+
+
+def test_a_kill_while_a_log_is_cut_back_costs_none_of_it(tmp_path, monkeypatch):
+    with pytest.raises(Killed):
+        run(LoopSettings(**SETTINGS), killed(Line, 7), tmp_path)
+    before = (tmp_path / "log.csv").read_text()
+    opened = Path.open
+
+    def killing(path, mode="r", **options):
+        file = opened(path, mode, **options)
+        if "w" in mode:
+            file.close()
+            raise Killed
+        return file
+
+    monkeypatch.setattr(Path, "open", killing)
+    with pytest.raises(Killed):
+        run(LoopSettings(**SETTINGS), Line(), tmp_path)
+    assert (tmp_path / "log.csv").read_text() == before
 
 
 def cut_off(checkpoint: Path) -> None:
