@@ -31,13 +31,13 @@ from genstream.training.forcing import (
     from_start,
     with_noisy_context,
 )
-from genstream.training.loop import LoopSettings, alone, run, steps_taken
+from genstream.training.loop import LoopSettings, run, steps_taken
 from genstream.training.model_run import card_of, save_model
 from genstream.training.objectives import clean_from, segment_velocity
 from genstream.training.precision import Precision, computing_in
 from genstream.training.processes import evaluation_rng, once, own_rng, process
 from genstream.training.prompts import prompts_from
-from genstream.training.record import Training, claim_run
+from genstream.training.record import Training, claimed_run, is_finished
 from genstream.training.starting import RESULT_FOLDER, load_model, model_folder
 from genstream.training.trajectories import Sampling, Trajectories, collect, solve, stream
 
@@ -235,6 +235,8 @@ def _at(states: Tensor, levels: Tensor) -> Tensor:
 
 def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
     """Sample the paths, train, and continue what `output` already holds; the result is `output`/model."""
+    if is_finished(output / RESULT_FOLDER, output.name, settings, settings.total_steps):
+        return
     pipe = load_model("teacher", settings.teacher)
     chunk, together = settings.chunk_frames, pipe.settings.chunk_frames
     is_causal = pipe.settings.sees_past
@@ -245,7 +247,6 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
     if not is_causal:
         check_unused(settings, ["stream_chunks"], "for a teacher of whole clips")
     prompts = prompts_from(settings.prompts, [Denoiser.of(pipe)])
-    once(lambda: claim_run(output, settings))
     torch.manual_seed(settings.seed)
     denoiser = for_training(Denoiser.of(pipe), checkpointing=settings.gradient_checkpointing)
     denoiser.to(process().device)
@@ -270,11 +271,11 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
             noise = torch.randn(count, *shape, generator=generator).to(denoiser.transformer.device)
             return Trajectories(captions, solve(denoiser, noise, captions, sampling))
 
-    with alone(output):
+    with claimed_run(output, settings):
         paths = collect(sample, settings.trajectories, output / _TRAJECTORIES_FOLDER)
-    sizes = [chunk] if is_causal else range(1, chunk + 1)
-    run(settings.loop, AdaptationTrainee(settings, denoiser, paths, sampling.sigmas, sizes), output)
-    once(lambda: export(denoiser, settings, sampling.shift, output))
+        sizes = [chunk] if is_causal else range(1, chunk + 1)
+        run(settings.loop, AdaptationTrainee(settings, denoiser, paths, sampling.sigmas, sizes), output)
+        once(lambda: export(denoiser, settings, sampling.shift, output))
     logger.info("causal student in %s", output / RESULT_FOLDER)
 
 

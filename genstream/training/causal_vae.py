@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from genstream.training.components import save_component, with_statistics
 from genstream.training.loop import run, steps_taken
 from genstream.training.processes import once, process
-from genstream.training.record import Training, claim_run, write_record
+from genstream.training.record import Training, claimed_run, is_finished, write_record
 from genstream.training.vae_clips import clip_source
 from genstream.training.vae_losses import VAELossWeights, VAEObjective, VisionAlignment, psnr_db
 from genstream.training.vae_run import VAERunSettings, last_figures
@@ -31,6 +31,8 @@ from genstream.vae.loading import load_vae
 logger = logging.getLogger(__name__)
 
 _RESULT_FOLDER = "vae"
+_NAME = "causal_vae"
+"""In the record."""
 _STATISTICS_STEPS = 16
 _FIXED_BY_IMAGE_VAE = (
     "latent_channels",
@@ -118,13 +120,15 @@ class CausalVAETrainingSettings(VAERunSettings):
 
 def train_causal_vae(settings: CausalVAETrainingSettings, output: Path) -> None:
     """Train, continuing what `output` already holds; the result is the component `output`/vae."""
+    if is_finished(output / _RESULT_FOLDER, _NAME, settings, settings.total_steps):
+        return
     torch.manual_seed(settings.seed)
     vae = _new_vae(settings)
     clips = clip_source(settings, vae.spec)
     objective = VAEObjective(vae, settings.weights, settings.perceptual(process().device))
-    once(lambda: claim_run(output, settings))
-    run(settings.loop, CausalVAETrainee(objective, clips, settings.windows), output)
-    once(lambda: export(vae, settings, clips, output))
+    with claimed_run(output, settings):
+        run(settings.loop, CausalVAETrainee(objective, clips, settings.windows), output)
+        once(lambda: export(vae, settings, clips, output))
 
 
 def export(vae: CausalVideoVAE, settings: CausalVAETrainingSettings, clips: ClipSource, output: Path) -> None:
@@ -139,9 +143,9 @@ def export(vae: CausalVideoVAE, settings: CausalVAETrainingSettings, clips: Clip
 
 
 def _training(settings: CausalVAETrainingSettings, output: Path) -> Training:
-    logs = {"causal_vae": output / "log.csv", "causal_vae_evaluation": output / "evaluation.csv"}
+    logs = {_NAME: output / "log.csv", f"{_NAME}_evaluation": output / "evaluation.csv"}
     return Training(
-        name="causal_vae",
+        name=_NAME,
         part="causal-vae",
         run=output,
         settings=settings,

@@ -23,7 +23,7 @@ from genstream.training.components import save_component
 from genstream.training.initialisation import initialise_decoder, take_over_decoder
 from genstream.training.loop import run, steps_taken
 from genstream.training.processes import once, process
-from genstream.training.record import RECORD_FOLDER, Training, claim_run, write_record
+from genstream.training.record import RECORD_FOLDER, Training, claimed_run, is_finished, write_record
 from genstream.training.vae_clips import clip_source
 from genstream.training.vae_distillation import (
     DecoderDistillation,
@@ -42,6 +42,8 @@ from genstream.vae.turbo import TurboVAED
 logger = logging.getLogger(__name__)
 
 _RESULT_FOLDER = "vae"
+_NAME = "distilled_vae"
+"""In the record."""
 _TINY_WIDTHS = (80, 64, 32, 32)
 _TURBO_WIDTH, _TURBO_MOST_WIDTH = 16, 256
 _TIMED_LATENTS = 3
@@ -126,6 +128,8 @@ class VAEDistillationSettings(VAERunSettings):
 
 def distill_vae(settings: VAEDistillationSettings, output: Path) -> None:
     """Train the student, continuing what `output` already holds; the result is the component `output`/vae."""
+    if is_finished(output / _RESULT_FOLDER, _NAME, settings, settings.total_steps):
+        return
     device = process().device
     teacher_folder = _teacher_folder(settings.teacher)
     teacher = _load_teacher(teacher_folder, device)
@@ -138,9 +142,9 @@ def distill_vae(settings: VAEDistillationSettings, output: Path) -> None:
         clip_source(settings, teacher.spec),
         settings.perceptual(device),
     )
-    once(lambda: claim_run(output, settings))
-    run(settings.loop, trainee, output)
-    once(lambda: export(student, teacher, settings, output))
+    with claimed_run(output, settings):
+        run(settings.loop, trainee, output)
+        once(lambda: export(student, teacher, settings, output))
 
 
 def export(student: Student, teacher: Teacher, settings: VAEDistillationSettings, output: Path) -> None:
@@ -157,9 +161,9 @@ def export(student: Student, teacher: Teacher, settings: VAEDistillationSettings
 
 
 def _training(settings: VAEDistillationSettings, output: Path, results: dict[str, float]) -> Training:
-    logs = {"distilled_vae": output / "log.csv", "distilled_vae_evaluation": output / "evaluation.csv"}
+    logs = {_NAME: output / "log.csv", f"{_NAME}_evaluation": output / "evaluation.csv"}
     return Training(
-        name="distilled_vae",
+        name=_NAME,
         part="vae",
         verb="distill",
         run=output,

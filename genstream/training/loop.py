@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -31,7 +30,6 @@ from torch.distributed.tensor import DTensor
 from genstream.io.partial import partial_path
 from genstream.training import processes
 from genstream.training.precision import Precision, computing_in
-from genstream.training.record import LOCK_NAME
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -141,33 +139,13 @@ def run(settings: LoopSettings, trainee: Trainee, output: Path) -> None:
 
     Raises:
         FloatingPointError: the loss or its gradient is not finite; names the last good checkpoint.
-        ValueError: another process is at the run, or its newest checkpoint is damaged.
+        ValueError: the newest checkpoint is damaged.
     """
     training = _Training(settings, trainee, output)
-    with alone(output):
-        training.resume()
-        while training.step < settings.total_steps:
-            training.advance()
+    training.resume()
+    while training.step < settings.total_steps:
+        training.advance()
     training.finish()
-
-
-@contextmanager
-def alone(output: Path) -> Iterator[None]:
-    """Keep other commands away from the run; the lock is gone with the process, however that ends."""
-    if not processes.process().is_main_process:
-        yield
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / LOCK_NAME)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"output must be a run at which no other process is, got {str(output)!r}") from error
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 def learning_rate_at(step: int, settings: LoopSettings) -> float:
@@ -201,7 +179,6 @@ class _Training:
         self.trainee = trainee
         self.output = output
         self.state = processes.process()
-        processes.check_launch()
         models = [trainee.module, *getattr(trainee, "frozen", ())]
         processes.shard(models)  # from the host, block by block: a GPU need not hold any of them whole
         for model in models:

@@ -27,7 +27,7 @@ from genstream.training.denoiser import Denoiser, copy_weights, for_training
 from genstream.training.loop import run, steps_taken
 from genstream.training.model_settings import ModelRunSettings
 from genstream.training.processes import once, own_rng, process, shared_rng
-from genstream.training.record import RECORD_FOLDER, Training, claim_run, write_record
+from genstream.training.record import RECORD_FOLDER, Training, claimed_run, is_finished, write_record
 from genstream.training.starting import (
     RESULT_FOLDER,
     load_latents_vae,
@@ -97,17 +97,19 @@ def train_model(
 
     The result is `output`/model, written by `export` from the model, its settings and the run's folder.
     """
+    if is_finished(output / RESULT_FOLDER, output.name, settings, settings.total_steps):
+        return
     pipe = starting_model(settings)
     clips = _clips(settings, pipe)
-    once(lambda: claim_run(output, settings))
-    module_of(pipe.vae).to(process().device)
-    latents = encode_clips(clips, pipe.streaming_vae, output.parent / LATENTS_FOLDER, settings.precision)
-    if isinstance(clips, VideoClips):
-        clips, latents = clips.readable(latents)
-    trainee = build(settings, Denoiser.of(pipe), clips, latents)
-    del pipe  # with its VAE, which has done its work
-    run(settings.loop, trainee, output)
-    once(lambda: export(trainee.module, settings, output))
+    with claimed_run(output, settings):
+        module_of(pipe.vae).to(process().device)
+        latents = encode_clips(clips, pipe.streaming_vae, output.parent / LATENTS_FOLDER, settings.precision)
+        if isinstance(clips, VideoClips):
+            clips, latents = clips.readable(latents)
+        trainee = build(settings, Denoiser.of(pipe), clips, latents)
+        del pipe  # with its VAE, which has done its work
+        run(settings.loop, trainee, output)
+        once(lambda: export(trainee.module, settings, output))
     logger.info("trained model in %s", output / RESULT_FOLDER)
 
 

@@ -35,7 +35,12 @@ _OUTSIDE_FORWARD = ("text", "image")
 
 
 def process() -> PartialState:
-    """This process among those that train together."""
+    """This process among those that train together.
+
+    Raises:
+        ValueError: accelerate's configuration asks for DeepSpeed or the first version of FSDP.
+    """
+    _check_launch()
     together = int(os.environ.get("WORLD_SIZE", "1")) > 1
     # Without a GPU accelerate has to be told, else every process would think that it is alone.
     return PartialState(cpu=together and not torch.cuda.is_available())
@@ -79,12 +84,8 @@ def once(work: Callable[[], None]) -> None:
     state.wait_for_everyone()
 
 
-def check_launch() -> None:
-    """Refuse configurations of accelerate that are not followed.
-
-    Raises:
-        ValueError: they ask for DeepSpeed or the first version of FSDP.
-    """
+def _check_launch() -> None:
+    """Refuse configurations of accelerate that are not followed."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError("distributed_type must be MULTI_GPU, MULTI_CPU, FSDP or NO, got DEEPSPEED: use FSDP")
     if _wants_shards() and (version := os.environ.get("FSDP_VERSION", "2")) != "2":

@@ -1,35 +1,82 @@
 """The record that a trained model carries: what command made it, with which settings, and how it went."""
 
 import json
-import os
+import logging
 import shlex
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from genstream.io.model_folder import read_json
+from filelock import FileLock, Timeout
+
+from genstream.io.model_folder import read_json, read_object
+from genstream.io.partial import partial_path
+from genstream.training.processes import once, process
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+logger = logging.getLogger(__name__)
+
 RECORD_FOLDER = "training"
-SETTINGS_NAME = "settings.json"
-LOCK_NAME = ".lock"
+_SETTINGS_NAME = "settings.json"
+_LOCK_NAME = ".lock"
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 
 
-def claim_run(output: Path, settings: "DataclassInstance") -> None:
-    """Make `output` the folder of a run with these settings; one that has saved nothing yet may change them.
+@contextmanager
+def claimed_run(output: Path, settings: "DataclassInstance") -> Iterator[None]:
+    """Make `output` the folder of a run with these settings, and keep other commands away meanwhile.
+
+    A run that has saved nothing yet may change its settings. It is kept until its result is written: what
+    another command would change before that, no record would tell.
 
     Raises:
-        ValueError: it holds a run with other settings, which would be continued with settings that its
-            record does not tell.
+        ValueError: another command is at the run, or it has other settings and would be continued with ones
+            that its record does not tell.
     """
+    with _alone(output):
+        once(lambda: _claim(output, settings))
+        yield
+
+
+def is_finished(result: Path, name: str, settings: "DataclassInstance", steps: int) -> bool:
+    """Whether the record `name` of a run's result tells these settings and so many steps; the log says so."""
+    path = result / RECORD_FOLDER / f"{name}.json"
+    if not path.is_file():
+        return False
+    record = read_object(path)
+    finished = record.get("settings") == _as_json(settings) and record.get("steps") == steps
+    if finished:
+        logger.info("finished before: %s", result)
+    return finished
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Keep other commands away from the run; the lock is gone with the process, however that ends."""
+    if not process().is_main_process:
+        yield
+        return
     output.mkdir(parents=True, exist_ok=True)
-    path = output / SETTINGS_NAME
-    values = json.loads(json.dumps(asdict(settings)))
+    lock = FileLock(output / _LOCK_NAME)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"output must be a run at which no other process is, got {str(output)!r}") from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _claim(output: Path, settings: "DataclassInstance") -> None:
+    path, values = output / _SETTINGS_NAME, _as_json(settings)
     if path.is_file() and _has_saved(output):
         before = read_json(path)
         if not isinstance(before, dict):
@@ -41,16 +88,27 @@ def claim_run(output: Path, settings: "DataclassInstance") -> None:
                     f"{name} must stay {old!r} in the run that {str(output)!r} holds, got {new!r}"
                 )
         return
-    written = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    written.write_text(json.dumps(values, indent=1) + "\n")
-    written.replace(path)
+    _write_json(path, values)
+
+
+def _as_json(settings: "DataclassInstance") -> dict[str, object]:
+    """Their values as json gives them back."""
+    values: dict[str, object] = json.loads(json.dumps(asdict(settings)))
+    return values
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    """A file that is whole as soon as it exists."""
+    partial = partial_path(path)
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
 
 
 def _has_saved(output: Path) -> bool:
     """Whether a run's folder holds what its settings made: logs, checkpoints, sampled paths."""
     for path in output.rglob("*"):
         parts = path.relative_to(output).parts
-        if path.is_file() and parts[0] not in (SETTINGS_NAME, LOCK_NAME) and "partial" not in str(parts):
+        if path.is_file() and parts[0] not in (_SETTINGS_NAME, _LOCK_NAME) and "partial" not in str(parts):
             return True
     return False
 
@@ -93,9 +151,11 @@ class Training:
 
 
 def write_record(model: Path, training: Training) -> None:
-    """Write a json file and a csv file for each log into the record of the model in folder `model`."""
+    """Write a csv file for each log and a json file into the record of the model in folder `model`."""
     folder = model / RECORD_FOLDER
     folder.mkdir(exist_ok=True)
+    for name, log in training.logs.items():
+        shutil.copyfile(log, folder / f"{name}.csv")
     record = {
         "command": training.command,
         "steps": training.steps,
@@ -103,6 +163,5 @@ def write_record(model: Path, training: Training) -> None:
         "versions": {name: version(name) for name in _PACKAGES},
         "results": training.results,
     }
-    (folder / f"{training.name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    for name, log in training.logs.items():
-        shutil.copyfile(log, folder / f"{name}.csv")
+    # Behind all else: it tells that the run is finished.
+    _write_json(folder / f"{training.name}.json", record)

@@ -41,7 +41,7 @@ from genstream.training.model_run import LATENTS_FOLDER, card_of, save_model
 from genstream.training.precision import Precision
 from genstream.training.processes import evaluation_rng, once, own_rng, shared_rng
 from genstream.training.prompts import Asked, ClipPieces, PromptSource, prompts_from
-from genstream.training.record import Training, claim_run
+from genstream.training.record import Training, claimed_run, is_finished
 from genstream.training.rollout import RolloutEngine, rollout
 from genstream.training.starting import RESULT_FOLDER, load_model, model_folder
 from genstream.vae.tiny import TinyVideoVAE
@@ -334,6 +334,8 @@ def check_models(settings: SelfForcingSettings) -> Judged:
 
 def distill_student(settings: SelfForcingSettings, output: Path) -> None:
     """Distil, continuing what `output` already holds; the result is `output`/model."""
+    if is_finished(output / RESULT_FOLDER, output.name, settings, settings.total_steps):
+        return
     judged = check_models(settings)
     taught, pipe = load_model("teacher", settings.teacher), _load_initial(settings)
     teacher, student = Denoiser.of(taught), Denoiser.of(pipe)
@@ -353,9 +355,9 @@ def distill_student(settings: SelfForcingSettings, output: Path) -> None:
         pipe,
         judged.horizon_chunks,
     )
-    once(lambda: claim_run(output, settings))
-    run(settings.loop, trainee, output)
-    once(lambda: export(student, settings, output))
+    with claimed_run(output, settings):
+        run(settings.loop, trainee, output)
+        once(lambda: export(student, settings, output))
     logger.info("distilled student in %s", output / RESULT_FOLDER)
 
 

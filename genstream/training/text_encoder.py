@@ -24,7 +24,7 @@ from genstream.data.scene import Scene, Split, sample_scene
 from genstream.io.model_folder import check_component, read_object
 from genstream.training.loop import LoopSettings, run, steps_taken
 from genstream.training.processes import once, own_rng
-from genstream.training.record import Training, claim_run, write_record
+from genstream.training.record import Training, claimed_run, is_finished, write_record
 from genstream.training.text import TEXT_HEADS, tiny_text_encoder, word_tokenizer
 from genstream.training.vae_run import last_figures
 
@@ -154,11 +154,13 @@ class TextTrainee:
 
 def train_text_encoder(settings: TextTrainingSettings, output: Path) -> None:
     """Train, and continue what `output` already holds; the result is `output`/text_encoder."""
-    once(lambda: claim_run(output, settings))
-    torch.manual_seed(settings.seed)
-    trainee = TextTrainee(settings)
-    run(settings.loop, trainee, output)
-    once(lambda: _save(trainee.module.encoder, settings, output))
+    if is_finished(output / RESULT_FOLDER, output.name, settings, settings.total_steps):
+        return
+    with claimed_run(output, settings):
+        torch.manual_seed(settings.seed)
+        trainee = TextTrainee(settings)
+        run(settings.loop, trainee, output)
+        once(lambda: _save(trainee.module.encoder, settings, output))
     logger.info("trained text encoder in %s", output / RESULT_FOLDER)
 
 

@@ -24,7 +24,7 @@ from genstream.training.initialisation import PASSED_CHANNELS, initialise
 from genstream.training.loop import LoopSettings, run, steps_taken
 from genstream.training.precision import Precision
 from genstream.training.processes import once, own_rng
-from genstream.training.record import Training, claim_run, write_record
+from genstream.training.record import Training, claimed_run, is_finished, write_record
 from genstream.training.vae_losses import psnr_db
 from genstream.vae.tiny import TinyVideoVAE
 
@@ -34,6 +34,8 @@ FROZEN_ENCODER_FOLDER = "frozen_encoder"
 _JOINT_FOLDER = "joint"
 _DECODER_FOLDER = "decoder"
 _RESULT_FOLDER = "vae"
+_NAME = "vae"
+"""In the record."""
 
 # Side of the crop in parts of the frame, and frames. Small crops around objects show many scenes in a step.
 # Whole frames teach borders, long clips the memory of a running stream.
@@ -122,18 +124,20 @@ class VAETrainingSettings:
 
 def train_vae(settings: VAETrainingSettings, output: Path) -> None:
     """Train both phases, continuing what `output` already holds; the result is the component `output`/vae."""
-    once(lambda: claim_run(output, settings))
-    torch.manual_seed(settings.seed)
-    frozen_folder = output / FROZEN_ENCODER_FOLDER
-    if not frozen_folder.is_dir():
-        joint = VAETrainee(settings, _new_vae(settings))
-        run(settings.loop("joint"), joint, output / _JOINT_FOLDER)
-        once(lambda: save_component(normalise_latents(joint.module, settings), frozen_folder))
-        logger.info("encoder frozen in %s", frozen_folder)
-    vae: TinyVideoVAE = TinyVideoVAE.from_pretrained(frozen_folder)
-    vae.encoder.requires_grad_(requires_grad=False)
-    run(settings.loop("decoder"), VAETrainee(settings, vae), output / _DECODER_FOLDER)
-    once(lambda: export(vae, settings, output))
+    if is_finished(output / _RESULT_FOLDER, _NAME, settings, settings.joint_steps + settings.decoder_steps):
+        return
+    with claimed_run(output, settings):
+        torch.manual_seed(settings.seed)
+        frozen_folder = output / FROZEN_ENCODER_FOLDER
+        if not frozen_folder.is_dir():
+            joint = VAETrainee(settings, _new_vae(settings))
+            run(settings.loop("joint"), joint, output / _JOINT_FOLDER)
+            once(lambda: save_component(normalise_latents(joint.module, settings), frozen_folder))
+            logger.info("encoder frozen in %s", frozen_folder)
+        vae: TinyVideoVAE = TinyVideoVAE.from_pretrained(frozen_folder)
+        vae.encoder.requires_grad_(requires_grad=False)
+        run(settings.loop("decoder"), VAETrainee(settings, vae), output / _DECODER_FOLDER)
+        once(lambda: export(vae, settings, output))
     logger.info("trained VAE in %s", output / _RESULT_FOLDER)
 
 
@@ -143,7 +147,7 @@ def export(vae: TinyVideoVAE, settings: VAETrainingSettings, run_folder: Path) -
     save_component(vae.half(), folder)
     logs = {f"vae_{phase}": run_folder / phase / "log.csv" for phase in (_JOINT_FOLDER, _DECODER_FOLDER)}
     steps = sum(steps_taken(run_folder / phase) for phase in (_JOINT_FOLDER, _DECODER_FOLDER))
-    training = Training(name="vae", part="vae", run=run_folder, settings=settings, logs=logs, steps=steps)
+    training = Training(name=_NAME, part="vae", run=run_folder, settings=settings, logs=logs, steps=steps)
     write_record(folder, training)
 
 

@@ -359,20 +359,6 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     assert newest_checkpoint(tmp_path) == newest
 
 
-def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
-    class Curious(Line):
-        def loss(self, step: int):
-            with pytest.raises(ValueError, match=r"no other process is, got '.*run'"):
-                run(LoopSettings(**SETTINGS), Line(), tmp_path / "run")
-            return super().loss(step)
-
-    run(LoopSettings(**SETTINGS), Curious(), tmp_path / "run")
-    steps = [row["step"] for row in rows(tmp_path / "run" / "log.csv")]
-    assert steps == sorted(set(steps), key=int)
-    run(LoopSettings(**SETTINGS), Line(), tmp_path / "run")
-    assert not (tmp_path / "run" / ".lock").exists()
-
-
 def test_what_is_no_checkpoint_is_left_alone(tmp_path):
     run(LoopSettings(**SETTINGS), Line(), tmp_path)
     (tmp_path / "checkpoints" / "step_of_mine").mkdir()

@@ -135,7 +135,7 @@ def test_what_is_not_followed_is_refused(monkeypatch, variables, error):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=error):
-        processes.check_launch()
+        processes.process()
 
 
 @pytest.mark.parametrize("largest", [0.5, 1e6])

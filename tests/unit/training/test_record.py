@@ -1,18 +1,28 @@
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
 from genstream.cli.settings import parse_settings
-from genstream.training.record import Training, claim_run, write_record
+from genstream.training import text_encoder
+from genstream.training.record import Training, claimed_run, write_record
 from genstream.training.student import StudentTrainingSettings
+from genstream.training.text_encoder import TextTrainee, TextTrainingSettings, train_text_encoder
+
+TINY = {"width": 16, "layers": 1, "total_steps": 2, "batch_size": 2}
 
 
 def training_for(settings, log=None) -> Training:
     logs = {} if log is None else {"student_1": log}
     run = Path("runs/student")
     return Training(name="student_1", part="student", run=run, settings=settings, logs=logs, steps=7)
+
+
+def claim(output, settings) -> None:
+    with claimed_run(output, settings):
+        pass
 
 
 def test_the_command_gives_the_settings_back():
@@ -38,17 +48,17 @@ def test_a_record_holds_settings_versions_and_logs(tmp_path):
 
 
 def test_a_run_is_continued_with_its_own_settings_only(tmp_path):
-    claim_run(tmp_path / "run", StudentTrainingSettings())
-    claim_run(tmp_path / "run", StudentTrainingSettings())
-    claim_run(tmp_path / "run", StudentTrainingSettings(learning_rate=0.1))  # nothing was saved yet
+    claim(tmp_path / "run", StudentTrainingSettings())
+    claim(tmp_path / "run", StudentTrainingSettings())
+    claim(tmp_path / "run", StudentTrainingSettings(learning_rate=0.1))  # nothing was saved yet
     (tmp_path / "run" / ".lock").touch()
     (tmp_path / "run" / "checkpoints" / "partial_0000200").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "partial_0000200" / "half").touch()
-    claim_run(tmp_path / "run", StudentTrainingSettings())
+    claim(tmp_path / "run", StudentTrainingSettings())
     (tmp_path / "run" / "log.csv").write_text("step\n1\n")
     before = (tmp_path / "run" / "settings.json").read_text()
     with pytest.raises(ValueError, match=r"learning_rate must stay 0\.0018 in the run that .*, got 0\.5"):
-        claim_run(tmp_path / "run", StudentTrainingSettings(learning_rate=0.5))
+        claim(tmp_path / "run", StudentTrainingSettings(learning_rate=0.5))
     assert (tmp_path / "run" / "settings.json").read_text() == before
 
 
@@ -56,4 +66,54 @@ def test_damaged_settings_are_named(tmp_path):
     (tmp_path / "settings.json").write_text("{")
     (tmp_path / "log.csv").write_text("step\n1\n")
     with pytest.raises(ValueError, match=r"settings\.json' is not valid json"):
-        claim_run(tmp_path, StudentTrainingSettings())
+        claim(tmp_path, StudentTrainingSettings())
+
+
+def test_a_run_is_kept_for_one_command_until_its_result_is_written(tmp_path, monkeypatch):
+    """Even before it has saved anything, when its settings could be changed."""
+    settings, others = (TextTrainingSettings(**TINY, learning_rate=rate) for rate in (1e-3, 1e-4))
+    refused = []
+
+    def refusing(work):
+        def wrapped(*given):
+            with pytest.raises(
+                ValueError, match=r"output must be a run at which no other process is, got '.*"
+            ):
+                train_text_encoder(others, tmp_path / "run")
+            refused.append(work)
+            return work(*given)
+
+        return wrapped
+
+    with monkeypatch.context() as context:
+        context.setattr(TextTrainee, "loss", refusing(TextTrainee.loss))
+        context.setattr(text_encoder, "_save", refusing(text_encoder._save))
+        train_text_encoder(settings, tmp_path / "run")
+    assert len(refused) == 3
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["learning_rate"] == 1e-3
+    assert not (tmp_path / "run" / ".lock").exists()
+    with pytest.raises(ValueError, match=r"learning_rate must stay 0\.001 in the run"):
+        train_text_encoder(others, tmp_path / "run")
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, caplog):
+    settings = TextTrainingSettings(**TINY)
+    train_text_encoder(settings, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        train_text_encoder(settings, tmp_path / "run")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert caplog.messages == [f"finished before: {tmp_path / 'run' / 'text_encoder'}"]
+
+
+@pytest.mark.parametrize("change", [{"steps": 1}, {"settings": {}}])
+def test_a_result_that_its_record_does_not_tell_finished_is_written_again(tmp_path, change):
+    settings = TextTrainingSettings(**TINY)
+    train_text_encoder(settings, tmp_path / "run")
+    path = tmp_path / "run" / "text_encoder" / "training" / "run.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | change))
+    train_text_encoder(settings, tmp_path / "run")
+    assert json.loads(path.read_text()) == record
