@@ -271,7 +271,7 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
             noise = torch.randn(count, *shape, generator=generator).to(denoiser.transformer.device)
             return Trajectories(captions, solve(denoiser, noise, captions, sampling))
 
-    with claimed_run(output, settings):
+    with claimed_run(output, settings, settings.prompts):
         paths = collect(sample, settings.trajectories, output / _TRAJECTORIES_FOLDER)
         sizes = [chunk] if is_causal else range(1, chunk + 1)
         run(settings.loop, AdaptationTrainee(settings, denoiser, paths, sampling.sigmas, sizes), output)

@@ -50,7 +50,7 @@ class ScenePrompts:
 
 
 class TextPrompts:
-    """The lines of a text file; empty ones are left out.
+    """The lines of a text file; empty ones are left out, and so is a byte-order mark.
 
     Args:
         path: of the file.
@@ -62,10 +62,11 @@ class TextPrompts:
 
     def __init__(self, path: Path, readers: Iterable[Denoiser] = ()) -> None:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"prompts must be a text file, got {str(path)!r}: {error}") from error
-        numbered = {number: line.strip() for number, line in enumerate(text.splitlines(), 1) if line.strip()}
+        # splitlines would cut at characters, too, that end no line in an editor.
+        numbered = {number: line.strip() for number, line in enumerate(text.split("\n"), 1) if line.strip()}
         if not numbered:
             raise ValueError(f"prompts must hold a prompt on each line, got {str(path)!r}, which is empty")
         for reader in readers:

@@ -1,5 +1,6 @@
 """The record that a trained model carries: what command made it, with which settings, and how it went."""
 
+import hashlib
 import json
 import logging
 import shlex
@@ -24,23 +25,30 @@ logger = logging.getLogger(__name__)
 
 RECORD_FOLDER = "training"
 _SETTINGS_NAME = "settings.json"
+_PROMPTS_NAME = "prompts.sha256"
 _LOCK_NAME = ".lock"
+_SAVES_NOTHING = (_SETTINGS_NAME, _PROMPTS_NAME, _LOCK_NAME)
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 
 
 @contextmanager
-def claimed_run(output: Path, settings: "DataclassInstance") -> Iterator[None]:
+def claimed_run(output: Path, settings: "DataclassInstance", prompts: str | None = None) -> Iterator[None]:
     """Make `output` the folder of a run with these settings, and keep other commands away meanwhile.
 
     A run that has saved nothing yet may change its settings. It is kept until its result is written: what
     another command would change before that, no record would tell.
+
+    Args:
+        output: the folder.
+        settings: of the run.
+        prompts: text file that must stay as it is, like the settings.
 
     Raises:
         ValueError: another command is at the run, or it has other settings and would be continued with ones
             that its record does not tell.
     """
     with _alone(output):
-        once(lambda: _claim(output, settings))
+        once(lambda: _claim(output, settings, prompts))
         yield
 
 
@@ -75,9 +83,9 @@ def _alone(output: Path) -> Iterator[None]:
         lock.release()
 
 
-def _claim(output: Path, settings: "DataclassInstance") -> None:
-    path, values = output / _SETTINGS_NAME, _as_json(settings)
-    if path.is_file() and _has_saved(output):
+def _claim(output: Path, settings: "DataclassInstance", prompts: str | None) -> None:
+    path, values, has_saved = output / _SETTINGS_NAME, _as_json(settings), _has_saved(output)
+    if has_saved and path.is_file():
         before = read_json(path)
         if not isinstance(before, dict):
             raise ValueError(f"{str(path)!r} must hold the settings of a run, got {type(before).__name__}")
@@ -87,8 +95,14 @@ def _claim(output: Path, settings: "DataclassInstance") -> None:
                 raise ValueError(
                     f"{name} must stay {old!r} in the run that {str(output)!r} holds, got {new!r}"
                 )
+    else:
+        _write(path, json.dumps(values, indent=1) + "\n")
+    if prompts is None:
         return
-    _write_json(path, values)
+    path, digest = output / _PROMPTS_NAME, hashlib.sha256(Path(prompts).read_bytes()).hexdigest()
+    if has_saved and path.is_file() and path.read_text() != digest:
+        raise ValueError(f"prompts {prompts!r} must stay as they were in the run that {str(output)!r} holds")
+    _write(path, digest)
 
 
 def _as_json(settings: "DataclassInstance") -> dict[str, object]:
@@ -97,10 +111,10 @@ def _as_json(settings: "DataclassInstance") -> dict[str, object]:
     return values
 
 
-def _write_json(path: Path, content: dict[str, object]) -> None:
+def _write(path: Path, text: str) -> None:
     """A file that is whole as soon as it exists."""
     partial = partial_path(path)
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.write_text(text)
     partial.replace(path)
 
 
@@ -108,7 +122,7 @@ def _has_saved(output: Path) -> bool:
     """Whether a run's folder holds what its settings made: logs, checkpoints, sampled paths."""
     for path in output.rglob("*"):
         parts = path.relative_to(output).parts
-        if path.is_file() and parts[0] not in (_SETTINGS_NAME, _LOCK_NAME) and "partial" not in str(parts):
+        if path.is_file() and parts[0] not in _SAVES_NOTHING and "partial" not in str(parts):
             return True
     return False
 
@@ -164,4 +178,4 @@ def write_record(model: Path, training: Training) -> None:
         "results": training.results,
     }
     # Behind all else: it tells that the run is finished.
-    _write_json(folder / f"{training.name}.json", record)
+    _write(folder / f"{training.name}.json", json.dumps(record, indent=1) + "\n")

@@ -355,7 +355,7 @@ def distill_student(settings: SelfForcingSettings, output: Path) -> None:
         pipe,
         judged.horizon_chunks,
     )
-    with claimed_run(output, settings):
+    with claimed_run(output, settings, settings.prompts):
         run(settings.loop, trainee, output)
         once(lambda: export(student, settings, output))
     logger.info("distilled student in %s", output / RESULT_FOLDER)

@@ -257,7 +257,7 @@ def _captions(video: Path) -> tuple[str, ...]:
     if not path.is_file():
         raise ValueError(f"video {str(video)!r} has no caption in {path.name!r} beside it")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"caption file {str(path)!r} cannot be read: {error}") from error
     captions = tuple(line.strip() for line in lines if line.strip())

@@ -35,6 +35,10 @@ TINY = {
 SAMPLING = Sampling(num_steps=4, substeps=3, shift=5.0, guidance_scale=2.0)
 
 
+class Killed(Exception):
+    pass
+
+
 class Straight:
     """A teacher that knows the clean sample: `told` with a prompt, 0 without; its paths are straight."""
 
@@ -316,6 +320,22 @@ def test_a_causal_teacher_teaches_fewer_steps_without_guidance(causal_teacher, t
     assert pipe.scheduler.config.steps == [1000.0, 500.0]
     with pytest.raises(ValueError, match="chunk_frames must be 2 like the causal teacher's, got 1"):
         adapt_teacher(AdaptationSettings(**{**settings, "chunk_frames": 1}), tmp_path / "other")
+
+
+def test_paths_of_changed_prompts_are_not_mixed_with_those_before(teacher, tmp_path, monkeypatch):
+    def killed(*given):
+        raise Killed
+
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    settings = AdaptationSettings(**TINY, teacher=str(teacher), prompts=str(tmp_path / "prompts.txt"))
+    monkeypatch.setattr(adaptation, "run", killed)
+    with pytest.raises(Killed):
+        adapt_teacher(settings, tmp_path / "run")
+    (tmp_path / "prompts.txt").write_text("a blue circle")
+    with pytest.raises(
+        ValueError, match=r"prompts '.*prompts\.txt' must stay as they were in the run that '.*"
+    ):
+        adapt_teacher(settings, tmp_path / "run")
 
 
 @pytest.mark.parametrize(("folder", "sizes"), [("teacher", [1, 2]), ("causal", [2])])

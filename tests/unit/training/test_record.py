@@ -62,6 +62,24 @@ def test_a_run_is_continued_with_its_own_settings_only(tmp_path):
     assert (tmp_path / "run" / "settings.json").read_text() == before
 
 
+def test_prompts_may_change_until_something_is_saved(tmp_path):
+    prompts, run = tmp_path / "prompts.txt", tmp_path / "run"
+
+    def claim_with(text: str) -> None:
+        prompts.write_text(text)
+        with claimed_run(run, StudentTrainingSettings(), str(prompts)):
+            pass
+
+    for text in ("a", "b"):
+        claim_with(text)
+    (run / "log.csv").write_text("step\n1\n")
+    claim_with("b")
+    with pytest.raises(ValueError, match=r"prompts '.*prompts\.txt' must stay as they were"):
+        claim_with("a")
+    (run / "prompts.sha256").unlink()  # as in runs of earlier versions
+    claim_with("a")
+
+
 def test_damaged_settings_are_named(tmp_path):
     (tmp_path / "settings.json").write_text("{")
     (tmp_path / "log.csv").write_text("step\n1\n")

@@ -16,7 +16,7 @@ from genstream.training.adaptation import AdaptationSettings, adapt_teacher
 from genstream.training.correctors import Discriminator, Matching
 from genstream.training.denoiser import Denoiser, for_training
 from genstream.training.memory import distillation_memory
-from genstream.training.prompts import Asked, ScenePrompts
+from genstream.training.prompts import Asked, ScenePrompts, TextPrompts
 from genstream.training.self_forcing import (
     Distillation,
     SelfForcingSettings,
@@ -382,3 +382,29 @@ def test_prompts_from_a_file(runs, tmp_path):
     distill_student(settings, tmp_path / "run")
     pipe = CausalVideoPipeline.from_pretrained(tmp_path / "run" / "model")
     assert pipe.scheduler.config.shift == 2.0
+
+
+def test_prompts_are_the_lines_of_a_file_as_an_editor_shows_them(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa red circle\r\n\r\na blue\u2028square\r\na star".encode())
+    assert TextPrompts(path).lines == ["a red circle", "a blue\u2028square", "a star"]
+
+
+def test_a_run_goes_on_with_the_prompts_that_it_began_with(runs, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    settings = settings_for(runs, prompts=str(tmp_path / "prompts.txt"), total_steps=1)
+
+    def killed(*given):
+        raise Killed
+
+    with monkeypatch.context() as context:
+        context.setattr(self_forcing, "export", killed)
+        with pytest.raises(Killed):
+            distill_student(settings, tmp_path / "run")
+    (tmp_path / "prompts.txt").write_text("a blue circle")
+    with pytest.raises(
+        ValueError, match=r"prompts '.*prompts\.txt' must stay as they were in the run that '.*"
+    ):
+        distill_student(settings, tmp_path / "run")
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    distill_student(settings, tmp_path / "run")
