@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import uuid
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -15,14 +13,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from genstream.data.switch import Switch, switch_scene
 from genstream.data.toyworld import ToyWorld
 from genstream.shapes import frames_of, latent_frames_of
 from genstream.training.precision import Precision, computing_in
-from genstream.training.processes import own_share, process
+from genstream.training.shards import in_shards
 from genstream.vae.protocol import StreamingVAE
 from genstream.vae.tiny import TinyVideoVAE
 from genstream.vae.wrapping import module_of
@@ -198,18 +195,14 @@ def encode_clips(
         start: number of the first of the clips.
     """
     folder = folder / f"{_fingerprint(clips, vae)}_{precision}"
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = {}
-    end = start + clips.count
-    for first in range(start, end, _SHARD_CLIPS):
-        numbers = range(first, min(first + _SHARD_CLIPS, end))
-        shards[folder / f"{numbers.start:06d}-{numbers.stop:06d}.safetensors"] = numbers
-    for path, numbers in own_share(list(shards.items())):
-        if not path.is_file():
-            _save(torch.stack([_encode(clips, number, vae, precision) for number in numbers]), path)
-            logger.info("encoded clip %d of %d", numbers.stop - start, clips.count)
-    process().wait_for_everyone()
-    return torch.cat([load_file(path)["latents"] for path in shards])
+
+    def make(numbers: range) -> tuple[Tensor, list[str]]:
+        latents = torch.stack([_encode(clips, number, vae, precision) for number in numbers])
+        logger.info("encoded clip %d of %d", numbers.stop - start, clips.count)
+        return latents, []
+
+    latents, _ = in_shards("latents", make, range(start, start + clips.count), _SHARD_CLIPS, folder)
+    return latents
 
 
 def to_tensor(clips: NDArray[np.uint8]) -> Tensor:
@@ -239,16 +232,6 @@ def _latent_shape(clips: Clips, vae: StreamingVAE) -> tuple[int, int, int, int]:
     count, height, width = clips.shape
     frames = latent_frames_of(count, spec.temporal_ratio)
     return spec.latent_channels, frames, height // spec.spatial_ratio, width // spec.spatial_ratio
-
-
-def _save(latents: Tensor, path: Path) -> None:
-    """Write a shard under a name of its own first: other runs may be at the same one."""
-    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
-    try:
-        save_file({"latents": latents}, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _fingerprint(clips: Clips, vae: StreamingVAE) -> str:

@@ -1,4 +1,4 @@
-"""Finished VAEs: their latent statistics, and writing them as components."""
+"""Finished VAEs and text encoders: writing them as components, and the statistics of latents."""
 
 import shutil
 from pathlib import Path
@@ -6,17 +6,20 @@ from typing import TypeVar
 
 from diffusers import ModelMixin
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from genstream.io.errors import writing
 from genstream.vae.causal import CausalVideoVAE
 from genstream.vae.tiny import TinyVideoVAE
 
 V = TypeVar("V", bound=CausalVideoVAE | TinyVideoVAE)
 
 
-def save_component(component: ModelMixin, folder: Path) -> None:
+def save_component(component: ModelMixin | PreTrainedModel, folder: Path) -> None:
     """Save under another name and rename, so that `folder` is whole as soon as it exists."""
     partial = folder.with_name(f"{folder.name}.partial")
-    component.save_pretrained(partial)
+    with writing(folder):
+        component.save_pretrained(partial)
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)

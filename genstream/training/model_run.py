@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from genstream.data import vocabulary
+from genstream.io.errors import writing
 from genstream.io.model_folder import CARD_NAME, INDEX_NAME, read_json, read_object
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
@@ -207,7 +208,8 @@ def save_model(
     # Each alone would warn of what it computes in float32 whatever its weights are stored in.
     parts = (pipe.transformer, pipe.text_encoder, pipe.vae)
     nn.ModuleList([part for part in parts if part is not None]).half()
-    pipe.save_pretrained(partial)
+    with writing(folder):
+        pipe.save_pretrained(partial)
     _forget_places(partial)
     if card is not None:
         (partial / CARD_NAME).write_text(json.dumps(card, indent=1) + "\n")

@@ -22,6 +22,7 @@ from genstream.data import vocabulary
 from genstream.data.captions import LONGEST_WORDS, Phrase, phrases
 from genstream.data.scene import Scene, Split, sample_scene
 from genstream.io.model_folder import check_component, read_object
+from genstream.training.components import save_component
 from genstream.training.loop import LoopSettings, run, steps_taken
 from genstream.training.processes import once, own_rng
 from genstream.training.record import Training, claimed_run, is_finished, write_record
@@ -207,7 +208,7 @@ def load_text_encoder(given: str, width: int, layers: int) -> UMT5EncoderModel:
 
 def _save(encoder: UMT5EncoderModel, settings: TextTrainingSettings, output: Path) -> None:
     folder = output / RESULT_FOLDER
-    encoder.save_pretrained(folder)
+    save_component(encoder, folder)
     training = Training(
         name=output.name,
         part="text",

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
@@ -22,13 +20,11 @@ from genstream.streaming.engine import CacheEngine
 from genstream.streaming.state import StreamState
 from genstream.training.denoiser import Denoiser
 from genstream.training.objectives import guided
-from genstream.training.processes import own_share, process
+from genstream.training.shards import in_shards
 
 logger = logging.getLogger(__name__)
 
 _SHARD = 16
-_CAPTIONS = "captions"
-_SEPARATOR = "\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,24 +138,11 @@ def collect(sample: Callable[[int, int], Trajectories], count: int, folder: Path
         count: paths.
         folder: of the shards.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = {}
-    for first in range(0, count, _SHARD):
-        last = min(first + _SHARD, count)
-        shards[folder / f"{first:06d}-{last:06d}.safetensors"] = (first, last)
-    for path, (first, last) in own_share(list(shards.items())):
-        if not path.is_file():
-            made = sample(first, last - first)
-            partial = path.with_suffix(".partial")
-            told = {_CAPTIONS: _SEPARATOR.join(made.captions)}
-            save_file({"states": made.states.half().cpu().contiguous()}, partial, told)
-            partial.rename(path)
-            logger.info("sampled path %d of %d", last, count)
-    process().wait_for_everyone()
-    captions: list[str] = []
-    states = []
-    for path in shards:
-        with safe_open(path, "pt") as file:
-            captions += file.metadata()[_CAPTIONS].split(_SEPARATOR)
-        states.append(load_file(path)["states"])
-    return Trajectories(captions, torch.cat(states))
+
+    def make(numbers: range) -> tuple[Tensor, list[str]]:
+        made = sample(numbers.start, len(numbers))
+        logger.info("sampled path %d of %d", numbers.stop, count)
+        return made.states.half().cpu().contiguous(), made.captions
+
+    states, captions = in_shards("states", make, range(count), _SHARD, folder)
+    return Trajectories(list(captions), states)
