@@ -79,16 +79,18 @@ def dry_run(arguments: argparse.Namespace) -> int:
 
 
 def run_chain(arguments: argparse.Namespace) -> int:
-    """Run a recipe and write its report."""
+    """Run a recipe and write its report, which one process does alone."""
     if arguments.recipe is None:
         raise ValueError("distill needs a part or --recipe (see genstream distill --help)")
     from genstream.cli.recipe import read_recipe, run_recipe
     from genstream.cli.report import write_report
+    from genstream.training.processes import process
 
-    output = arguments.output or Path("runs") / Path(arguments.recipe).name
+    output = arguments.output or Path("runs") / Path(arguments.recipe).resolve().name
     stages = read_recipe(arguments.recipe, output)
     show_training()
     model = run_recipe(stages, output)
-    print(f"model: {model}")
-    print(f"report: {write_report(stages, output)}")
+    if process().is_main_process:
+        print(f"model: {model}")
+        print(f"report: {write_report(stages, output)}")
     return 0

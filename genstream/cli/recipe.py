@@ -17,6 +17,7 @@ from genstream.cli.settings import parse_settings
 from genstream.cli.trainers import TRAINERS
 from genstream.io.model_folder import INDEX_NAME, installed_models, read_object
 from genstream.training.model_run import LATENTS_FOLDER
+from genstream.training.processes import once
 from genstream.training.starting import RESULT_FOLDER
 
 logger = logging.getLogger(__name__)
@@ -81,9 +82,13 @@ def run_recipe(stages: list[Stage], output: Path) -> Path:
         logger.info("stage %d of %d: genstream %s, %s", number, len(stages), stage.command, stage.name)
         stage.train(stage.settings, output / stage.name)
     made, model = output / stages[-1].name / RESULT_FOLDER, output / RESULT_FOLDER
-    if (made / INDEX_NAME).is_file():
-        shutil.rmtree(model, ignore_errors=True)
-        shutil.copytree(made, model)
+
+    def copy() -> None:
+        if (made / INDEX_NAME).is_file():
+            shutil.rmtree(model, ignore_errors=True)
+            shutil.copytree(made, model)
+
+    once(copy)
     return model
 
 

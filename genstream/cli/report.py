@@ -28,7 +28,7 @@ _NOT_DRAWN = ("step", "learning_rate", "seconds")
 
 def write_report(stages: Sequence[Stage], output: Path) -> Path:
     """Write `output`/report.md with its pictures; returns its path."""
-    lines = [f"# {output.name}", "", "| stage | command | steps | minutes |", "|---|---|---|---|"]
+    lines = [f"# {output.resolve().name}", "", "| stage | command | steps | minutes |", "|---|---|---|---|"]
     logs = {stage.name: _logs(output / stage.name) for stage in stages}
     for stage in stages:
         rows = [row for log in logs[stage.name].values() for row in log[-1:]]

@@ -1,14 +1,17 @@
 """`genstream distill --recipe`: a chain of training runs, from nothing to a model."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from genstream.cli import report
 from genstream.cli.__main__ import main
 from genstream.cli.recipe import known_recipes, read_recipe
+from genstream.cli.trainers import Trainer
 from genstream.pipelines.causal_video import CausalVideoPipeline
-from genstream.training import self_forcing
+from genstream.training import processes, self_forcing
+from genstream.training.vae import VAETrainingSettings
 
 MODEL = {"width": 48, "layers": 1, "ffn_width": 48, "text_width": 16, "text_layers": 1, "patch_size": 1}
 CLIPS = {
@@ -100,6 +103,38 @@ def test_a_chain_that_was_cut_off_goes_on_to_a_model_and_a_report(folder, tmp_pa
         assert f"## {name}\n\n3 prompts, 1 s each: colour " in text
         assert (output / f"{name}.png").is_file()
     assert (output / "curves.png").is_file()
+
+
+@pytest.fixture
+def chain(folder, monkeypatch):
+    """A recipe of one stage that is known to make a model, and has nothing to report."""
+    (folder / "recipe.json").write_text(json.dumps({"stages": {"vae": "train vae"}}))
+
+    def train(settings, output):
+        (output / "model").mkdir(parents=True, exist_ok=True)
+        (output / "model" / "model_index.json").touch()
+
+    monkeypatch.setattr(Trainer, "load", lambda trainer: (VAETrainingSettings, train))
+    monkeypatch.setattr(report, "write_report", lambda stages, output: output / "report.md")
+    return folder
+
+
+@pytest.mark.parametrize("is_main_process", [True, False])
+def test_one_process_copies_the_model_and_writes_the_report(
+    chain, tmp_path, monkeypatch, capsys, is_main_process
+):
+    state = SimpleNamespace(is_main_process=is_main_process, wait_for_everyone=lambda: None)
+    monkeypatch.setattr(processes, "process", lambda: state)
+    assert main(["distill", "--recipe", str(chain), "--output", str(tmp_path / "runs")]) == 0
+    assert (tmp_path / "runs" / "model").is_dir() is is_main_process
+    printed = f"model: {tmp_path / 'runs' / 'model'}\nreport: {tmp_path / 'runs' / 'report.md'}\n"
+    assert capsys.readouterr().out == (printed if is_main_process else "")
+
+
+def test_a_recipe_in_this_folder_has_the_name_of_it(chain, monkeypatch, capsys):
+    monkeypatch.chdir(chain)
+    assert main(["distill", "--recipe", "."]) == 0
+    assert capsys.readouterr().out.startswith("model: runs/tiny/model\n")
 
 
 def test_all_recipes_inside_the_package_fit_their_commands(tmp_path):
