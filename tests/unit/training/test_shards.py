@@ -53,6 +53,14 @@ def test_rows_are_made_once_and_keep_their_captions(tmp_path):
     ]
 
 
+def test_a_launch_that_is_not_followed_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    made = []
+    with pytest.raises(ValueError, match=r"distributed_type must be .*, got DEEPSPEED: use FSDP"):
+        in_shards("squares", made.append, range(8), 4, tmp_path)
+    assert not made
+
+
 @pytest.mark.parametrize("kept_bytes", [0, 5, 200, -1])
 def test_a_damaged_shard_is_named_and_made_again(tmp_path, kept_bytes):
     rows, captions = in_shards("squares", squares, range(8), 4, tmp_path)
