@@ -1,12 +1,13 @@
 """What forcings, long rollouts, sinks, windows and steps do for a student: one suite, on the 64x64 toy world.
 
-Run as `python benchmarks/training.py --jobs 2`; it goes on where it was cut off. Runs lie in runs/ablations,
-figures in benchmarks/training.md, plots in benchmarks/pictures.
+It starts from the student of the recipe `toyworld64`. Run as `python benchmarks/training.py --jobs 2`; it
+goes on where it was cut off. Runs lie in runs/ablations, figures in benchmarks/training.md, plots in
+benchmarks/pictures.
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +17,29 @@ from ablations.page import Comparison, write_comparison
 from ablations.scores import Scores, Trial, judged
 
 from genstream.cli.process import hardware_name
+from genstream.cli.recipe import read_recipe
 from genstream.cli.report import read_figures
 from genstream.io.sections import write_section
+from genstream.training.model_settings import ModelRunSettings
 from genstream.training.self_forcing import SelfForcingSettings, distill_student
 from genstream.training.student import StudentTrainingSettings, train_student
 from genstream.training.teacher import TeacherTrainingSettings, train_teacher
-from genstream.training.vae import VAETrainingSettings, train_vae
 
 PAGE = Path(__file__).with_suffix(".md")
-FORCINGS = ("teacher forcing", "diffusion forcing", "self forcing")
+FORCINGS = ("teacher forcing", "diffusion forcing", "self forcing", "self forcing, streaming teacher")
+TEACHER_FORCING, DIFFUSION_FORCING, SELF_FORCING, SELF_FORCING_STREAMING = FORCINGS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
     """How much of everything; the tests have a smaller one."""
 
-    size_px: int = 64
-    vae_steps: tuple[int, int] = (1500, 700)
-    base_steps: int = 3000
+    recipe: str = "toyworld64"
     teacher_steps: int = 1200
     forcing_steps: int = 400
     distill_steps: int = 200
     mask_steps: int = 1000
-    batch_size: int = 16
-    clips: int = 1024
-    width: int = 144
-    layers: int = 4
-    ffn_width: int = 384
-    chunk_frames: int = 3
+    clip_chunks: int = 16
     horizon_chunks: int = 6
     prompts: int = 64
     long_prompts: int = 24
@@ -78,40 +74,26 @@ class Run:
 
 def runs(scale: Scale, output: Path) -> Iterator[Run]:
     """All runs, in an order in which each has what it starts from."""
-    joint, decoder = scale.vae_steps
-    vae = VAETrainingSettings(
-        joint_steps=joint,
-        decoder_steps=decoder,
-        size_px=scale.size_px,
-        patch_size=1,
-        encoder_width=24,
-        decoder_widths=(48, 40, 28, 20),
-    )
-    yield Run(name="vae", train=train_vae, settings=vae)
-    model = {
-        "vae": str(output / "vae" / "vae"),
-        "size_px": scale.size_px,
-        "width": scale.width,
-        "layers": scale.layers,
-        "ffn_width": scale.ffn_width,
-        "chunk_frames": scale.chunk_frames,
-        "clips": scale.clips,
-        "batch_size": scale.batch_size,
-        "clip_chunks": 2 * (max(scale.windows) + 2),
-        "optimizer": "muon",
+    stages = {stage.name: stage for stage in read_recipe(scale.recipe, output)}
+    for name, after in (("vae", ()), ("text", ()), ("student", ("vae", "text"))):
+        yield Run(name=name, train=stages[name].train, settings=stages[name].settings, after=after)
+    base: StudentTrainingSettings = stages["student"].settings
+    of_models = {field.name: getattr(base, field.name) for field in fields(ModelRunSettings)}
+    later = {
+        **of_models,
+        "initial": str(output / "student"),
+        "learning_rate": 1e-3,
+        "clip_chunks": scale.clip_chunks,
     }
-    base = StudentTrainingSettings(**model, total_steps=scale.base_steps)
-    yield Run(name="base", train=train_student, settings=base, after=("vae",))
-    later = {**model, "initial": str(output / "base"), "learning_rate": 1e-3}
     teacher = TeacherTrainingSettings(
-        **later, total_steps=scale.teacher_steps, horizon_chunks=scale.horizon_chunks
+        **{**later, "total_steps": scale.teacher_steps, "horizon_chunks": scale.horizon_chunks}
     )
-    yield Run(name="teacher", train=train_teacher, settings=teacher, after=("base",))
+    yield Run(name="teacher", train=train_teacher, settings=teacher, after=("student",))
     distilled = SelfForcingSettings(
         teacher=str(output / "teacher"),
-        initial=str(output / "base"),
+        initial=str(output / "student"),
         total_steps=scale.distill_steps,
-        batch_size=scale.batch_size // 2,
+        batch_size=base.batch_size // 2,
         stream_chunks=scale.horizon_chunks,
         critic_steps=1,
     )
@@ -120,26 +102,25 @@ def runs(scale: Scale, output: Path) -> Iterator[Run]:
         name = _slug("rollout", times)
         yield Run(name=name, train=distill_student, settings=longer, after=("teacher",))
     for seed in scale.seeds:
-        for name in FORCINGS[:2]:
+        for name in (TEACHER_FORCING, DIFFUSION_FORCING):
+            # The method as it is known: its context is the clean video.
+            plain = {"forcing": name.split()[0], "context_noise": 0.0, "redrawn": 0.0}
             student = StudentTrainingSettings(
-                **later,
-                total_steps=scale.forcing_steps,
-                forcing=name.split()[0],
-                context_noise=0.0,  # the method as it is known: its context is the clean video
-                redrawn=0.0,
-                seed=seed,
+                **{**later, **plain, "total_steps": scale.forcing_steps, "seed": seed}
             )
-            yield Run(name=_slug(name, seed), train=train_student, settings=student, after=("base",))
-        yield Run(
-            name=_slug(FORCINGS[2], seed),
-            train=distill_student,
-            settings=replace(distilled, seed=seed),
-            after=("teacher",),
-        )
+            yield Run(name=_slug(name, seed), train=train_student, settings=student, after=("student",))
+        for name, teacher_run in ((SELF_FORCING, "teacher"), (SELF_FORCING_STREAMING, "student")):
+            corrected = replace(distilled, teacher=str(output / teacher_run), seed=seed)
+            yield Run(name=_slug(name, seed), train=distill_student, settings=corrected, after=(teacher_run,))
     masks = StudentTrainingSettings(
-        **later, total_steps=scale.mask_steps, window_chunks=max(scale.windows), random_masks=True
+        **{
+            **later,
+            "total_steps": scale.mask_steps,
+            "window_chunks": max(scale.windows),
+            "random_masks": True,
+        }
     )
-    yield Run(name="masks", train=train_student, settings=masks, after=("base",))
+    yield Run(name="masks", train=train_student, settings=masks, after=("student",))
 
 
 def comparisons(scale: Scale) -> Iterator[Comparison]:
@@ -152,7 +133,7 @@ def comparisons(scale: Scale) -> Iterator[Comparison]:
         for name in FORCINGS
     }
     yield Comparison(title="Forcing", rows=forced)
-    whole = forced[FORCINGS[2]][0]
+    whole = forced[SELF_FORCING][0]
     made_by = {times: whole.run if times == 1 else _slug("rollout", times) for times in scale.horizons}
     rollouts = {
         f"{times} x horizon": (Trial(name=f"rollout {times}", run=run, **long),)
@@ -184,7 +165,7 @@ def _streams(scale: Scale, prompts: Sequence[int], seconds: float) -> dict[str, 
 
 
 def _slug(name: str, number: int) -> str:
-    return f"{name.replace(' ', '_')}_{number}"
+    return f"{name.replace(',', '').replace(' ', '_')}_{number}"
 
 
 def minutes_of(folder: Path) -> float:
@@ -195,7 +176,7 @@ def minutes_of(folder: Path) -> float:
 
 def write_page(scores: Mapping[str, Scores], minutes: Mapping[str, float], scale: Scale) -> None:
     """Tables and plots of all trials, by name, and what each run took."""
-    where = f"{scale.size_px}x{scale.size_px}; {hardware_name(torch.device('cpu'))}"
+    where = f"Recipe {Path(scale.recipe).name}; {hardware_name(torch.device('cpu'))}"
     rows = [f"| {name} | {taken:.0f} |" for name, taken in minutes.items()]
     write_section(PAGE, "Runs", "\n".join([where, "", "| run | minutes |", "|---|---|", *rows]))
     for comparison in comparisons(scale):

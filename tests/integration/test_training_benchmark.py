@@ -2,29 +2,50 @@
 
 import json
 import os
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 from ablations.jobs import Job, do_all
 
 import benchmarks.training as module
+import genstream.training
+
+TOYWORLD64 = Path(genstream.training.__file__).parent / "recipes" / "toyworld64"
+SMALLER = {
+    "vae": {"joint_steps": 1, "decoder_steps": 1, "size_px": 32},
+    "text": {"total_steps": 1, "width": 16, "layers": 1},
+    "student": {
+        "total_steps": 1,
+        "batch_size": 2,
+        "clips": 4,
+        "first_clips": 0,
+        "size_px": 32,
+        "width": 48,
+        "layers": 1,
+        "ffn_width": 48,
+        "text_width": 16,
+        "text_layers": 1,
+        "chunk_frames": 1,
+    },
+}
 
 
 @pytest.mark.slow
 def test_the_suite_writes_its_page_and_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
     (tmp_path / "pictures").mkdir()
     monkeypatch.setattr(module, "PAGE", tmp_path / "training.md")
+    recipe = tmp_path / "tiny"
+    shutil.copytree(TOYWORLD64, recipe)
+    for name, values in SMALLER.items():
+        settings = recipe / f"{name}.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | values))
     scale = module.Scale(
-        size_px=32,
-        vae_steps=(1, 1),
-        **dict.fromkeys(("base_steps", "teacher_steps", "forcing_steps", "distill_steps", "mask_steps"), 1),
-        batch_size=2,
-        clips=4,
-        width=48,
-        layers=1,
-        ffn_width=48,
-        chunk_frames=1,
-        horizon_chunks=2,
+        recipe=str(recipe),
+        **dict.fromkeys(("teacher_steps", "forcing_steps", "distill_steps", "mask_steps"), 1),
+        clip_chunks=8,
+        horizon_chunks=4,
         prompts=2,
         long_prompts=2,
         longest_prompts=(1,),
@@ -43,7 +64,7 @@ def test_the_suite_writes_its_page_and_goes_on_where_it_was_cut_off(tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         module.main(["--output", str(output)], scale)
     logs = {path: path.read_text() for path in output.rglob("log.csv")}
-    assert len(logs) == 4  # both phases of the VAE, base, teacher
+    assert len(logs) == 5  # both phases of the VAE, text, student, teacher
     monkeypatch.setattr(module, "distill_student", distill)
     module.main(["--output", str(output)], scale)
     assert all(path.read_text() == text for path, text in logs.items())
@@ -56,7 +77,7 @@ def test_the_suite_writes_its_page_and_goes_on_where_it_was_cut_off(tmp_path, mo
     assert len(pictures) == 5
     assert all(f"(pictures/{name})" in page for name in pictures)
     scores = {path: path.stat().st_mtime_ns for path in (output / "scores").iterdir()}
-    assert len(scores) == 3 + 2 + 4 + 2 + 1
+    assert len(scores) == 4 + 2 + 4 + 2 + 1
     module.main(["--output", str(output)], scale)  # all is there: nothing is judged again
     assert all(path.stat().st_mtime_ns == written for path, written in scores.items())
 

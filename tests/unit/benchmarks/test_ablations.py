@@ -317,8 +317,8 @@ def test_what_the_suite_compares():
         }
         assert alike == (each.first.prompts, each.first.seconds, 4.0)
     made_by = {run.name for run in suite.runs(suite.Scale(), Path("runs"))}
-    assert {trial.run for trial in trials} == made_by - {"vae", "base", "teacher"}
-    assert [len(row) for row in compared["Forcing"].rows.values()] == [3, 3, 3]
+    assert {trial.run for trial in trials} == made_by - {"vae", "text", "student", "teacher"}
+    assert [len(row) for row in compared["Forcing"].rows.values()] == 4 * [3]
     assert {label: row[0].run for label, row in compared["Rollout"].rows.items()} == {
         "1 x horizon": "self_forcing_0",
         "4 x horizon": "rollout_4",
