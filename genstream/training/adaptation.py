@@ -22,7 +22,7 @@ from torch import Tensor
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.shapes import check_unused
-from genstream.training.denoiser import Denoiser, copy_weights, for_training
+from genstream.training.denoiser import Denoiser, copy_weights, for_training, velocity_in
 from genstream.training.forcing import (
     Context,
     ForcedSequence,
@@ -198,10 +198,7 @@ class AdaptationTrainee:
         levels = torch.from_numpy(by_frame).to(device)
         sigmas = self.sigmas.to(device)
         x, sigma = _at(states, levels), sigmas[levels]
-        mask = torch.tensor(sequence.mask(), device=device)
-        seen = torch.cat([context, x], dim=2)
-        told = torch.cat([sigma.new_zeros(len(chosen), context.shape[2]), sigma], dim=1)
-        velocity = module.velocity(seen, told, text, sequence.positions, mask)[:, :, context.shape[2] :]
+        velocity = velocity_in(module, context, x, sigma, text, sequence)
         if self.settings.objective == "ode":
             error = clean_from(x, velocity, sigma) - states[:, -1]
         else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from genstream.schedulers.schedule import shifted
-from genstream.training.denoiser import Denoiser
+from genstream.training.denoiser import Denoiser, velocity_in
 from genstream.training.forcing import Context, in_stream
 from genstream.training.objectives import (
     add_noise,
@@ -172,11 +172,9 @@ class Matching:
         for start in range(0, noisy.shape[2], size):
             sequence = in_stream((first + start) // size, self.context)
             context, own = stream[:, :, sequence.clean_frames], slice(start, start + size)
-            seen = torch.cat([context, noisy[:, :, own]], dim=2)
-            told = torch.cat([sigma.new_zeros(len(sigma), context.shape[2]), sigma[:, own]], dim=1)
-            mask = torch.tensor(sequence.mask(), device=seen.device)
-            velocity = denoiser.velocity(seen, told, embeds, sequence.positions, mask)
-            velocities.append(velocity[:, :, context.shape[2] :])
+            velocities.append(
+                velocity_in(denoiser, context, noisy[:, :, own], sigma[:, own], embeds, sequence)
+            )
         return torch.cat(velocities, dim=2)
 
 

@@ -16,6 +16,7 @@ from genstream.data.captions import LONGEST_WORDS
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.shapes import check_count
 from genstream.training.attention import FlexAttention, MatmulAttention
+from genstream.training.forcing import ForcedSequence
 from genstream.training.text import TEXT_HEADS, tiny_text_encoder, word_tokenizer
 from genstream.transformer.attention import AttentionProcessor, CrossAttention, SelfAttention
 from genstream.transformer.causal_dit import CausalDiT
@@ -135,6 +136,26 @@ class Denoiser(nn.Module):
             x, 1000 * sigma, embeds, frame_positions=positions, attention_mask=mask, return_dict=False
         )[0]
         return velocity.float()
+
+
+def velocity_in(
+    denoiser: Denoiser, context: Tensor, x: Tensor, sigma: Tensor, embeds: Tensor, sequence: ForcedSequence
+) -> Tensor:
+    """Velocity of the noisy frames of a sequence, behind its clean ones.
+
+    Args:
+        denoiser: the model.
+        context: latents of the clean frames.
+        x: of the noisy frames.
+        sigma: noise level of each noisy frame, `[B, T noisy]`.
+        embeds: of the prompts.
+        sequence: who sees whom.
+    """
+    clean = context.shape[2]
+    seen = torch.cat([context, x], dim=2)
+    told = torch.cat([sigma.new_zeros(len(sigma), clean), sigma], dim=1)
+    mask = torch.tensor(sequence.mask(), device=x.device)
+    return denoiser.velocity(seen, told, embeds, sequence.positions, mask)[:, :, clean:]
 
 
 def for_training(denoiser: Denoiser, *, checkpointing: bool = False) -> Denoiser:

@@ -22,7 +22,7 @@ from genstream.schedulers.schedule import shifted
 from genstream.shapes import check_counts, check_unused
 from genstream.streaming.settings import StreamSettings
 from genstream.training.clips import Clips, ClipSet
-from genstream.training.denoiser import Denoiser
+from genstream.training.denoiser import Denoiser, velocity_in
 from genstream.training.forcing import (
     Context,
     ForcedSequence,
@@ -189,9 +189,8 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
         sigma = self._sigma(sequence, len(clips), rng).to(device)  # [B, T noisy]
         noise = torch.randn_like(target)
         noisy = add_noise(target, noise, sigma)
-        levels = torch.cat([sigma.new_zeros(len(clean), context.shape[2]), sigma], dim=1)
-        predicted = _velocity(module, torch.cat([context, noisy], dim=2), levels, text, sequence)
-        return flow_loss(predicted[:, :, context.shape[2] :], target, noise)
+        predicted = velocity_in(module, context, noisy, sigma, text, sequence)
+        return flow_loss(predicted, target, noise)
 
     def _draw(
         self, shared: np.random.Generator, own: np.random.Generator, among: range
@@ -268,13 +267,6 @@ class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
         return torch.from_numpy(np.repeat(sigma, lengths, axis=1)).float()
 
 
-def _velocity(module: Denoiser, x: Tensor, sigma: Tensor, text: Tensor, sequence: ForcedSequence) -> Tensor:
-    """Velocity of the sequence's frames, or of its first ones if `x` has fewer."""
-    frames = x.shape[2]
-    mask = torch.tensor(sequence.mask(), device=x.device)[:frames, :frames]
-    return module.velocity(x, sigma, text, sequence.positions[:frames], mask)
-
-
 @torch.no_grad()
 def _redraw(
     module: Denoiser, context: Tensor, sequence: ForcedSequence, text: Tensor, level: float
@@ -283,7 +275,10 @@ def _redraw(
     sigma = torch.rand(len(context), 1, device=context.device) * level
     sigma = sigma.expand(-1, context.shape[2])
     noisy = add_noise(context, torch.randn_like(context), sigma)
-    return clean_from(noisy, _velocity(module, noisy, sigma, text, sequence), sigma)
+    frames = noisy.shape[2]
+    mask = torch.tensor(sequence.mask(), device=noisy.device)[:frames, :frames]
+    velocity = module.velocity(noisy, sigma, text, sequence.positions[:frames], mask)
+    return clean_from(noisy, velocity, sigma)
 
 
 def train_student(settings: StudentTrainingSettings, output: Path) -> None:
