@@ -585,7 +585,7 @@ class CausalVideoPipeline(FolderPipeline, ConditionsMixin):
         self, settings: StreamSettings, num_frames: int | None, initial_latents: Tensor | None
     ) -> StreamSettings:
         """Where a chunk is a whole clip, it is as long as the clip; a longer one would not hold together."""
-        if settings.window_frames != 0 or settings.sink_frames != 0 or initial_latents is not None:
+        if settings.sees_past or initial_latents is not None:
             return settings
         ratio = self.streaming_vae.spec.temporal_ratio
         longest = frames_of(settings.chunk_frames, ratio)
