@@ -14,7 +14,7 @@ from genstream.cli.window_judge import judge_together
 from genstream.data.prompts import EvaluationPrompt, evaluation_prompts
 from genstream.evaluation.judge import ClipScore
 from genstream.io.checkpoint import sha256 as file_sha256
-from genstream.io.partial import partial_path
+from genstream.io.partial import write_whole
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.training.record import RECORD_FOLDER
@@ -78,8 +78,7 @@ def judged(trial: Trial, output: Path) -> Scores:
         streams = judge_together(pipe, prompts, trial.seconds, trial.window_s, seed=_SEED)
         content = {"made_from": made_from, **_content(trial.prompts, streams)}
         path.parent.mkdir(exist_ok=True)
-        partial_path(path).write_text(json.dumps(content) + "\n")
-        partial_path(path).replace(path)
+        write_whole(path, json.dumps(content) + "\n")
     values = {name: np.array(content[name], dtype=np.float64) for name in (*JUDGED, ERROR)}
     values[SEEN] = 1.0 - np.isnan(values[ERROR])
     return Scores(prompts=np.array(content["prompts"]), values=values)

@@ -1,4 +1,4 @@
-"""An output while it is unfinished: its name, and who writes it."""
+"""An output while it is unfinished: its name, who writes it, and how it becomes whole."""
 
 import os
 from pathlib import Path
@@ -14,6 +14,13 @@ except ImportError:  # Windows, where a file that is being written cannot be rep
 def partial_path(path: Path) -> Path:
     """Name of the unfinished file or folder: `out.mp4` -> `out.partial.mp4`."""
     return path.with_name(f"{path.stem}.partial{path.suffix}")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, never at the cost of what is there; line ends stay as given."""
+    partial = partial_path(path)
+    partial.write_text(text, newline="")
+    partial.replace(path)
 
 
 def claim(path: Path) -> int:

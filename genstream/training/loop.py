@@ -6,6 +6,7 @@ averaged, and a run may go on with another number of them.
 """
 
 import csv
+import io
 import json
 import logging
 import math
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
-from genstream.io.partial import partial_path
+from genstream.io.partial import write_whole
 from genstream.training import processes
 from genstream.training.precision import Precision, computing_in
 
@@ -507,11 +508,9 @@ def _read_rows(path: Path) -> list[list[str]]:
 
 
 def _write_rows(path: Path, rows: Iterable[Sequence[str]]) -> None:
-    """Under another name first, so that a kill never costs what is there."""
-    partial = partial_path(path)
-    with partial.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
-    partial.replace(path)
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_whole(path, text.getvalue())
 
 
 def _is_step_until(cell: str, last: int) -> bool:

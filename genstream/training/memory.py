@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from genstream.cache.kv_cache import KVCache
-from genstream.cache.layout import CacheLayout
 from genstream.pipelines.allocation import Allocated, AttentionResult, allocated
+from genstream.streaming.settings import ContextPolicy
 from genstream.training.denoiser import set_attention
 from genstream.training.model_config import ModelConfig
 from genstream.training.rollout import Copies, GradientCache
@@ -117,7 +117,7 @@ class _Passes:
 
     def __init__(self, settings: SelfForcingSettings, judged: Judged) -> None:
         self.settings, self.student, self.teacher = settings, judged.student, judged.teacher
-        student, index = judged.student, judged.student.index
+        student = judged.student
         self.chunk_frames = student.chunk_frames
         self.horizon_chunks = judged.horizon_chunks
         # A streaming teacher sees every chunk of a piece in a pass of its own.
@@ -125,15 +125,8 @@ class _Passes:
         ratio = student.vae().spec.spatial_ratio
         height, width = student.size_px
         self.size = (height // ratio, width // ratio)
-        window = index.get("window_frames")
-        sinks = index.get("sink_frames", 0)
-        self.shares_copies = index.get("context", "clean") == "clean"
-        longest = settings.stream_chunks * self.chunk_frames
-        self.layout = CacheLayout(
-            chunk_frames=self.chunk_frames,
-            sink_frames=sinks,
-            window_frames=longest - sinks - self.chunk_frames if window is None else window,
-        )
+        self.shares_copies = student.settings.context is ContextPolicy.CLEAN
+        self.layout = student.settings.layout(settings.stream_chunks * self.chunk_frames)
 
     @property
     def cache_bytes(self) -> int:

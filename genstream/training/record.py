@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from filelock import FileLock, Timeout
 
 from genstream.io.model_folder import read_json, read_object
-from genstream.io.partial import partial_path
+from genstream.io.partial import write_whole
 from genstream.training.processes import once, process
 
 if TYPE_CHECKING:
@@ -96,26 +96,19 @@ def _claim(output: Path, settings: "DataclassInstance", prompts: str | None) -> 
                     f"{name} must stay {old!r} in the run that {str(output)!r} holds, got {new!r}"
                 )
     else:
-        _write(path, json.dumps(values, indent=1) + "\n")
+        write_whole(path, json.dumps(values, indent=1) + "\n")
     if prompts is None:
         return
     path, digest = output / _PROMPTS_NAME, hashlib.sha256(Path(prompts).read_bytes()).hexdigest()
     if has_saved and path.is_file() and path.read_text() != digest:
         raise ValueError(f"prompts {prompts!r} must stay as they were in the run that {str(output)!r} holds")
-    _write(path, digest)
+    write_whole(path, digest)
 
 
 def _as_json(settings: "DataclassInstance") -> dict[str, object]:
     """Their values as json gives them back."""
     values: dict[str, object] = json.loads(json.dumps(asdict(settings)))
     return values
-
-
-def _write(path: Path, text: str) -> None:
-    """A file that is whole as soon as it exists."""
-    partial = partial_path(path)
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def _has_saved(output: Path) -> bool:
@@ -178,4 +171,4 @@ def write_record(model: Path, training: Training) -> None:
         "results": training.results,
     }
     # Behind all else: it tells that the run is finished.
-    _write(folder / f"{training.name}.json", json.dumps(record, indent=1) + "\n")
+    write_whole(folder / f"{training.name}.json", json.dumps(record, indent=1) + "\n")
