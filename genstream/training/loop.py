@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from genstream.io.partial import write_whole
+from genstream.streaming.engine import NonFiniteError
 from genstream.training import processes
 from genstream.training.precision import Precision, computing_in
 
@@ -54,7 +55,7 @@ class LoopSettings:
     Attributes:
         total_steps: optimiser steps of the whole run.
         learning_rate: peak, reached after `warmup_steps`; falls to zero along a half cosine.
-        warmup_steps: linear warm-up.
+        warmup_steps: linear warm-up, of a tenth of the steps at most.
         weight_decay: of both optimisers.
         betas: of AdamW.
         optimizer: "adamw"; or "muon" (Jordan et al., 2024) for the matrices of repeated blocks, and AdamW for
@@ -151,7 +152,8 @@ def run(settings: LoopSettings, trainee: Trainee, output: Path) -> None:
 
 def learning_rate_at(step: int, settings: LoopSettings) -> float:
     """Linear warm-up, then a half cosine to zero at `total_steps`."""
-    warmup = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+    warmup_steps = max(1, min(settings.warmup_steps, settings.total_steps // 10))
+    warmup = min(1.0, (step + 1) / warmup_steps)
     return settings.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / settings.total_steps))
 
 
@@ -203,7 +205,7 @@ class _Training:
         if self._due(settings.log_steps):
             self._log()
         if self._due(settings.evaluate_steps):
-            with self._averaged():
+            with self._averaged(), self._naming_checkpoint():
                 figures = self.trainee.evaluate()
             self._check_finite(figures)
             if self.state.is_main_process:
@@ -253,7 +255,7 @@ class _Training:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * group["rate_factor"]
         torch.manual_seed(processes.own_seed(settings.seed, self.step))
-        with computing_in(settings.precision, self.state.device.type):
+        with computing_in(settings.precision, self.state.device.type), self._naming_checkpoint():
             loss, parts = self.trainee.loss(self.step)
         figures = processes.mean({"loss": loss.item(), **parts})
         self._check_finite({"loss": figures["loss"]})
@@ -272,10 +274,19 @@ class _Training:
     def _check_finite(self, figures: dict[str, float]) -> None:
         for name, value in figures.items():
             if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{name} is {value} at step {self.step}; "
-                    f"last good checkpoint: {newest_checkpoint(self.output)}"
-                )
+                raise self._not_finite(f"{name} is {value}")
+
+    @contextmanager
+    def _naming_checkpoint(self) -> Iterator[None]:
+        """Streams end on their own when a weight has gone wrong, before there is a loss."""
+        try:
+            yield
+        except NonFiniteError as error:
+            raise self._not_finite(str(error)) from error
+
+    def _not_finite(self, what: str) -> FloatingPointError:
+        newest = newest_checkpoint(self.output)
+        return FloatingPointError(f"{what} at step {self.step}; last good checkpoint: {newest}")
 
     @torch.no_grad()
     def _update_average(self) -> None:

@@ -96,24 +96,33 @@ class ClipPieces:
         frames: latent frames of a piece.
         among: numbers of the clips to draw from.
         starts: share of pieces that are the start of a clip; the others are from anywhere.
+        grid: latent frames; pieces begin at a multiple of them.
     """
 
     def __init__(
-        self, clips: Clips, latents: Tensor, frames: int, among: Sequence[int], starts: float = 0.0
+        self,
+        clips: Clips,
+        latents: Tensor,
+        frames: int,
+        among: Sequence[int],
+        *,
+        starts: float = 0.0,
+        grid: int = 1,
     ) -> None:
         self.clips = clips
         self.latents = latents
         self.frames = frames
         self.among = [clip for clip in among if not clips.switches(clip)]
         self.starts = starts
+        self.grid = grid
 
     def draw(self, count: int, rng: np.random.Generator) -> Asked:
         """A random batch, with its pieces."""
-        latest = self.latents.shape[2] - self.frames
+        places = (self.latents.shape[2] - self.frames) // self.grid + 1
         pieces, captions = [], []
         for place in rng.integers(len(self.among), size=count):
             clip = self.among[place]
-            start = 0 if rng.random() < self.starts else int(rng.integers(latest + 1))
+            start = 0 if rng.random() < self.starts else self.grid * int(rng.integers(places))
             pieces.append(self.latents[clip, :, start : start + self.frames].float())
             captions.append(self.clips.caption(clip, int(rng.integers(self.clips.caption_count(clip)))))
         return Asked(captions, torch.stack(pieces))

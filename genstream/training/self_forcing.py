@@ -12,6 +12,7 @@ import logging
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -390,10 +391,10 @@ def _prompts(
         size_px=pipe.config.default_height,
     )
     latents = encode_clips(clips, pipe.vae, output.parent / LATENTS_FOLDER, settings.precision)
-    numbers = range(clips.count)
-    frames = horizon_chunks * pipe.settings.chunk_frames
-    trained, held_out = numbers[: settings.clips], numbers[settings.clips :]
-    return ClipPieces(clips, latents, frames, trained), ClipPieces(clips, latents, frames, held_out)
+    numbers, chunk = range(clips.count), pipe.settings.chunk_frames
+    # Where the student's own pieces begin: nothing but their content must tell them apart.
+    pieces = partial(ClipPieces, clips, latents, horizon_chunks * chunk, grid=chunk)
+    return pieces(numbers[: settings.clips]), pieces(numbers[settings.clips :])
 
 
 def export(student: Denoiser, settings: SelfForcingSettings, output: Path) -> None:

@@ -95,7 +95,7 @@ class TeacherTrainee(ModelTrainee[TeacherTrainingSettings]):
 
     def _pieces(self, among: range) -> ClipPieces:
         settings = self.settings
-        return ClipPieces(self.clips, self.latents, settings.horizon_frames, among, settings.starts)
+        return ClipPieces(self.clips, self.latents, settings.horizon_frames, among, starts=settings.starts)
 
 
 def train_teacher(settings: TeacherTrainingSettings, output: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from genstream.streaming.engine import NonFiniteError
 from genstream.training import loop
 from genstream.training.loop import LoopSettings, learning_rate_at, newest_checkpoint, run, steps_taken
 
@@ -234,6 +235,11 @@ def test_learning_rate_rises_then_falls_to_zero():
     assert rates[100] == pytest.approx(0.0, abs=1e-12)
 
 
+def test_short_runs_reach_their_learning_rate():
+    settings = LoopSettings(total_steps=50, learning_rate=1.0, warmup_steps=100)
+    assert max(learning_rate_at(step, settings) for step in range(50)) > 0.97
+
+
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="total_steps must be at least 1, got 0"):
         LoopSettings(total_steps=0, learning_rate=1.0)
@@ -393,6 +399,32 @@ def test_figures_that_are_not_finite_end_the_run(tmp_path):
         FloatingPointError, match=r"error is nan at step 6; last good checkpoint: .*step_0000004"
     ):
         run(LoopSettings(**SETTINGS), Evaluated(), tmp_path)
+
+
+class Streaming(Line):
+    """Streams what it learns, in its loss and to evaluate it."""
+
+    def __init__(self, *, evaluates: bool) -> None:
+        super().__init__()
+        self.evaluates = evaluates
+
+    def stream(self):
+        raise NonFiniteError("latents of chunk 0 are not finite")
+
+    def loss(self, step: int):
+        if step == 5 and not self.evaluates:
+            self.stream()
+        return super().loss(step)
+
+    def evaluate(self):
+        self.stream()
+
+
+@pytest.mark.parametrize(("evaluates", "step"), [(False, 5), (True, 6)])
+def test_a_stream_that_breaks_ends_the_run_like_a_loss(tmp_path, evaluates, step):
+    said = rf"latents of chunk 0 are not finite at step {step}; last good checkpoint: .*step_0000004"
+    with pytest.raises(FloatingPointError, match=said):
+        run(LoopSettings(**SETTINGS), Streaming(evaluates=evaluates), tmp_path)
 
 
 class Noisy(Line):
