@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ def do_all(jobs: Sequence[Job], at_once: int) -> dict[str, Any]:
     done: dict[str, Any] = {}
     waiting, running = list(jobs), dict[Future[Any], str]()
     # Processes of their own, started anew: one that was forked would share torch's threads.
-    with ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(at_once, mp_context=spawn, initializer=_end_with_parent) as pool:
         while waiting or running:
             ready = [job for job in waiting if done.keys() >= set(job.after)][: at_once - len(running)]
             threads = (os.cpu_count() or 1) // max(1, len(ready) + len(running))
@@ -45,6 +47,21 @@ def do_all(jobs: Sequence[Job], at_once: int) -> dict[str, Any]:
             for future in ended:
                 done[running.pop(future)] = future.result()
     return done
+
+
+def _end_with_parent() -> None:
+    """Let this process end as soon as its parent has, which a kill leaves no time to tell it.
+
+    It would go on with its job, keep others from the job's folder, and then wait for ever for the next one.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)  # the job is in another thread, which no exception would reach
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _quietly(job: Job, threads: int | None) -> object:

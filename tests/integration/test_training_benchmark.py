@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -91,3 +94,32 @@ def test_jobs_side_by_side_wait_for_what_they_start_from():
     assert done.keys() == {"first", "second", "process"}
     assert done["first"] < done["second"]
     assert done["process"] != os.getpid()
+
+
+PARENT = """
+import os, signal
+from ablations.jobs import Job, do_all
+
+def stay():
+    print(os.getpid(), flush=True)
+    signal.pause()
+
+if __name__ == "__main__":
+    do_all([Job(name="stays", function=stay, arguments=())], 2)
+"""
+
+
+@pytest.mark.slow
+def test_jobs_end_with_the_process_that_began_them(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, script]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        worker = int(parent.stdout.readline())
+        parent.kill()
+        try:
+            parent.communicate(timeout=60)  # until none of its processes has its output open any more
+        except subprocess.TimeoutExpired:
+            os.kill(worker, signal.SIGKILL)
+            raise
