@@ -1,15 +1,18 @@
 """The suite of ablations, from nothing to its page, in tiny."""
 
 import json
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+from ablations import jobs as jobs_module
 from ablations.jobs import Job, do_all
 
 import benchmarks.training as module
@@ -94,6 +97,35 @@ def test_jobs_side_by_side_wait_for_what_they_start_from():
     assert done.keys() == {"first", "second", "process"}
     assert done["first"] < done["second"]
     assert done["process"] != os.getpid()
+
+
+@pytest.mark.slow
+def test_a_failure_is_told_at_once_and_all_else_is_done(tmp_path, caplog, monkeypatch):
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    opener = os.open(gate, os.O_RDWR)  # alone O_WRONLY would wait for the reader
+
+    class OpensTheGate(logging.Handler):
+        def emit(self, record):
+            os.write(opener, b"!")
+
+    monkeypatch.setattr(jobs_module.logger, "handlers", [OpensTheGate()])
+    waits = partial(subprocess.check_output, ["head", "-c1", str(gate)], timeout=60)
+    jobs = [
+        Job(name="wrong", function=int, arguments=("x",)),
+        Job(name="first", function=waits, arguments=()),
+        Job(name="second", function=Path.touch, arguments=(tmp_path / "second",), after=("first",)),
+        Job(name="never", function=Path.touch, arguments=(tmp_path / "never",), after=("wrong",)),
+        Job(name="nor this", function=Path.touch, arguments=(tmp_path / "never",), after=("never",)),
+    ]
+    message = "failed: wrong; not begun, as they wait for it: never, nor this"
+    with pytest.raises(RuntimeError, match=f"^{message}$"):
+        do_all(jobs, 2)
+    os.close(opener)
+    assert [record.getMessage() for record in caplog.records] == ["wrong failed"]
+    assert "invalid literal for int() with base 10: 'x'" in caplog.text
+    assert (tmp_path / "second").exists()
+    assert not (tmp_path / "never").exists()
 
 
 PARENT = """
