@@ -99,12 +99,25 @@ def notes(comparison: Comparison, rows: Mapping[str, Row]) -> str:
             "one training of each student, and of VAE, base and teacher: intervals tell of other prompts, "
             "not of other trainings. They are 95 %, of prompts drawn anew"
         )
-    narrow = " Of so few prompts, intervals of the error are too narrow." if prompts < FEW_PROMPTS else ""
+    fewest = _fewest_prompts(rows)
+    narrow = (
+        f" The fewest prompts of an error are {fewest}: of so few, intervals of the error are too narrow."
+        if fewest < FEW_PROMPTS
+        else ""
+    )
     return (
         f"{size}; {trained} (bootstrap), a prompt with all of its objects and moments, with two failures and "
         "two successes added to shares and one of each to differences. Colour errors are of the objects "
         f"that were seen; the others count as wrong in colour, shape and direction.{narrow}"
     )
+
+
+def _fewest_prompts(rows: Mapping[str, Row]) -> int:
+    """Fewest prompts that an interval of the error in the tables is of; those of one prompt have none."""
+    base, *others = rows.values()
+    compared = [*rows.values(), *(row.less(base) for row in others)]
+    known = [row.at(place, ERROR, ()).prompts for row in compared for place in _ends(row)]
+    return min((prompts for prompts in known if prompts > 1), default=FEW_PROMPTS)
 
 
 def table(rows: Mapping[str, Row], window_s: float) -> str:
@@ -124,12 +137,17 @@ def _table(rows: Mapping[str, Row], window_s: float, added: Sequence[float], for
     titles = [*(f"{name}, %" for name in SHARES), f"{ERROR}, of 255"]
     lines = [f"| | | {' | '.join(titles)} |", "|---" * (2 + len(METRICS)) + "|"]
     for label, row in rows.items():
-        at = places(row.values[ERROR].shape[-1])
-        for place in (at[0], at[-1]):
+        for place in _ends(row):
             time = f"{place.start * window_s:g} to {place.stop * window_s:g} s"
             cells = [_cell(name, row.at(place, name, added), form) for name in METRICS]
             lines.append(f"| {label} | {time} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _ends(row: Row) -> tuple[slice, slice]:
+    """The first and the last place."""
+    at = places(row.values[ERROR].shape[-1])
+    return at[0], at[-1]
 
 
 def _cell(name: str, mean: Estimate, form: str) -> str:
@@ -137,7 +155,7 @@ def _cell(name: str, mean: Estimate, form: str) -> str:
         return "none"
     unit = 1 if name == ERROR else 100
     value, low, high = (f"{unit * number:{form}}" for number in (mean.value, mean.low, mean.high))
-    return f"{value} ({low} to {high})"
+    return f"{value} (one prompt)" if mean.prompts == 1 else f"{value} ({low} to {high})"
 
 
 def draw(rows: Mapping[str, Row], window_s: float, path: Path) -> None:

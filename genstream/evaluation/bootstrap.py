@@ -20,11 +20,19 @@ _TAILS: Final = (0.025, 0.975)
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean and its 95 % interval; NaN of nothing."""
+    """A mean and its 95 % interval.
+
+    Attributes:
+        value: the mean; NaN of nothing.
+        low: end of the interval; NaN of fewer than two prompts, which do not tell how much prompts differ.
+        high: likewise.
+        prompts: how many have a value.
+    """
 
     value: float
     low: float
     high: float
+    prompts: int
 
 
 def estimate(
@@ -52,7 +60,10 @@ def estimate(
     known = ~np.isnan(values)
     sums = np.where(known, values, 0).sum(axis=2) @ member  # [seeds, prompts]
     counts = known.sum(axis=2) @ member  # [seeds, prompts]
-    value = float(sums.sum() / counts.sum()) if counts.any() else float("nan")
+    with_value = int(counts.any(axis=0).sum())
+    value = float(sums.sum() / counts.sum()) if with_value else float("nan")
+    if with_value < 2:
+        return Estimate(value=value, low=float("nan"), high=float("nan"), prompts=with_value)
     usual = counts.mean(axis=1, keepdims=True)  # [seeds, 1]
     sums = np.hstack([sums, usual * np.array(added)])
     counts = np.hstack([counts, np.repeat(usual, len(added), axis=1)])
@@ -60,8 +71,8 @@ def estimate(
     of_seeds, of_prompts = (_times_drawn(generator, size) for size in counts.shape)
     totals = ((of_seeds @ counts) * of_prompts).sum(axis=1)  # [draws]
     means = ((of_seeds @ sums) * of_prompts).sum(axis=1)[totals > 0] / totals[totals > 0]
-    low, high = np.quantile(means, _TAILS).tolist() if len(means) else (float("nan"), float("nan"))
-    return Estimate(value=value, low=low, high=high)
+    low, high = np.quantile(means, _TAILS).tolist()
+    return Estimate(value=value, low=low, high=high, prompts=with_value)
 
 
 def _times_drawn(generator: np.random.Generator, size: int) -> NDArray[np.int64]:

@@ -221,6 +221,31 @@ def test_an_error_of_nothing_seen_is_none():
     assert cells(text, "lost")[0][-1] == "none"
 
 
+def of_prompts(count, errors):
+    """Scores of prompts with an object each; the first ones have these errors, the others are unseen."""
+    error = np.full((count, 1), NAN)
+    error[: len(errors), 0] = errors
+    return replace(made(np.ones((count, 1)), error), prompts=np.arange(count))
+
+
+def test_an_error_of_one_prompt_has_no_interval():
+    rows = {"all": Row.of([of_prompts(12, np.arange(12.0))]), "one": Row.of([of_prompts(12, [12.0])])}
+    assert page.table(rows, 4.0).endswith("| 12.0 (one prompt) |")
+    assert page.differences(rows, 4.0).endswith("| +12.0 (one prompt) |")
+
+
+def test_narrow_intervals_are_told_by_the_prompts_that_have_an_error():
+    def said(*numbers):
+        rows = {str(number): Row.of([of_prompts(12, np.arange(float(number)))]) for number in numbers}
+        return page.notes(Comparison(title="Any", rows={"any": (TRIAL,)}), rows)
+
+    assert said(12, 10).endswith(" direction.")
+    assert said(12, 1).endswith(" direction.")  # which has no interval
+    narrow = "The fewest prompts of an error are {}: of so few, intervals of the error are too narrow."
+    assert said(12, 9).endswith(narrow.format(9))
+    assert said(12, 3, 1, 4).endswith(narrow.format(3))
+
+
 def test_intervals_of_tables_have_the_width_of_prompts():
     """Ten moments of two prompts are not twenty prompts, nor are ten objects."""
     ten = made(np.repeat([[1], [0]], 10, axis=1), np.repeat([[1.0], [9.0]], 10, axis=1))
@@ -278,6 +303,16 @@ def test_plots_show_means_and_bands(drawn):
     band = panels["colour error, of 255"].collections[0].get_paths()[0].get_extents()
     assert (band.ymin, band.ymax) == (2, 6)
     assert [text.get_text() for text in panels[""].get_legend().get_texts()] == ["one", "two"]
+
+
+def test_the_band_of_one_prompt_is_left_out(drawn):
+    wide = made([[1, 1], [1, 1]], [[2, 4], [4, NAN]])
+    page.draw({"one": Row.of([wide])}, 4.0, Path("somewhere.png"))
+    ((figure, _),) = drawn
+    axes = next(axes for axes in figure.axes if axes.get_title() == "colour error, of 255")
+    assert axes.get_lines()[0].get_ydata().tolist() == [3, 4]
+    (band,) = axes.collections[0].get_paths()
+    assert band.get_extents().xmax == 2  # the second place, at 6 s, has none
 
 
 def test_each_row_has_the_scores_of_its_trials(tmp_path, drawn):

@@ -34,7 +34,7 @@ def test_further_values_of_a_prompt_say_nothing_new_when_they_are_alike():
 def test_seeds_that_differ_widen_the_interval():
     prompts = each_its_own(200)
     alike = estimate(np.full((3, 200, 1), 0.5), prompts)
-    assert alike == Estimate(value=0.5, low=0.5, high=0.5)
+    assert alike == Estimate(value=0.5, low=0.5, high=0.5, prompts=200)
     apart = np.broadcast_to(np.array([0.2, 0.5, 0.8])[:, None, None], (3, 200, 1))
     result = estimate(apart, prompts)
     assert (result.value, result.low, result.high) == pytest.approx((0.5, 0.2, 0.8))
@@ -54,6 +54,17 @@ def test_unknown_values_are_left_out():
     assert result.high == 5.5
     nothing = estimate(np.full((1, 3, 2), nan), each_its_own(3), SHARE)
     assert all(isnan(number) for number in (nothing.value, nothing.low, nothing.high))
+    assert (result.prompts, nothing.prompts) == (2, 0)
+
+
+@pytest.mark.parametrize("added", [(), SHARE, DIFFERENCE])
+def test_one_prompt_does_not_tell_how_much_prompts_differ(added):
+    values = np.full((3, 4, 2), float("nan"))
+    values[:, 1:3, 0] = [[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]  # seeds and objects do not make up for it
+    result = estimate(values, np.array([3, 7, 7, 9]), added)
+    assert result.value == pytest.approx(4 / 6)
+    assert isnan(result.low) and isnan(result.high)
+    assert result.prompts == 1
 
 
 def test_a_share_of_all_is_not_certain():
