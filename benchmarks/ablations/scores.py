@@ -1,7 +1,7 @@
 """What the judge saw in the streams of a trial, kept in a file beside the runs."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import genstream.data
+import genstream.evaluation
 from genstream.cli.window_judge import judge_together
 from genstream.data.prompts import EvaluationPrompt, evaluation_prompts
 from genstream.evaluation.judge import ClipScore
@@ -25,6 +27,8 @@ SEEN = "seen"
 SHARES = (*JUDGED, SEEN)
 ERROR = "colour error"
 _SEED = 0
+_JUDGING = tuple(Path(package.__file__).parent for package in (genstream.data, genstream.evaluation))
+"""Folders of the code that draws the worlds and judges."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +70,7 @@ class Scores:
 
 
 def judged(trial: Trial, output: Path) -> Scores:
-    """Scores of a trial; judged once, and again where the model or the trial is another one."""
+    """Scores of a trial; judged once, and again where the model, the trial or the judge is another one."""
     path = output / "scores" / f"{trial.name.replace(' ', '_')}.json"
     folder = output / trial.run / RESULT_FOLDER
     known = evaluation_prompts(1 + max(trial.prompts))
@@ -98,19 +102,25 @@ def student(trial: Trial, folder: Path) -> CausalVideoPipeline:
 
 
 def _made_from(trial: Trial, folder: Path, prompts: Sequence[EvaluationPrompt]) -> dict[str, Any]:
-    """All that decides the scores, as it is read from json; of the model a hash of its files."""
-    digest = sha256()
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if path.is_file() and inside.parts[0] != RECORD_FOLDER:
-            digest.update(f"{inside.as_posix()} {file_sha256(path)}\n".encode())
+    """All that decides the scores, as json gives it back; of model and judge hashes of their files."""
+    record = folder / RECORD_FOLDER
     about = {
         "trial": asdict(trial),
         "captions": [prompt.caption for prompt in prompts],
         "seed": _SEED,
-        "model": digest.hexdigest(),
+        "model": _digest(folder, [path for path in folder.rglob("*") if record not in path.parents]),
+        "judging": [_digest(code, code.rglob("*.py")) for code in _JUDGING],
     }
     return dict(json.loads(json.dumps(about)))
+
+
+def _digest(folder: Path, paths: Iterable[Path]) -> str:
+    """Hash of what the files among `paths`, all inside `folder`, are called there and hold."""
+    digest = sha256()
+    for path in sorted(paths):
+        if path.is_file():
+            digest.update(f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def _content(numbers: Sequence[int], streams: Sequence[Sequence[ClipScore]]) -> dict[str, Any]:

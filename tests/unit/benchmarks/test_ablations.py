@@ -152,6 +152,18 @@ def test_another_model_in_the_folder_is_judged(output, calls, build_pipeline):
     assert len(calls) == 3
 
 
+def test_what_another_judge_saw_is_judged_again(output, calls, monkeypatch):
+    names = {path.name for folder in scores._JUDGING for path in folder.glob("*.py")}
+    assert {"judge.py", "observation.py", "scene.py", "toyworld.py"} <= names
+    code = output / "code"
+    code.mkdir()
+    monkeypatch.setattr(scores, "_JUDGING", (code,))
+    for text in ("one", "one", "other"):
+        (code / "judge.py").write_text(text)
+        judged(TRIAL, output)
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("older", [{}, {"trial": {"name": "a trial"}, "windows": [{"start_s": 0.0}]}])
 def test_score_files_of_an_older_layout_are_judged_again(output, calls, older):
     path = output / "scores" / "a_trial.json"
