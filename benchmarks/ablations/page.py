@@ -40,21 +40,30 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Values of each object by metric, [seeds, objects, W], and the numbers of the objects' prompts."""
+    """Scores of a trial for each seed, together.
 
+    Attributes:
+        evaluations: of the model, for each chunk of a stream; mean of the seeds.
+        prompts: number of the prompt that each object is of, [objects].
+        values: of each object by metric, [seeds, objects, W].
+    """
+
+    evaluations: float
     prompts: NDArray[np.int64]
     values: Mapping[str, NDArray[np.float64]]
 
     @classmethod
     def of(cls, seeds: Sequence[Scores]) -> "Row":
-        """The scores of a trial for each seed, together."""
+        """The row of a trial's scores for each seed."""
         values = {name: np.stack([scores.values[name] for scores in seeds]) for name in METRICS}
-        return cls(prompts=seeds[0].prompts, values=values)
+        evaluations = float(np.mean([scores.evaluations for scores in seeds]))
+        return cls(evaluations=evaluations, prompts=seeds[0].prompts, values=values)
 
     def less(self, other: "Row") -> "Row":
         """What is left when those of `other` are taken away, NaN where either is."""
         values = {name: self.values[name] - other.values[name] for name in METRICS}
-        return Row(prompts=self.prompts, values=values)
+        evaluations = self.evaluations - other.evaluations
+        return Row(evaluations=evaluations, prompts=self.prompts, values=values)
 
     def at(self, windows: slice, name: str, added: Sequence[float]) -> Estimate:
         """Mean of a metric over some windows; `added` as in `estimate`, for shares alone."""
@@ -122,7 +131,7 @@ def _fewest_prompts(rows: Mapping[str, Row]) -> int:
 
 def table(rows: Mapping[str, Row], window_s: float) -> str:
     """Means at the first and the last place."""
-    return _table(rows, window_s, SHARE, ".1f")
+    return _table(rows, window_s, SHARE, "-")
 
 
 def differences(rows: Mapping[str, Row], window_s: float) -> str:
@@ -130,17 +139,17 @@ def differences(rows: Mapping[str, Row], window_s: float) -> str:
     (first, base), *others = rows.items()
     less = {label: row.less(base) for label, row in others}
     what = f"Differences from {first}, object by object; those of errors are of objects that both show:"
-    return f"{what}\n\n{_table(less, window_s, DIFFERENCE, '+.1f')}"
+    return f"{what}\n\n{_table(less, window_s, DIFFERENCE, '+')}"
 
 
-def _table(rows: Mapping[str, Row], window_s: float, added: Sequence[float], form: str) -> str:
+def _table(rows: Mapping[str, Row], window_s: float, added: Sequence[float], sign: str) -> str:
     titles = [*(f"{name}, %" for name in SHARES), f"{ERROR}, of 255"]
-    lines = [f"| | | {' | '.join(titles)} |", "|---" * (2 + len(METRICS)) + "|"]
+    lines = [f"| | evaluations per chunk | | {' | '.join(titles)} |", "|---" * (3 + len(titles)) + "|"]
     for label, row in rows.items():
         for place in _ends(row):
             time = f"{place.start * window_s:g} to {place.stop * window_s:g} s"
-            cells = [_cell(name, row.at(place, name, added), form) for name in METRICS]
-            lines.append(f"| {label} | {time} | {' | '.join(cells)} |")
+            cells = [_cell(name, row.at(place, name, added), sign) for name in METRICS]
+            lines.append(f"| {label} | {row.evaluations:{sign}g} | {time} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -150,11 +159,11 @@ def _ends(row: Row) -> tuple[slice, slice]:
     return at[0], at[-1]
 
 
-def _cell(name: str, mean: Estimate, form: str) -> str:
+def _cell(name: str, mean: Estimate, sign: str) -> str:
     if isnan(mean.value):
         return "none"
     unit = 1 if name == ERROR else 100
-    value, low, high = (f"{unit * number:{form}}" for number in (mean.value, mean.low, mean.high))
+    value, low, high = (f"{unit * number:{sign}.1f}" for number in (mean.value, mean.low, mean.high))
     return f"{value} (one prompt)" if mean.prompts == 1 else f"{value} ({low} to {high})"
 
 

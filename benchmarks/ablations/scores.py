@@ -61,10 +61,12 @@ class Scores:
     """What was right about every object that was asked for, window by window.
 
     Attributes:
+        evaluations: of the model, for each chunk of a stream.
         prompts: number of the prompt that each object is of, [objects].
         values: of each of SHARES 0 or 1; of ERROR of 255, NaN where the object was not seen; [objects, W].
     """
 
+    evaluations: int
     prompts: NDArray[np.int64]
     values: Mapping[str, NDArray[np.float64]]
 
@@ -79,13 +81,18 @@ def judged(trial: Trial, output: Path) -> Scores:
     content = json.loads(path.read_text()) if path.is_file() else {}
     if content.get("made_from") != made_from:
         pipe = student(trial, folder)
+        request = pipe.request(prompts[0].caption, seconds=trial.seconds)
         streams = judge_together(pipe, prompts, trial.seconds, trial.window_s, seed=_SEED)
-        content = {"made_from": made_from, **_content(trial.prompts, streams)}
+        content = {
+            "made_from": made_from,
+            "evaluations": pipe.engine.evaluations_per_chunk(request),
+            **_content(trial.prompts, streams),
+        }
         path.parent.mkdir(exist_ok=True)
         write_whole(path, json.dumps(content) + "\n")
     values = {name: np.array(content[name], dtype=np.float64) for name in (*JUDGED, ERROR)}
     values[SEEN] = 1.0 - np.isnan(values[ERROR])
-    return Scores(prompts=np.array(content["prompts"]), values=values)
+    return Scores(evaluations=content["evaluations"], prompts=np.array(content["prompts"]), values=values)
 
 
 def student(trial: Trial, folder: Path) -> CausalVideoPipeline:

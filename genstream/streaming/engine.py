@@ -478,6 +478,17 @@ class CacheEngine:
         behind_first = latent_frames_covering(request.num_frames, self._temporal_ratio) - settings.chunk_at(0)
         return 1 + max(0, -(-behind_first // settings.chunk_frames))
 
+    def evaluations_per_chunk(self, request: StreamRequest) -> int:
+        """Evaluations of the transformer that each chunk costs, once the past is as long as it gets."""
+        settings = request.settings
+        evaluations = len(request.schedule.timesteps) * evaluations_per_step(request)
+        if settings.context is ContextPolicy.CLEAN:
+            return evaluations + 1
+        if settings.context is ContextPolicy.RECOMPUTE:
+            behind_first = self.cache_layout(request).window_frames - settings.chunk_at(0)
+            return evaluations + 1 + max(0, -(-behind_first // settings.chunk_frames))
+        return evaluations
+
     def chunk_start(self, chunk: int, request: StreamRequest) -> int:
         """First frame of chunk `chunk`, counted from 0, of a stream that is not reset."""
         if chunk == 0:
@@ -559,6 +570,11 @@ class CacheEngine:
         if not request.decode:
             return None
         return self.vae.init_state("decode", request.batch_size, request.height, request.width)
+
+
+def evaluations_per_step(request: StreamRequest) -> int:
+    """Evaluations of the transformer for one velocity: guidance needs one without the prompt too."""
+    return 1 if request.negative_embeds is None else 2
 
 
 def timesteps_of(x: Tensor, timestep: float) -> Tensor:

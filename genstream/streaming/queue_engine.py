@@ -13,7 +13,7 @@ from genstream.cache.kv_cache import TextCache
 from genstream.cache.layout import CacheLayout, PositionPolicy
 from genstream.shapes import latent_frames_covering
 from genstream.streaming.controls import ResetControl
-from genstream.streaming.engine import CacheEngine, check_finite, timesteps_of
+from genstream.streaming.engine import CacheEngine, check_finite, evaluations_per_step, timesteps_of
 from genstream.streaming.request import StreamRequest
 from genstream.streaming.settings import ContextPolicy
 from genstream.streaming.state import StreamState
@@ -75,6 +75,10 @@ class QueueEngine(CacheEngine):
             window_frames=settings.window_frames - sinks,
             positions=settings.positions,
         )
+
+    def evaluations_per_chunk(self, request: StreamRequest) -> int:
+        """Those of a full queue: of its joint pass, and of the one that commits its oldest chunk."""
+        return evaluations_per_step(request) + 1
 
     def generate(self, state: StreamState) -> Tensor:
         """Clean latents `[B, C, T, h, w]` of the next chunk; leaves those behind it in the queue."""

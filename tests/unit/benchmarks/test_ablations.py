@@ -16,6 +16,7 @@ import benchmarks.training as suite
 from genstream.data.prompts import evaluation_prompts
 from genstream.evaluation.judge import ClipScore, ObjectScore
 from genstream.evaluation.observation import Observation
+from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler
 
 NAN = float("nan")
@@ -123,6 +124,16 @@ def test_scores_are_of_objects_and_windows(output, calls):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize(("scale", "changes", "evaluations"), [(1, {}, 5), (1, {"steps": 3}, 4), (3, {}, 9)])
+def test_scores_tell_what_a_chunk_cost(output, calls, scale, changes, evaluations):
+    """A pass for each step, or two with guidance, and the one that makes the chunk part of the past."""
+    pipe = CausalVideoPipeline.from_pretrained(output / "student" / "model")
+    pipe.register_to_config(guidance_scale=scale)
+    pipe.save_pretrained(output / "student" / "model")
+    for _ in ("judged", "read"):
+        assert judged(replace(TRIAL, **changes), output).evaluations == evaluations
+
+
 def test_another_trial_of_the_same_name_is_judged(output, calls):
     for trial in (
         TRIAL,
@@ -180,7 +191,8 @@ def made(colour, error):
     """Scores of two prompts with an object each; shape and direction as colour."""
     colour, error = np.array(colour, float), np.array(error, float)
     values = {"colour": colour, "shape": colour, "direction": 1 - colour, ERROR: error}
-    return Scores(prompts=np.array([0, 1]), values={**values, "seen": 1.0 - np.isnan(error)})
+    values["seen"] = 1.0 - np.isnan(error)
+    return Scores(evaluations=9, prompts=np.array([0, 1]), values=values)
 
 
 FIRST = made([[1, 0, 0], [1, 1, 0]], [[2, 4, 6], [4, 6, NAN]])
@@ -191,7 +203,7 @@ THIRD = made([[0, 1, 0], [0, 0, 1]], [[3, 7, 1], [5, 7, 3]])
 def cells(text, label):
     """Means of a row of a table, without intervals, from the time on."""
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith(f"| {label} |")]
-    return [[cell.partition(" (")[0].strip("| ") for cell in row[1:]] for row in rows]
+    return [[cell.partition(" (")[0].strip("| ") for cell in row[2:]] for row in rows]
 
 
 def test_tables_hold_the_first_and_the_last_window():
@@ -204,6 +216,15 @@ def test_tables_hold_the_first_and_the_last_window():
         ["0 to 4 s", "50.0", "50.0", "50.0", "50.0", "5.0"],
         ["8 to 12 s", "100.0", "100.0", "0.0", "100.0", "7.0"],
     ]
+
+
+def test_tables_tell_what_a_chunk_costs():
+    rows = {"one": Row.of([FIRST, FIRST]), "two": Row.of([replace(SECOND, evaluations=5)] * 2)}
+    head, _, first, _, second, _ = page.table(rows, window_s=4.0).splitlines()
+    assert head.startswith("| | evaluations per chunk | | colour, % |")
+    assert first.startswith("| one | 9 | 0 to 4 s |")
+    assert second.startswith("| two | 5 | 0 to 4 s |")
+    assert "\n| two | -4 | 0 to 4 s |" in page.differences(rows, window_s=4.0)
 
 
 def test_seeds_are_averaged():

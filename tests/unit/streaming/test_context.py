@@ -178,6 +178,31 @@ def test_numbers_of_passes(plain):
     assert counts == {"clean": 18, "fused": 12, "last_step": 12, "recompute": 12 + 1 + 2 * 4}
 
 
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize(("sinks", "window"), [(0, 3), (1, 5), (3, 6)])
+@pytest.mark.parametrize(
+    ("context", "scale"),
+    [(context, 1) for context in ContextPolicy]
+    + [(context, 2) for context in ContextPolicy if context is not ContextPolicy.FUSED],
+)
+def test_what_a_chunk_costs_is_known_beforehand(plain, context, scale, sinks, window, single):
+    settings = StreamSettings(
+        sink_frames=sinks,
+        window_frames=window,
+        context=context,
+        guidance_scale=scale,
+        independent_first_frame=single,
+    )
+    request = plain.request(RED, settings=settings, num_frames=FRAMES)
+    passes = []
+    handle = plain.transformer.register_forward_pre_hook(lambda *_: passes.append(None))
+    for _ in plain.run(plain.start(request)):
+        last = len(passes)
+        passes.clear()
+    handle.remove()
+    assert plain.engine.evaluations_per_chunk(request) == last
+
+
 def test_a_full_weight_changes_nothing(plain):
     settings = StreamSettings(sink_frames=3, window_frames=3)
     expected = latents_of(plain, settings)

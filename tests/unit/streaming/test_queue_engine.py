@@ -77,6 +77,17 @@ def test_passes_of_a_stream(pipe, ask, passes, chunks):
     assert state.queue.shape[2] == 0
 
 
+@pytest.mark.parametrize("scale", [1, 2])
+def test_what_a_chunk_costs_is_known_beforehand(pipe, ask, passes, scale):
+    request = ask(num_frames=9 + 12 * 3, guidance_scale=scale)
+    assert pipe.engine.chunk_count(request) == 4
+    state = pipe.start(request)
+    pipe.step(state)
+    passes.clear()
+    pipe.step(state)
+    assert pipe.engine.evaluations_per_chunk(request) == len(passes)
+
+
 def test_an_endless_stream_has_no_tail(pipe, ask, passes):
     state = pipe.start(ask(decode=False))
     run(pipe, state, chunks=4)
