@@ -13,8 +13,9 @@ from genstream.cli.recipe import Stage
 from genstream.cli.window_judge import judge_together
 from genstream.data.prompts import evaluation_prompts
 from genstream.evaluation.judge import Adherence
-from genstream.io.model_folder import INDEX_NAME
+from genstream.io.model_folder import INDEX_NAME, read_object
 from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.training.record import RECORD_FOLDER
 from genstream.training.starting import RESULT_FOLDER
 
 REPORT_NAME = "report.md"
@@ -29,13 +30,18 @@ _NOT_DRAWN = ("step", "learning_rate", "seconds")
 def write_report(stages: Sequence[Stage], output: Path) -> Path:
     """Write `output`/report.md with its pictures; returns its path."""
     lines = [f"# {output.resolve().name}", "", "| stage | command | steps | minutes |", "|---|---|---|---|"]
-    logs = {stage.name: _logs(output / stage.name) for stage in stages}
+    logs = {stage.name: _logs(stage, output / stage.name) for stage in stages}
     for stage in stages:
         rows = [row for log in logs[stage.name].values() for row in log[-1:]]
         steps, minutes = sum(int(row["step"]) for row in rows), sum(row["seconds"] for row in rows) / 60
-        lines.append(f"| {stage.name} | `genstream {stage.command}` | {steps} | {minutes:.0f} |")
-    _draw_curves({name: log for each in logs.values() for name, log in each.items()}, output / _CURVES_NAME)
-    lines += ["", f"![Curves]({_CURVES_NAME})", ""]
+        taken = f"{steps} | {minutes:.0f}" if rows else "unknown | unknown"
+        lines.append(f"| {stage.name} | `genstream {stage.command}` | {taken} |")
+    if drawn := {name: log for each in logs.values() for name, log in each.items()}:
+        _draw_curves(drawn, output / _CURVES_NAME)
+        lines += ["", f"![Curves]({_CURVES_NAME})"]
+    if lost := [name for name, each in logs.items() if not each]:
+        lines += ["", f"Curves are left out of what has no log any more: {', '.join(lost)}."]
+    lines.append("")
     for stage in stages:
         model = output / stage.name / RESULT_FOLDER
         if (model / INDEX_NAME).is_file():
@@ -53,15 +59,28 @@ def read_figures(path: Path) -> list[dict[str, float]]:
         return [{name: float(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
 
 
-def _logs(run_folder: Path) -> dict[str, list[dict[str, float]]]:
-    """All logs of a run, by the name of the run and of its phase."""
-    paths = sorted(run_folder.rglob("log.csv"))
-    return {
-        f"{run_folder.name} {path.parent.relative_to(run_folder).as_posix()}".removesuffix(
-            " ."
-        ): read_figures(path)
-        for path in paths
-    }
+def _logs(stage: Stage, run_folder: Path) -> dict[str, list[dict[str, float]]]:
+    """All logs of a run that have rows, by the name of the run and of its phase.
+
+    Of a finished run nothing may be left but what it made, with its record.
+    """
+    paths = {path.parent.relative_to(run_folder).as_posix(): path for path in run_folder.rglob("log.csv")}
+    paths = paths or _recorded_logs(stage, run_folder)
+    logs = {phase: read_figures(path) for phase, path in sorted(paths.items())}
+    return {f"{run_folder.name} {phase}".removesuffix(" ."): rows for phase, rows in logs.items() if rows}
+
+
+def _recorded_logs(stage: Stage, run_folder: Path) -> dict[str, Path]:
+    """Logs in the record of a run's result, by phase; those of what it was made from lie there too."""
+    begin, end = f"genstream {stage.command} ", f" --output runs/{run_folder.name}"
+    for record in run_folder.glob(f"*/{RECORD_FOLDER}/*.json"):
+        command = str(read_object(record).get("command"))
+        if command.startswith(begin) and command.endswith(end):
+            if (log := record.with_suffix(".csv")).is_file():
+                return {".": log}
+            start = f"{record.stem}_"
+            return {path.stem.removeprefix(start): path for path in record.parent.glob(f"{start}*.csv")}
+    return {}
 
 
 def _draw_curves(logs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:

@@ -1,16 +1,19 @@
 """`genstream distill --recipe`: a chain of training runs, from nothing to a model."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 
 from genstream.cli import report
 from genstream.cli.__main__ import main
-from genstream.cli.recipe import known_recipes, read_recipe
+from genstream.cli.recipe import Stage, known_recipes, read_recipe
 from genstream.cli.trainers import Trainer
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.training import processes, self_forcing
+from genstream.training.record import Training, write_record
 from genstream.training.vae import VAETrainingSettings
 
 MODEL = {"width": 48, "layers": 1, "ffn_width": 48, "text_width": 16, "text_layers": 1, "patch_size": 1}
@@ -103,6 +106,75 @@ def test_a_chain_that_was_cut_off_goes_on_to_a_model_and_a_report(folder, tmp_pa
         assert f"## {name}\n\n3 prompts, 1 s each: colour " in text
         assert (output / f"{name}.png").is_file()
     assert (output / "curves.png").is_file()
+
+
+ROWS = "step,loss,learning_rate,seconds\n10,0.5,0.001,60\n20,{last},0.001,120\n"
+
+
+def stage(name, command):
+    return Stage(name=name, command=command, settings=None, train=lambda settings, output: None)
+
+
+def logs_of(run, *phases, last="0.25"):
+    """Logs of a run, one in each folder of a phase."""
+    paths = [run / phase / "log.csv" for phase in phases]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(ROWS.format(last=last))
+    return paths
+
+
+def keep_only_the_result(run, result, name, part, logs):
+    """What is left of a finished run when all but its result has been removed."""
+    (run / result).mkdir(exist_ok=True)
+    settings = VAETrainingSettings()
+    training = Training(name=name, part=part, run=run, settings=settings, logs=logs, steps=20)
+    write_record(run / result, training)
+    for log in logs.values():
+        log.unlink()
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    """Plots that were drawn, by title."""
+    drawn = {}
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *_, **__: drawn.update({a.get_title(): a for a in figure.axes})
+    )
+    return drawn
+
+
+def test_a_report_reads_the_logs_of_finished_runs_in_their_records(tmp_path, curves):
+    joint, decoder = logs_of(tmp_path / "pixels", "joint", "decoder", last="0.125")
+    keep_only_the_result(
+        tmp_path / "pixels", "vae", "vae", "vae", {"vae_joint": joint, "vae_decoder": decoder}
+    )
+    (log,) = logs_of(tmp_path / "student", "")
+    shutil.copytree(tmp_path / "pixels" / "vae" / "training", tmp_path / "student" / "model" / "training")
+    keep_only_the_result(tmp_path / "student", "model", "student", "student", {"student": log})
+    logs_of(tmp_path / "text", "")
+    stages = [stage("pixels", "train vae"), stage("text", "train text"), stage("student", "train student")]
+    text = report.write_report(stages, tmp_path).read_text()
+    assert "| pixels | `genstream train vae` | 40 | 4 |" in text
+    for name in ("text", "student"):
+        assert f"| {name} | `genstream train {name}` | 20 | 2 |" in text
+    assert text.endswith("\n\n![Curves](curves.png)\n\n")
+    ends = {title: axes.get_lines()[0].get_ydata()[-1] for title, axes in curves.items()}
+    assert ends == {"pixels decoder": 0.125, "pixels joint": 0.125, "text": 0.25, "student": 0.25}
+
+
+def test_a_report_without_logs_says_so(tmp_path, curves):
+    (tmp_path / "vae" / "vae").mkdir(parents=True)
+    stages = [stage("vae", "train vae"), stage("text", "train text")]
+    text = report.write_report(stages, tmp_path).read_text()
+    assert "| vae | `genstream train vae` | unknown | unknown |" in text
+    assert text.endswith("\n\nCurves are left out of what has no log any more: vae, text.\n\n")
+    assert not curves
+    logs_of(tmp_path / "text", "")
+    text = report.write_report(stages, tmp_path).read_text()
+    assert "| text | `genstream train text` | 20 | 2 |" in text
+    assert "![Curves](curves.png)\n\nCurves are left out of what has no log any more: vae.\n" in text
+    assert [*curves] == ["text"]
 
 
 @pytest.fixture
