@@ -92,7 +92,9 @@ def _draw_curves(logs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) 
         for key in drawn:
             points = [(row["step"], row[key]) for row in rows if key in row]
             axes.plot(*zip(*points, strict=True), label=key, linewidth=1)
-        axes.set(title=name, xlabel="step", yscale="log")
+        positive = all(row[key] > 0 for row in rows for key in drawn if key in row)
+        # A log scale would leave out the other values, and losses such as SiD's have them.
+        axes.set(title=name, xlabel="step", yscale="log" if positive else "symlog")
         axes.legend()
     figure.savefig(path, dpi=100)
 

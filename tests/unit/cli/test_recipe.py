@@ -177,6 +177,13 @@ def test_a_report_without_logs_says_so(tmp_path, curves):
     assert [*curves] == ["text"]
 
 
+@pytest.mark.parametrize(("last", "scale"), [("0.25", "log"), ("-0.25", "symlog"), ("0", "symlog")])
+def test_curves_show_all_losses(tmp_path, curves, last, scale):
+    logs_of(tmp_path / "distilled", "", last=last)
+    report.write_report([stage("distilled", "distill student")], tmp_path)
+    assert curves["distilled"].get_yscale() == scale
+
+
 @pytest.fixture
 def chain(folder, monkeypatch):
     """A recipe of one stage that is known to make a model, and has nothing to report."""
