@@ -14,6 +14,7 @@ from genstream.cli.window_judge import judge_together
 from genstream.data.prompts import evaluation_prompts
 from genstream.evaluation.judge import Adherence
 from genstream.io.model_folder import INDEX_NAME, read_object
+from genstream.io.partial import write_whole
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.training.record import RECORD_FOLDER
 from genstream.training.starting import RESULT_FOLDER
@@ -47,7 +48,7 @@ def write_report(stages: Sequence[Stage], output: Path) -> Path:
         if (model / INDEX_NAME).is_file():
             lines += _section(stage.name, load_pipeline(model, device=None, dtype=None), output)
     path = output / REPORT_NAME
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(path, "\n".join(lines) + "\n")
     return path
 
 

@@ -19,7 +19,7 @@ def partial_path(path: Path) -> Path:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file whole or not at all, never at the cost of what is there; line ends stay as given."""
     partial = partial_path(path)
-    partial.write_text(text, newline="")
+    partial.write_text(text, encoding="utf-8", newline="")
     partial.replace(path)
 
 

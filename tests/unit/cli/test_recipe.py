@@ -1,5 +1,6 @@
 """`genstream distill --recipe`: a chain of training runs, from nothing to a model."""
 
+import errno
 import json
 import shutil
 from types import SimpleNamespace
@@ -182,6 +183,21 @@ def test_curves_show_all_losses(tmp_path, curves, last, scale):
     logs_of(tmp_path / "distilled", "", last=last)
     report.write_report([stage("distilled", "distill student")], tmp_path)
     assert curves["distilled"].get_yscale() == scale
+
+
+def test_a_full_disk_costs_no_report(tmp_path, monkeypatch):
+    path = report.write_report([stage("text", "train text")], tmp_path)
+    before = path.read_text()
+
+    def write_half(self, text, **how):
+        with self.open("w") as file:
+            file.write(text[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(path), "write_text", write_half)
+    with pytest.raises(OSError, match="No space left"):
+        report.write_report([stage("text", "train text"), stage("vae", "train vae")], tmp_path)
+    assert path.read_text() == before
 
 
 @pytest.fixture
