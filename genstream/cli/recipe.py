@@ -16,6 +16,7 @@ import genstream.training
 from genstream.cli.settings import parse_settings
 from genstream.cli.trainers import TRAINERS
 from genstream.io.model_folder import INDEX_NAME, installed_models, read_object
+from genstream.io.partial import partial_path
 from genstream.training.model_run import LATENTS_FOLDER
 from genstream.training.processes import once
 from genstream.training.starting import RESULT_FOLDER
@@ -84,9 +85,15 @@ def run_recipe(stages: list[Stage], output: Path) -> Path:
     made, model = output / stages[-1].name / RESULT_FOLDER, output / RESULT_FOLDER
 
     def copy() -> None:
-        if (made / INDEX_NAME).is_file():
-            shutil.rmtree(model, ignore_errors=True)
-            shutil.copytree(made, model)
+        if not (made / INDEX_NAME).is_file():
+            return
+        # Under another name, so that a kill never leaves half of a model: what has no index is none.
+        partial = partial_path(model)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(made, partial)
+        (model / INDEX_NAME).unlink(missing_ok=True)
+        shutil.rmtree(model, ignore_errors=True)
+        partial.rename(model)
 
     once(copy)
     return model

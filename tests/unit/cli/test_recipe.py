@@ -226,6 +226,36 @@ def test_one_process_copies_the_model_and_writes_the_report(
     assert capsys.readouterr().out == (printed if is_main_process else "")
 
 
+@pytest.mark.parametrize("killed_while", ["copytree", "rmtree"])
+def test_a_kill_never_leaves_half_of_a_model(chain, tmp_path, monkeypatch, killed_while):
+    output = tmp_path / "runs"
+    command = ["distill", "--recipe", str(chain), "--output", str(output)]
+    made, model = output / "vae" / "model", output / "model"
+    for folder in (made, model):
+        folder.mkdir(parents=True)
+        for name in ("model_index.json", "weights"):
+            (folder / name).write_text(f"{name} of {folder}")
+
+    def copy_half(source, target):
+        target.mkdir()
+        (target / "model_index.json").touch()
+        raise Killed
+
+    def remove_half(folder, **how):
+        if folder.is_dir():
+            (folder / "weights").unlink()
+            raise Killed
+
+    with monkeypatch.context() as context:
+        context.setattr(shutil, killed_while, {"copytree": copy_half, "rmtree": remove_half}[killed_while])
+        with pytest.raises(Killed):
+            main(command)
+    assert (model / "weights").is_file() or not (model / "model_index.json").exists()
+    assert main(command) == 0
+    assert (model / "weights").read_text() == f"weights of {made}"
+    assert [*output.glob("*partial*")] == []
+
+
 def test_a_recipe_in_this_folder_has_the_name_of_it(chain, monkeypatch, capsys):
     monkeypatch.chdir(chain)
     assert main(["distill", "--recipe", "."]) == 0
