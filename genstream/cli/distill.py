@@ -9,7 +9,14 @@ import argparse
 from pathlib import Path
 
 from genstream.cli.settings import parse_settings
-from genstream.cli.trainers import TRAINERS, parts_of, run_training, show_training
+from genstream.cli.trainers import (
+    RECIPE_INDEX,
+    TRAINERS,
+    known_recipes,
+    parts_of,
+    run_training,
+    show_training,
+)
 from genstream.cli.units import gpu_memory
 
 
@@ -18,7 +25,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "distill", help="make a model smaller and faster", description=__doc__, allow_abbrev=False
     )
-    parser.add_argument("--recipe", help="toyworld, or a folder with a recipe.json")
+    parser.add_argument("--recipe", help=f"{', '.join(known_recipes())}, or a folder with a {RECIPE_INDEX}")
     parser.add_argument("--output", type=Path, help="folder of the recipe's runs (runs/RECIPE)")
     parser.set_defaults(run=run_chain)
     parts = parser.add_subparsers(metavar="PART")

@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import genstream.training
 from genstream.cli.settings import parse_settings
-from genstream.cli.trainers import TRAINERS
+from genstream.cli.trainers import RECIPE_INDEX, RECIPES, TRAINERS, known_recipes
 from genstream.io.model_folder import INDEX_NAME, installed_models, read_object
 from genstream.io.partial import partial_path
 from genstream.training.model_run import LATENTS_FOLDER
@@ -23,8 +22,6 @@ from genstream.training.starting import RESULT_FOLDER
 
 logger = logging.getLogger(__name__)
 
-_RECIPES = Path(genstream.training.__file__).parent / "recipes"
-_INDEX = "recipe.json"
 _PLACES = ("vae", "initial", "text_encoder", "teacher")
 _TAKEN = (RESULT_FOLDER, LATENTS_FOLDER)
 """Folders beside those of the stages."""
@@ -47,26 +44,21 @@ class Stage:
     train: Callable[[Any, Path], None]
 
 
-def known_recipes() -> list[str]:
-    """Names of the recipes inside the package."""
-    return sorted(path.parent.name for path in _RECIPES.glob(f"*/{_INDEX}"))
-
-
 def read_recipe(name_or_folder: str, output: Path) -> list[Stage]:
     """The stages of a recipe whose runs lie in `output`; all settings are checked.
 
     Raises:
         ValueError: there is no such recipe; a stage's command or one of its settings is unknown or wrong.
     """
-    folder = _RECIPES / name_or_folder if name_or_folder in known_recipes() else Path(name_or_folder)
-    if not (folder / _INDEX).is_file():
+    folder = RECIPES / name_or_folder if name_or_folder in known_recipes() else Path(name_or_folder)
+    if not (folder / RECIPE_INDEX).is_file():
         raise ValueError(
-            f"recipe must be one of {', '.join(known_recipes())} or a folder with a {_INDEX}, "
+            f"recipe must be one of {', '.join(known_recipes())} or a folder with a {RECIPE_INDEX}, "
             f"got {name_or_folder!r}"
         )
-    stages = read_object(folder / _INDEX).get("stages")
+    stages = read_object(folder / RECIPE_INDEX).get("stages")
     if not isinstance(stages, dict) or not stages:
-        raise ValueError(f"stages in {str(folder / _INDEX)!r} must name at least one, got {stages!r}")
+        raise ValueError(f"stages in {str(folder / RECIPE_INDEX)!r} must name at least one, got {stages!r}")
     made: list[Stage] = []
     for name, command in stages.items():
         made.append(_stage(name, command, folder / f"{name}.json", output, [stage.name for stage in made]))

@@ -1,4 +1,4 @@
-"""The training commands: what each one trains, with which settings."""
+"""The training commands: what each one trains, with which settings; and the recipes that chain them."""
 
 import importlib
 import logging
@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import genstream.training
 from genstream.cli.settings import parse_settings
+
+RECIPES = Path(genstream.training.__file__).parent / "recipes"
+RECIPE_INDEX = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,11 @@ def parts_of(verb: str) -> dict[str, Trainer]:
         for name, trainer in TRAINERS.items()
         if name.startswith(f"{verb} ")
     }
+
+
+def known_recipes() -> list[str]:
+    """Names of the recipes inside the package."""
+    return sorted(path.parent.name for path in RECIPES.glob(f"*/{RECIPE_INDEX}"))
 
 
 def run_training(command: str, texts: list[str], others: ArgumentParser | None = None) -> int:

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from genstream.cli import report
 from genstream.cli.__main__ import main
-from genstream.cli.recipe import Stage, known_recipes, read_recipe
-from genstream.cli.trainers import Trainer
+from genstream.cli.recipe import Stage, read_recipe
+from genstream.cli.trainers import Trainer, known_recipes
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.training import processes, self_forcing
 from genstream.training.record import Training, write_record
@@ -272,6 +272,13 @@ def test_all_recipes_inside_the_package_fit_their_commands(tmp_path):
                 if (value := getattr(stage.settings, place, None)) is not None:
                     earlier = value.removeprefix(f"{tmp_path}/").split("/")[0]
                     assert earlier in [other.name for other in stages[: stages.index(stage)]]
+
+
+def test_help_names_all_recipes(capsys):
+    with pytest.raises(SystemExit):
+        main(["distill", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"--recipe RECIPE {', '.join(known_recipes())}, or a folder with a recipe.json" in text
 
 
 @pytest.mark.parametrize(
