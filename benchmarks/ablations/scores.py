@@ -1,9 +1,8 @@
 """What the judge saw in the streams of a trial, kept in a file beside the runs."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import genstream.evaluation
 from genstream.cli.window_judge import judge_together
 from genstream.data.prompts import EvaluationPrompt, evaluation_prompts
 from genstream.evaluation.judge import ClipScore
-from genstream.io.checkpoint import sha256 as file_sha256
+from genstream.io.digest import folder_digest
 from genstream.io.partial import write_whole
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler
@@ -110,24 +109,14 @@ def student(trial: Trial, folder: Path) -> CausalVideoPipeline:
 
 def _made_from(trial: Trial, folder: Path, prompts: Sequence[EvaluationPrompt]) -> dict[str, Any]:
     """All that decides the scores, as json gives it back; of model and judge hashes of their files."""
-    record = folder / RECORD_FOLDER
     about = {
         "trial": asdict(trial),
         "captions": [prompt.caption for prompt in prompts],
         "seed": _SEED,
-        "model": _digest(folder, [path for path in folder.rglob("*") if record not in path.parents]),
-        "judging": [_digest(code, code.rglob("*.py")) for code in _JUDGING],
+        "model": folder_digest(folder, without=RECORD_FOLDER),
+        "judging": [folder_digest(code, without="__pycache__") for code in _JUDGING],
     }
     return dict(json.loads(json.dumps(about)))
-
-
-def _digest(folder: Path, paths: Iterable[Path]) -> str:
-    """Hash of what the files among `paths`, all inside `folder`, are called there and hold."""
-    digest = sha256()
-    for path in sorted(paths):
-        if path.is_file():
-            digest.update(f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n".encode())
-    return digest.hexdigest()
 
 
 def _content(numbers: Sequence[int], streams: Sequence[Sequence[ClipScore]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +38,7 @@ from genstream.training.objectives import clean_from, segment_velocity
 from genstream.training.precision import Precision, computing_in
 from genstream.training.processes import evaluation_rng, once, own_rng, process
 from genstream.training.prompts import prompts_from
-from genstream.training.record import Training, claimed_run, is_finished
+from genstream.training.record import Origins, Training, claimed_run, is_finished
 from genstream.training.starting import RESULT_FOLDER, load_model, model_folder
 from genstream.training.trajectories import Sampling, Trajectories, collect, solve, stream
 
@@ -232,7 +233,8 @@ def _at(states: Tensor, levels: Tensor) -> Tensor:
 
 def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
     """Sample the paths, train, and continue what `output` already holds; the result is `output`/model."""
-    if is_finished(output / RESULT_FOLDER, output.name, settings, settings.total_steps):
+    origins = _origins(settings)
+    if is_finished(output / RESULT_FOLDER, output.name, settings, settings.total_steps, origins):
         return
     pipe = load_model("teacher", settings.teacher)
     chunk, together = settings.chunk_frames, pipe.settings.chunk_frames
@@ -268,7 +270,7 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
             noise = torch.randn(count, *shape, generator=generator).to(denoiser.transformer.device)
             return Trajectories(captions, solve(denoiser, noise, captions, sampling))
 
-    with claimed_run(output, settings, settings.prompts):
+    with claimed_run(output, settings, origins, settings.prompts):
         paths = collect(sample, settings.trajectories, output / _TRAJECTORIES_FOLDER)
         sizes = [chunk] if is_causal else range(1, chunk + 1)
         run(settings.loop, AdaptationTrainee(settings, denoiser, paths, sampling.sigmas, sizes), output)
@@ -302,8 +304,13 @@ def export(student: Denoiser, settings: AdaptationSettings, shift: float, output
         logs={output.name: output / "log.csv"},
         steps=steps_taken(output),
     )
-    origin = model_folder("teacher", settings.teacher)
-    save_model(pipe, output / RESULT_FOLDER, [origin], training, card_of(origin))
+    card = card_of(model_folder("teacher", settings.teacher))
+    save_model(pipe, output / RESULT_FOLDER, _origins(settings), training, card)
+
+
+def _origins(settings: AdaptationSettings) -> Origins:
+    """What a student is made from."""
+    return {"teacher": partial(model_folder, "teacher", settings.teacher)}
 
 
 def _latents_shape(pipe: CausalVideoPipeline) -> tuple[int, int, int, int]:

@@ -9,6 +9,7 @@ of its clips.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from genstream.training.components import save_component, with_statistics
 from genstream.training.loop import run, steps_taken
 from genstream.training.processes import once, process
-from genstream.training.record import Training, claimed_run, is_finished, write_record
+from genstream.training.record import Origins, Training, claimed_run, is_finished, write_record
 from genstream.training.vae_clips import clip_source
 from genstream.training.vae_losses import VAELossWeights, VAEObjective, VisionAlignment, psnr_db
 from genstream.training.vae_run import VAERunSettings, last_figures
@@ -26,7 +27,7 @@ from genstream.training.vae_windows import Caption, ClipSource, WindowSettings, 
 from genstream.vae.adapters.base import Adapter
 from genstream.vae.causal import CausalVideoVAE, Latents
 from genstream.vae.causal_network import Norm
-from genstream.vae.loading import load_vae
+from genstream.vae.loading import component_folder, load_vae
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,13 @@ class CausalVAETrainingSettings(VAERunSettings):
         )
 
     @property
+    def origins(self) -> Origins:
+        """The image VAE too, where there is one."""
+        if self.initial_image_vae is None:
+            return super().origins
+        return {**super().origins, "initial_image_vae": partial(component_folder, self.initial_image_vae)}
+
+    @property
     def windows(self) -> WindowSettings:
         """How clips are cut."""
         return WindowSettings(window_frames=self.window_frames, gradient_windows=self.gradient_windows)
@@ -120,13 +128,13 @@ class CausalVAETrainingSettings(VAERunSettings):
 
 def train_causal_vae(settings: CausalVAETrainingSettings, output: Path) -> None:
     """Train, continuing what `output` already holds; the result is the component `output`/vae."""
-    if is_finished(output / _RESULT_FOLDER, _NAME, settings, settings.total_steps):
+    if is_finished(output / _RESULT_FOLDER, _NAME, settings, settings.total_steps, settings.origins):
         return
     torch.manual_seed(settings.seed)
     vae = _new_vae(settings)
     clips = clip_source(settings, vae.spec)
     objective = VAEObjective(vae, settings.weights, settings.perceptual(process().device))
-    with claimed_run(output, settings):
+    with claimed_run(output, settings, settings.origins):
         run(settings.loop, CausalVAETrainee(objective, clips, settings.windows), output)
         once(lambda: export(vae, settings, clips, output))
 

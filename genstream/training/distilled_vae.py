@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,14 @@ from genstream.training.components import save_component
 from genstream.training.initialisation import initialise_decoder, take_over_decoder
 from genstream.training.loop import run, steps_taken
 from genstream.training.processes import once, process
-from genstream.training.record import RECORD_FOLDER, Training, claimed_run, is_finished, write_record
+from genstream.training.record import (
+    RECORD_FOLDER,
+    Origins,
+    Training,
+    claimed_run,
+    is_finished,
+    write_record,
+)
 from genstream.training.vae_clips import clip_source
 from genstream.training.vae_distillation import (
     DecoderDistillation,
@@ -112,6 +120,11 @@ class VAEDistillationSettings(VAERunSettings):
         _ = self.objective  # checks its part
 
     @property
+    def origins(self) -> Origins:
+        """The teacher too."""
+        return {**super().origins, "teacher": partial(_teacher_folder, self.teacher)}
+
+    @property
     def objective(self) -> DistillationSettings:
         """How much each loss counts."""
         return DistillationSettings(
@@ -128,7 +141,7 @@ class VAEDistillationSettings(VAERunSettings):
 
 def distill_vae(settings: VAEDistillationSettings, output: Path) -> None:
     """Train the student, continuing what `output` already holds; the result is the component `output`/vae."""
-    if is_finished(output / _RESULT_FOLDER, _NAME, settings, settings.total_steps):
+    if is_finished(output / _RESULT_FOLDER, _NAME, settings, settings.total_steps, settings.origins):
         return
     device = process().device
     teacher_folder = _teacher_folder(settings.teacher)
@@ -142,7 +155,7 @@ def distill_vae(settings: VAEDistillationSettings, output: Path) -> None:
         clip_source(settings, teacher.spec),
         settings.perceptual(device),
     )
-    with claimed_run(output, settings):
+    with claimed_run(output, settings, settings.origins):
         run(settings.loop, trainee, output)
         once(lambda: export(student, teacher, settings, output))
 

@@ -6,8 +6,9 @@ import json
 import logging
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -28,7 +29,14 @@ from genstream.training.denoiser import Denoiser, copy_weights, for_training
 from genstream.training.loop import run, steps_taken
 from genstream.training.model_settings import ModelRunSettings
 from genstream.training.processes import once, own_rng, process, shared_rng
-from genstream.training.record import RECORD_FOLDER, Training, claimed_run, is_finished, write_record
+from genstream.training.record import (
+    RECORD_FOLDER,
+    Origins,
+    Training,
+    claimed_run,
+    is_finished,
+    write_record,
+)
 from genstream.training.starting import (
     RESULT_FOLDER,
     load_latents_vae,
@@ -98,11 +106,12 @@ def train_model(
 
     The result is `output`/model, written by `export` from the model, its settings and the run's folder.
     """
-    if is_finished(output / RESULT_FOLDER, output.name, settings, settings.total_steps):
+    origins = _origins(settings)
+    if is_finished(output / RESULT_FOLDER, output.name, settings, settings.total_steps, origins):
         return
     pipe = starting_model(settings)
     clips = _clips(settings, pipe)
-    with claimed_run(output, settings):
+    with claimed_run(output, settings, origins):
         module_of(pipe.vae).to(process().device)
         latents = encode_clips(clips, pipe.streaming_vae, output.parent / LATENTS_FOLDER, settings.precision)
         if isinstance(clips, VideoClips):
@@ -175,23 +184,25 @@ def save_trained(
         steps=steps_taken(run_folder),
     )
     card = _toyworld_card() if settings.videos is None else _video_card(settings, name)
-    save_model(pipe, run_folder / RESULT_FOLDER, _ancestors(settings), training, card)
+    save_model(pipe, run_folder / RESULT_FOLDER, _origins(settings), training, card)
 
 
-def _ancestors(settings: ModelRunSettings) -> list[Path]:
-    """Folders of what a model was made from."""
-    folders = [] if settings.videos is not None else [component_folder(settings.vae)]
+def _origins(settings: ModelRunSettings) -> Origins:
+    """What a model is made from."""
+    origins: dict[str, Callable[[], Path]] = {}
+    if settings.videos is None:
+        origins["vae"] = partial(component_folder, settings.vae)
     if settings.text_encoder is not None:
-        folders.append(text_encoder_folder(settings.text_encoder))
+        origins["text_encoder"] = partial(text_encoder_folder, settings.text_encoder)
     if settings.initial is not None:
-        folders.append(model_folder("initial", settings.initial))
-    return folders
+        origins["initial"] = partial(model_folder, "initial", settings.initial)
+    return origins
 
 
 def save_model(
     pipe: CausalVideoPipeline,
     folder: Path,
-    ancestors: Sequence[Path],
+    origins: Origins,
     training: Training,
     card: Mapping[str, object] | None,
 ) -> None:
@@ -200,7 +211,7 @@ def save_model(
     Args:
         pipe: the model.
         folder: to write to; replaced if it is there.
-        ancestors: folders of what it was made from, whose records it keeps.
+        origins: what it was made from, whose records it keeps.
         training: how it was made.
         card: what `genstream models` says of it; None for its name alone.
     """
@@ -213,9 +224,9 @@ def save_model(
     _forget_places(partial)
     if card is not None:
         (partial / CARD_NAME).write_text(json.dumps(card, indent=1) + "\n")
-    for ancestor in ancestors:
-        if (ancestor / RECORD_FOLDER).is_dir():
-            shutil.copytree(ancestor / RECORD_FOLDER, partial / RECORD_FOLDER, dirs_exist_ok=True)
+    for find in origins.values():
+        if (record := find() / RECORD_FOLDER).is_dir():
+            shutil.copytree(record, partial / RECORD_FOLDER, dirs_exist_ok=True)
     write_record(partial, training)
     if folder.exists():
         shutil.rmtree(folder)

@@ -42,7 +42,7 @@ from genstream.training.model_run import LATENTS_FOLDER, card_of, save_model
 from genstream.training.precision import Precision
 from genstream.training.processes import evaluation_rng, once, own_rng, shared_rng
 from genstream.training.prompts import Asked, ClipPieces, PromptSource, prompts_from
-from genstream.training.record import Training, claimed_run, is_finished
+from genstream.training.record import Origins, Training, claimed_run, is_finished
 from genstream.training.rollout import RolloutEngine, rollout
 from genstream.training.starting import RESULT_FOLDER, load_model, model_folder
 from genstream.vae.tiny import TinyVideoVAE
@@ -335,7 +335,8 @@ def check_models(settings: SelfForcingSettings) -> Judged:
 
 def distill_student(settings: SelfForcingSettings, output: Path) -> None:
     """Distil, continuing what `output` already holds; the result is `output`/model."""
-    if is_finished(output / RESULT_FOLDER, output.name, settings, settings.total_steps):
+    origins = _origins(settings)
+    if is_finished(output / RESULT_FOLDER, output.name, settings, settings.total_steps, origins):
         return
     judged = check_models(settings)
     taught, pipe = load_model("teacher", settings.teacher), _load_initial(settings)
@@ -356,7 +357,7 @@ def distill_student(settings: SelfForcingSettings, output: Path) -> None:
         pipe,
         judged.horizon_chunks,
     )
-    with claimed_run(output, settings, settings.prompts):
+    with claimed_run(output, settings, origins, settings.prompts):
         run(settings.loop, trainee, output)
         once(lambda: export(student, settings, output))
     logger.info("distilled student in %s", output / RESULT_FOLDER)
@@ -412,5 +413,13 @@ def export(student: Denoiser, settings: SelfForcingSettings, output: Path) -> No
         logs={name: output / "log.csv"},
         steps=steps_taken(output),
     )
-    teacher, initial = model_folder("teacher", settings.teacher), model_folder("initial", settings.initial)
-    save_model(pipe, output / RESULT_FOLDER, [teacher, initial], training, card_of(initial))
+    card = card_of(model_folder("initial", settings.initial))
+    save_model(pipe, output / RESULT_FOLDER, _origins(settings), training, card)
+
+
+def _origins(settings: SelfForcingSettings) -> Origins:
+    """What a student is made from."""
+    return {
+        "teacher": partial(model_folder, "teacher", settings.teacher),
+        "initial": partial(model_folder, "initial", settings.initial),
+    }

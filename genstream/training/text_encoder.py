@@ -155,9 +155,9 @@ class TextTrainee:
 
 def train_text_encoder(settings: TextTrainingSettings, output: Path) -> None:
     """Train, and continue what `output` already holds; the result is `output`/text_encoder."""
-    if is_finished(output / RESULT_FOLDER, output.name, settings, settings.total_steps):
+    if is_finished(output / RESULT_FOLDER, output.name, settings, settings.total_steps, {}):
         return
-    with claimed_run(output, settings):
+    with claimed_run(output, settings, {}):
         torch.manual_seed(settings.seed)
         trainee = TextTrainee(settings)
         run(settings.loop, trainee, output)

@@ -124,9 +124,10 @@ class VAETrainingSettings:
 
 def train_vae(settings: VAETrainingSettings, output: Path) -> None:
     """Train both phases, continuing what `output` already holds; the result is the component `output`/vae."""
-    if is_finished(output / _RESULT_FOLDER, _NAME, settings, settings.joint_steps + settings.decoder_steps):
+    steps = settings.joint_steps + settings.decoder_steps
+    if is_finished(output / _RESULT_FOLDER, _NAME, settings, steps, {}):
         return
-    with claimed_run(output, settings):
+    with claimed_run(output, settings, {}):
         torch.manual_seed(settings.seed)
         frozen_folder = output / FROZEN_ENCODER_FOLDER
         if not frozen_folder.is_dir():

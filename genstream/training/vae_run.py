@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from genstream.training.loop import LoopSettings
 from genstream.training.perceptual import FeatureDistance, load_perceptual
 from genstream.training.precision import Precision
+from genstream.training.record import Origins
 from genstream.training.vae_clips import ClipSettings
 
 
@@ -53,6 +55,13 @@ class VAERunSettings(ClipSettings):
     def loop(self) -> LoopSettings:
         """Settings of the training loop."""
         return LoopSettings.of(self)
+
+    @property
+    def origins(self) -> Origins:
+        """The models that a VAE is made from, as `claimed_run` takes them."""
+        if self.perceptual_weight == 0 or self.perceptual_model is None:
+            return {}
+        return {"perceptual_model": partial(Path, self.perceptual_model)}
 
     def perceptual(self, device: torch.device) -> FeatureDistance | None:
         """The perceptual distance, None where it is switched off."""

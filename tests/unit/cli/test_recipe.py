@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from matplotlib.figure import Figure
+from retraining import retrain
 
 from genstream.cli import report
 from genstream.cli.__main__ import main
@@ -107,6 +108,11 @@ def test_a_chain_that_was_cut_off_goes_on_to_a_model_and_a_report(folder, tmp_pa
         assert f"## {name}\n\n3 prompts, 1 s each: colour " in text
         assert (output / f"{name}.png").is_file()
     assert (output / "curves.png").is_file()
+    retrain(output / "vae")
+    assert main(command) == 2
+    student, vae = output / "student", output / "vae" / "vae"
+    error = f"vae must hold the model that the run in '{student}' is made from, got another one in '{vae}'"
+    assert error in capsys.readouterr().err
 
 
 ROWS = "step,loss,learning_rate,seconds\n10,0.5,0.001,60\n20,{last},0.001,120\n"

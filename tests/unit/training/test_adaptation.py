@@ -1,11 +1,13 @@
 """Causal adaptation: sampling paths of a teacher, and students that follow them."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from retraining import retrain
 
 from genstream.cache.layout import CacheLayout, PositionPolicy
 from genstream.pipelines.causal_video import CausalVideoPipeline
@@ -320,6 +322,20 @@ def test_a_causal_teacher_teaches_fewer_steps_without_guidance(causal_teacher, t
     assert pipe.scheduler.config.steps == [1000.0, 500.0]
     with pytest.raises(ValueError, match="chunk_frames must be 2 like the causal teacher's, got 1"):
         adapt_teacher(AdaptationSettings(**{**settings, "chunk_frames": 1}), tmp_path / "other")
+
+
+def test_paths_of_another_teacher_are_not_mixed_with_those_before(teacher, tmp_path, monkeypatch):
+    def killed(*given):
+        raise Killed
+
+    shutil.copytree(teacher, tmp_path / "teacher")
+    settings = AdaptationSettings(**TINY, teacher=str(tmp_path / "teacher"))
+    monkeypatch.setattr(adaptation, "run", killed)
+    with pytest.raises(Killed):
+        adapt_teacher(settings, tmp_path / "run")
+    retrain(tmp_path / "teacher" / "transformer")
+    with pytest.raises(ValueError, match="teacher must hold the model that the run in"):
+        adapt_teacher(settings, tmp_path / "run")
 
 
 def test_paths_of_changed_prompts_are_not_mixed_with_those_before(teacher, tmp_path, monkeypatch):

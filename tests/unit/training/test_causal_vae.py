@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from retraining import retrain
 from torch import nn
 
 from genstream.cli.settings import parse_settings
@@ -138,6 +139,9 @@ def test_from_an_image_vae_whose_statistics_stay(tmp_path):
     frame = torch.rand(1, 3, 1, 32, 32) * 2 - 1
     with torch.no_grad():
         torch.testing.assert_close(vae.encode(frame), image_vae.encode(frame), atol=0.01, rtol=0.01)
+    retrain(tmp_path / "image")
+    with pytest.raises(ValueError, match="initial_image_vae must hold the model that the run in"):
+        train_causal_vae(replace(settings, learning_rate=1e-9), tmp_path / "run")
 
 
 def test_the_record_tells_command_and_results(tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from retraining import retrain
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ResNetConfig, ResNetModel
 
@@ -168,6 +169,9 @@ def test_the_record_tells_command_and_results(tmp_path):
     assert parse_settings("genstream distill vae", VAEDistillationSettings, words[3:])[0] == settings
     assert record["results"].keys() == {"psnr_db", "teacher_psnr_db", "speedup"}
     assert record["results"]["speedup"] > 0
+    retrain(tmp_path / "teacher")
+    with pytest.raises(ValueError, match="teacher must hold the model that the run in"):
+        distill_vae(settings, tmp_path / "run")
 
 
 def test_a_run_that_was_cut_off_goes_on_as_if_it_was_not(tmp_path, monkeypatch):

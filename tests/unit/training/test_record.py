@@ -1,13 +1,16 @@
 import json
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from retraining import retrain
 
 from genstream.cli.settings import parse_settings
-from genstream.training import text_encoder
-from genstream.training.record import Training, claimed_run, write_record
+from genstream.training import processes, text_encoder
+from genstream.training.record import Training, claimed_run, is_finished, write_record
 from genstream.training.student import StudentTrainingSettings
 from genstream.training.text_encoder import TextTrainee, TextTrainingSettings, train_text_encoder
 
@@ -20,8 +23,8 @@ def training_for(settings, log=None) -> Training:
     return Training(name="student_1", part="student", run=run, settings=settings, logs=logs, steps=7)
 
 
-def claim(output, settings) -> None:
-    with claimed_run(output, settings):
+def claim(output, settings, origins=None) -> None:
+    with claimed_run(output, settings, origins or {}):
         pass
 
 
@@ -67,7 +70,7 @@ def test_prompts_may_change_until_something_is_saved(tmp_path):
 
     def claim_with(text: str) -> None:
         prompts.write_text(text)
-        with claimed_run(run, StudentTrainingSettings(), str(prompts)):
+        with claimed_run(run, StudentTrainingSettings(), {}, str(prompts)):
             pass
 
     for text in ("a", "b"):
@@ -78,6 +81,92 @@ def test_prompts_may_change_until_something_is_saved(tmp_path):
         claim_with("a")
     (run / "prompts.sha256").unlink()  # as in runs of earlier versions
     claim_with("a")
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Folder of what counts as a model."""
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(8))
+    return folder
+
+
+def test_models_may_change_until_something_is_saved(tmp_path, model):
+    run = tmp_path / "run"
+    settings, origins = StudentTrainingSettings(vae=str(model)), {"vae": lambda: model}
+    claim(run, settings, origins)
+    retrain(model)
+    claim(run, settings, origins)
+    (run / "log.csv").write_text("step\n1\n")
+    claim(run, settings, origins)
+    retrain(model)
+    error = (
+        rf"vae must hold the model that the run in '{run}' is made from, got another one in '{model}': remove"
+    )
+    with pytest.raises(ValueError, match=error):
+        claim(run, settings, origins)
+    retrain(model)
+    claim(run, settings, origins)
+    (run / "models.json").unlink()  # as in runs of earlier versions
+    retrain(model)
+    claim(run, settings, origins)
+
+
+def finished_run(tmp_path, model):
+    """A run with its result; gives what tells whether it is finished."""
+    run, settings = tmp_path / "run", StudentTrainingSettings(vae=str(model))
+
+    def find():
+        if not model.is_dir():
+            raise ValueError("vae must be there")
+        return model
+
+    origins = {"vae": find}
+    claim(run, settings, origins)
+    (run / "model").mkdir()
+    write_record(run / "model", replace(training_for(settings), run=run))
+    return lambda: is_finished(run / "model", "student_1", settings, 7, origins)
+
+
+def test_a_finished_run_is_not_taken_for_one_of_other_models(tmp_path, model):
+    finished = finished_run(tmp_path, model)
+    (model / "training").mkdir()
+    (model / "training" / "vae.json").write_text("{}")
+    assert finished()
+    retrain(model)
+    with pytest.raises(ValueError, match=r"remove that run, and what was made from it, .* another output"):
+        finished()
+    retrain(model)
+    assert finished()
+
+
+@pytest.mark.parametrize("left", [None, "checkpoints"])
+def test_a_finished_run_outlives_the_models_that_it_was_made_from(tmp_path, model, left):
+    finished = finished_run(tmp_path, model)
+    shutil.rmtree(model)
+    if left is not None:
+        (model / left).mkdir(parents=True)  # of the run that is to make it anew
+    assert finished()
+
+
+def test_finished_runs_of_earlier_versions_stay_so(tmp_path, model):
+    finished = finished_run(tmp_path, model)
+    path = tmp_path / "run" / "model" / "training" / "student_1.json"
+    record = json.loads(path.read_text())
+    assert record.pop("models").keys() == {"vae"}
+    path.write_text(json.dumps(record))
+    retrain(model)
+    assert finished()
+
+
+def test_of_several_processes_one_reads_the_models(tmp_path, model, monkeypatch):
+    finished = finished_run(tmp_path, model)
+    state = SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: None)
+    monkeypatch.setattr(processes, "process", lambda: state)
+    retrain(model)
+    assert finished()  # the main process tells that it is not
 
 
 def test_damaged_settings_are_named(tmp_path):

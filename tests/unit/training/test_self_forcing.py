@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from retraining import retrain
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler
@@ -374,6 +375,29 @@ def test_statistics_that_one_folder_does_not_tell_may_be_the_same(runs, tmp_path
     folder = changed(runs, tmp_path, teacher_vae={"latents_mean": [0.0] * 4, "latents_std": [2.0] * 4})
     settings = settings_for(runs, teacher=str(folder / "teacher"))
     assert check_models(settings).horizon_chunks == HORIZON
+
+
+def test_a_student_is_made_from_the_models_that_its_record_tells(runs, tmp_path):
+    """When it is cut off, and once it is finished."""
+    folder = changed(runs, tmp_path)
+    settings = settings_for(
+        runs, teacher=str(folder / "teacher"), initial=str(folder / "student"), total_steps=1
+    )
+    run = tmp_path / "run"
+    distill_student(settings, run)
+    for result in ("model", "elsewhere"):
+        for name, setting in (("teacher", "teacher"), ("student", "initial")):
+            retrain(folder / name / "transformer")
+            with pytest.raises(
+                ValueError, match=f"{setting} must hold the model that the run in '{run}' is made"
+            ):
+                distill_student(settings, run)
+            retrain(folder / name / "transformer")
+        if result == "model":
+            (run / "model").rename(run / "elsewhere")
+    (run / "elsewhere").rename(run / "model")
+    shutil.rmtree(folder / "teacher")
+    distill_student(settings, run)
 
 
 def test_prompts_from_a_file(runs, tmp_path):

@@ -90,7 +90,7 @@ def save_pipeline(pipe, folder: Path) -> None:
     save_model(
         pipe,
         folder,
-        [],
+        {},
         Training(name="a", part="text", run=folder, settings=settings, logs={}, steps=1),
         None,
     )

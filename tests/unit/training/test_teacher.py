@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from retraining import retrain
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.training.denoiser import Denoiser
+from genstream.training.model_run import _origins
 from genstream.training.student import StudentTrainingSettings, train_student
 from genstream.training.teacher import TeacherTrainee, TeacherTrainingSettings, train_teacher
 
@@ -131,6 +133,21 @@ def test_a_teacher_starts_from_a_student(vae_folder, tmp_path):
     records = (tmp_path / "teacher" / "model" / "training").glob("*.json")
     assert {path.stem for path in records} == {"student", "teacher"}
     assert len(list((tmp_path / "latents").iterdir())) == 1
+    for name, folder in (("vae", vae_folder), ("initial", tmp_path / "student" / "model" / "transformer")):
+        retrain(folder)
+        with pytest.raises(
+            ValueError, match=rf"{name} must hold the model that the run in '.*teacher' is made"
+        ):
+            train_teacher(again, tmp_path / "teacher")
+        retrain(folder)
+
+
+def test_what_a_run_is_made_from():
+    parts = {"initial": "runs/student", "text_encoder": "runs/text"}
+    assert _origins(settings_for()).keys() == {"vae"}
+    assert _origins(settings_for(**parts)).keys() == {"vae", "initial", "text_encoder"}
+    videos = TeacherTrainingSettings(videos="clips", initial="runs/student", clip_chunks=6)
+    assert _origins(videos).keys() == {"initial"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""What tells that a folder holds something else."""
+
+import pytest
+
+from genstream.io import digest
+from genstream.io.digest import folder_digest
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("config.json", "vae/weights", "training/run.json", ".cache/when", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(range(64)))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("config.json", True),
+        ("vae/weights", True),
+        ("vae/training", True),
+        ("training/run.json", False),
+        (".cache/when", False),
+        ("vae/.hidden", False),
+        ("README.md", False),
+    ],
+)
+def test_every_file_counts_that_a_model_is_loaded_from(folder, name, counts):
+    before = folder_digest(folder, without="training")
+    assert folder_digest(folder, without="training") == before
+    (folder / name).write_bytes(b"other")
+    assert (folder_digest(folder, without="training") != before) is counts
+
+
+def test_names_count_and_places_do_not(folder, tmp_path_factory):
+    before = folder_digest(folder, without="training")
+    moved = folder.rename(tmp_path_factory.mktemp("moved") / "there")
+    (moved / "link").symlink_to("vae", target_is_directory=True)
+    assert folder_digest(moved, without="training") != before
+    (moved / "link").unlink()
+    assert folder_digest(moved, without="training") == before
+    (moved / "vae").rename(moved / "other")
+    assert folder_digest(moved, without="training") != before
+
+
+def test_of_large_files_blocks_from_start_to_end_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(digest, "_BLOCKS", 3)
+    monkeypatch.setattr(digest, "_BLOCK_BYTES", 4)
+    path, content = tmp_path / "weights", bytes(range(64))
+    path.write_bytes(content)
+    before = folder_digest(tmp_path, without="training")
+    seen = set()
+    for place in (0, 3, 4, 29, 30, 33, 34, 59, 60, 63):
+        path.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+        if folder_digest(tmp_path, without="training") != before:
+            seen.add(place)
+    assert seen == {0, 3, 30, 33, 60, 63}
+    path.write_bytes(content[:-4] + b"\0" + content[-4:])
+    assert folder_digest(tmp_path, without="training") != before
