@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
-from genstream.schedulers.few_step import FewStepScheduler
 from genstream.shapes import check_unused, frames_of
 from genstream.streaming.noise import SeededNoise
 from genstream.streaming.request import StreamRequest
@@ -367,7 +366,7 @@ def _load_initial(settings: SelfForcingSettings) -> CausalVideoPipeline:
     """The student as it is before, with the shift that it is to have."""
     pipe = load_model("initial", settings.initial)
     if settings.shift is not None:
-        pipe.scheduler = FewStepScheduler.from_config(pipe.scheduler.config, shift=settings.shift)
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=settings.shift)
     return pipe
 
 

@@ -11,7 +11,7 @@ import torch
 from retraining import retrain
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
-from genstream.schedulers.few_step import FewStepScheduler
+from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.training import self_forcing
 from genstream.training.adaptation import AdaptationSettings, adapt_teacher
 from genstream.training.correctors import Discriminator, Matching
@@ -406,6 +406,21 @@ def test_prompts_from_a_file(runs, tmp_path):
     distill_student(settings, tmp_path / "run")
     pipe = CausalVideoPipeline.from_pretrained(tmp_path / "run" / "model")
     assert pipe.scheduler.config.shift == 2.0
+
+
+@pytest.mark.parametrize("kind", [FewStepScheduler, FlowEulerScheduler])
+def test_another_shift_keeps_sampler_and_steps(runs, tmp_path, kind):
+    """Euler steps are those of students that `distill causal --objective multistep` makes."""
+    folder = changed(runs, tmp_path)
+    steps = {"steps": STREAM.steps} if kind is FewStepScheduler else {"num_steps": 3}
+    pipe = CausalVideoPipeline.from_pretrained(folder / "student")
+    pipe.scheduler = kind(**steps, shift=STREAM.shift)
+    pipe.save_pretrained(folder / "student")
+    settings = settings_for(runs, initial=str(folder / "student"), total_steps=1, shift=2.0)
+    distill_student(settings, tmp_path / "run")
+    distilled = CausalVideoPipeline.from_pretrained(tmp_path / "run" / "model")
+    assert type(distilled.scheduler) is kind
+    assert distilled.scheduler.schedule() == kind(**steps, shift=2.0).schedule()
 
 
 def test_prompts_are_the_lines_of_a_file_as_an_editor_shows_them(tmp_path):
