@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -25,6 +25,7 @@ from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.shapes import check_unused
 from genstream.training.denoiser import Denoiser, copy_weights, for_training, velocity_in
 from genstream.training.forcing import (
+    FORCED,
     Context,
     ForcedSequence,
     draw_context,
@@ -33,6 +34,7 @@ from genstream.training.forcing import (
     with_noisy_context,
 )
 from genstream.training.loop import LoopSettings, run, steps_taken
+from genstream.training.model_config import ModelConfig, check_stream
 from genstream.training.model_run import card_of, save_model
 from genstream.training.objectives import clean_from, segment_velocity
 from genstream.training.precision import Precision, computing_in
@@ -236,15 +238,19 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
     origins = _origins(settings)
     if is_finished(output / RESULT_FOLDER, output.name, settings, settings.total_steps, origins):
         return
-    pipe = load_model("teacher", settings.teacher)
-    chunk, together = settings.chunk_frames, pipe.settings.chunk_frames
-    is_causal = pipe.settings.sees_past
+    model = ModelConfig.of("teacher", settings.teacher)
+    check_stream("teacher", model, FORCED)  # the student streams so too
+    chunk, together = settings.chunk_frames, model.chunk_frames
+    is_causal = model.settings.sees_past
     if is_causal and chunk != together:
         raise ValueError(f"chunk_frames must be {together} like the causal teacher's, got {chunk}")
     if together % chunk:
         raise ValueError(f"chunk_frames must divide {together}, the teacher's frames, got {chunk}")
     if not is_causal:
         check_unused(settings, ["stream_chunks"], "for a teacher of whole clips")
+    elif settings.guidance_scale is not None:
+        _ = replace(model.settings, guidance_scale=settings.guidance_scale)  # checks it
+    pipe = load_model("teacher", settings.teacher)
     prompts = prompts_from(settings.prompts, [Denoiser.of(pipe)])
     torch.manual_seed(settings.seed)
     denoiser = for_training(Denoiser.of(pipe), checkpointing=settings.gradient_checkpointing)

@@ -7,14 +7,27 @@ of one sequence; a frame mask gives each exactly the context that it has while s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Self
 
 import numpy as np
 
 from genstream.cache.layout import PositionPolicy
-from genstream.streaming.settings import StreamSettings
+from genstream.streaming.presets import EngineKind
+from genstream.streaming.settings import ContextPolicy, StreamSettings
+
+FORCED: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {
+        "engine": (EngineKind.CACHE,),
+        "independent_first_frame": (False,),
+        "context": (ContextPolicy.CLEAN, ContextPolicy.FUSED, ContextPolicy.RECOMPUTE),
+        "context_timestep": (0.0,),
+        "past_weight": (1.0,),
+    }
+)
+"""Of each setting of a stream the values for which a sequence shows a chunk what the stream does."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from genstream.io.model_folder import INDEX_NAME, read_object
 from genstream.pipelines.memory import bare_vae
+from genstream.streaming.presets import EngineKind
 from genstream.streaming.settings import StreamSettings
 from genstream.training.forcing import Context
 from genstream.training.starting import model_folder
@@ -55,6 +56,11 @@ class ModelConfig:
         return StreamSettings(**{name: self.index[name] for name in _STREAM if name in self.index})
 
     @property
+    def engine(self) -> str:
+        """What generates its chunks."""
+        return str(self.index.get("engine", EngineKind.CACHE))
+
+    @property
     def chunk_frames(self) -> int:
         """Latent frames generated together."""
         return self.settings.chunk_frames
@@ -94,6 +100,36 @@ class ModelConfig:
     def vae(self) -> StreamingVAE:
         """Likewise."""
         return bare_vae(self.folder)
+
+
+def check_stream(name: str, model: ModelConfig, followed: Mapping[str, Collection[object]]) -> None:
+    """Refuse a model that streams in a way that training does not follow.
+
+    Args:
+        name: setting that gives the model.
+        model: the model.
+        followed: values that are followed, of each setting of its stream that matters.
+
+    Raises:
+        ValueError: one of its settings has another value, or its past is made from decoded frames.
+    """
+    values = {**asdict(model.settings), "engine": model.engine}
+    for setting, allowed in followed.items():
+        if (value := values[setting]) not in allowed:
+            texts = " or ".join(map(_text, allowed))
+            raise ValueError(
+                f"{setting} of {name} must be {texts}, which training can follow, got {_text(value)}"
+            )
+    if model.settings.reencodes:
+        raise ValueError(
+            f"sink_frames of {name} must be above 0 for context 'recompute', which is made from decoded "
+            "frames without sinks, and training decodes none; got 0"
+        )
+
+
+def _text(value: object) -> str:
+    """A setting's value as it is written; policies and engines by their names."""
+    return repr(str(value) if isinstance(value, str) else value)
 
 
 def check_same_latents(teacher: ModelConfig, student: ModelConfig) -> None:

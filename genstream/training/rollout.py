@@ -20,7 +20,8 @@ from genstream.streaming.request import StreamRequest
 from genstream.streaming.settings import ContextPolicy
 from genstream.streaming.state import StreamState
 
-_CONTEXTS = (ContextPolicy.CLEAN, ContextPolicy.RECOMPUTE)
+CONTEXTS = (ContextPolicy.CLEAN, ContextPolicy.RECOMPUTE)
+"""The last step of a rollout writes nothing that a context could be made of."""
 
 
 Copy = tuple[Tensor, Tensor]
@@ -115,9 +116,9 @@ class RolloutEngine(CacheEngine):
 
     def _check_context(self, request: StreamRequest) -> None:
         super()._check_context(request)
-        if request.settings.context not in _CONTEXTS:
+        if request.settings.context not in CONTEXTS:
             raise ValueError(
-                f"context must be one of {[str(each) for each in _CONTEXTS]} for a rollout with gradient, "
+                f"context must be one of {[str(each) for each in CONTEXTS]} for a rollout with gradient, "
                 f"whose last step writes nothing, got {str(request.settings.context)!r}"
             )
 

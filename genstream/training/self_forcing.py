@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.shapes import check_unused, frames_of
 from genstream.streaming.noise import SeededNoise
+from genstream.streaming.presets import EngineKind
 from genstream.streaming.request import StreamRequest
 from genstream.training.clips import ClipSet, encode_clips
 from genstream.training.correctors import (
@@ -34,20 +35,22 @@ from genstream.training.correctors import (
     Piece,
 )
 from genstream.training.denoiser import Denoiser, copy_weights, for_training
-from genstream.training.forcing import Context
+from genstream.training.forcing import FORCED, Context
 from genstream.training.loop import LoopSettings, run, steps_taken
-from genstream.training.model_config import ModelConfig, check_same_latents
+from genstream.training.model_config import ModelConfig, check_same_latents, check_stream
 from genstream.training.model_run import LATENTS_FOLDER, card_of, save_model
 from genstream.training.precision import Precision
 from genstream.training.processes import evaluation_rng, once, own_rng, shared_rng
 from genstream.training.prompts import Asked, ClipPieces, PromptSource, prompts_from
 from genstream.training.record import Origins, Training, claimed_run, is_finished
-from genstream.training.rollout import RolloutEngine, rollout
+from genstream.training.rollout import CONTEXTS, RolloutEngine, rollout
 from genstream.training.starting import RESULT_FOLDER, load_model, model_folder
 from genstream.vae.tiny import TinyVideoVAE
 
 logger = logging.getLogger(__name__)
 
+_ROLLED_OUT = {"engine": (EngineKind.CACHE,), "independent_first_frame": (False,), "context": CONTEXTS}
+"""Of each setting of the student's stream the values that pieces of rollouts are right for."""
 _SEEDS = 2**62
 _EVALUATION_STREAMS = 16
 """Of each length, at least."""
@@ -306,12 +309,15 @@ def check_models(settings: SelfForcingSettings) -> Judged:
     """Whether teacher and student fit each other and the settings; nothing is loaded.
 
     Raises:
-        ValueError: one is no model, or they do not.
+        ValueError: one is no model, or streams in a way that is not followed, or they do not.
     """
     teacher, student = (
         ModelConfig.of("teacher", settings.teacher),
         ModelConfig.of("initial", settings.initial),
     )
+    check_stream("initial", student, _ROLLED_OUT)
+    if teacher.settings.sees_past:
+        check_stream("teacher", teacher, FORCED)
     check_same_latents(teacher, student)
     try:
         context = teacher.context

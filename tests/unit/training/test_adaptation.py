@@ -126,13 +126,15 @@ def causal_teacher(build_pipeline):
     )
 
 
-def test_paths_of_a_causal_teacher_are_its_streams(causal_teacher):
+@pytest.mark.parametrize(("context", "guidance"), [("clean", 2.0), ("fused", 1.0), ("recompute", 2.0)])
+def test_paths_of_a_causal_teacher_are_its_streams(causal_teacher, context, guidance):
     """Where they end is what the pipeline streams with as many Euler steps; each state follows from noise."""
-    sampling = Sampling(num_steps=2, substeps=3, shift=5.0, guidance_scale=2.0)
+    causal_teacher.register_to_config(context=context, guidance_scale=guidance)
+    sampling = Sampling(num_steps=2, substeps=3, shift=5.0, guidance_scale=guidance)
     states = stream(causal_teacher, ["a red circle", "a blue square"], [5, 7], 4, sampling)
     assert states.shape[:4] == (2, 3, 4, 8)
     causal_teacher.scheduler = FlowEulerScheduler(num_steps=6, shift=5.0)
-    request = causal_teacher.request("a blue square", num_frames=29, seed=7, guidance_scale=2.0)
+    request = causal_teacher.request("a blue square", num_frames=29, seed=7, guidance_scale=guidance)
     chunks = list(causal_teacher.run(causal_teacher.start(request)))
     streamed = torch.cat([chunk.latents for chunk in chunks], dim=2)
     torch.testing.assert_close(states[1:, -1], streamed, rtol=1e-4, atol=1e-4)
@@ -322,6 +324,38 @@ def test_a_causal_teacher_teaches_fewer_steps_without_guidance(causal_teacher, t
     assert pipe.scheduler.config.steps == [1000.0, 500.0]
     with pytest.raises(ValueError, match="chunk_frames must be 2 like the causal teacher's, got 1"):
         adapt_teacher(AdaptationSettings(**{**settings, "chunk_frames": 1}), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("index", "changes", "error"),
+    [
+        ({"engine": "queue"}, {}, "engine of teacher must be 'cache', .* got 'queue'"),
+        ({"independent_first_frame": True}, {}, "independent_first_frame of teacher must be False, .* True"),
+        ({"context": "last_step"}, {}, "context of teacher must be 'clean' or .* got 'last_step'"),
+        (
+            {"context": "recompute", "sink_frames": 0},
+            {},
+            "sink_frames of teacher must be above 0 for context",
+        ),
+        ({"past_weight": 0.5}, {}, "past_weight of teacher must be 1.0, .* got 0.5"),
+        ({"context_timestep": 9.0}, {}, "context_timestep of teacher must be 0.0, .* got 9.0"),
+        (
+            {"context": "fused", "guidance_scale": 1.0},
+            {"guidance_scale": 2.0},
+            "context 'fused' .* guidance_scale must be 1, got 2.0",
+        ),
+    ],
+)
+def test_teachers_that_stream_as_no_student_is_trained_to_are_refused_before_they_are_loaded(
+    causal_teacher, tmp_path, monkeypatch, index, changes, error
+):
+    causal_teacher.register_to_config(**index)
+    causal_teacher.save_pretrained(tmp_path / "teacher")
+    monkeypatch.setattr(adaptation, "load_model", None)
+    own = {"teacher": str(tmp_path / "teacher"), "chunk_frames": 2}
+    with pytest.raises(ValueError, match=error):
+        adapt_teacher(AdaptationSettings(**{**TINY, **own, **changes}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_paths_of_another_teacher_are_not_mixed_with_those_before(teacher, tmp_path, monkeypatch):

@@ -9,8 +9,10 @@ import torch
 
 from genstream.cache.layout import CacheLayout, PositionPolicy
 from genstream.streaming.controls import PromptControl
-from genstream.streaming.settings import StreamSettings
+from genstream.streaming.settings import ContextPolicy, StreamSettings
+from genstream.training.denoiser import Denoiser, velocity_in
 from genstream.training.forcing import (
+    FORCED,
     Context,
     draw_context,
     from_middle,
@@ -146,6 +148,38 @@ def test_a_masked_pass_gives_what_streaming_gives(build_pipeline, first_chunk, s
             if time:
                 found.append(out)
     torch.testing.assert_close(trained[:, :, count:], torch.cat(found, dim=2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("context", "sink"),
+    [
+        *((context, True) for context in FORCED["context"]),
+        (ContextPolicy.CLEAN, False),
+        (ContextPolicy.FUSED, False),
+    ],
+)
+def test_a_chunk_sees_in_its_sequence_what_the_stream_shows_it(build_pipeline, context, sink):
+    """Until frames are dropped, which leave something in those that saw them, unless all are made anew."""
+    pipe = build_pipeline(
+        chunk_frames=2, sink_frames=2 * sink, window_frames=2, positions="window", context=context
+    )
+    seen, prompt = Context.of(pipe.settings), ["a red circle"]
+    state = pipe.start(pipe.request(prompt, num_frames=49, decode=False))
+    noise, level, exact = torch.randn(1, 4, 2, 4, 4), 700.0, []
+    latents = noise[:, :, :0]
+    for chunk in range(5):
+        draft, sequence = state.draft(), in_stream(chunk, seen)
+        past, sigma = latents[:, :, sequence.clean_frames], torch.full((1, 2), level / 1000)
+        with torch.no_grad():
+            if context is ContextPolicy.RECOMPUTE:
+                pipe.engine._rebuild(draft)
+            found = pipe.engine.predict(noise, level, draft)
+            embeds = pipe.encode_prompt(prompt)
+            trained = velocity_in(Denoiser.of(pipe), past, noise, sigma, embeds, sequence)
+        exact.append(torch.allclose(trained, found, rtol=0, atol=1e-5))
+        latents = torch.cat([latents, pipe.step(state).latents], dim=2)
+    always = context is ContextPolicy.RECOMPUTE
+    assert exact == [always or chunk < seen.longest_chunks for chunk in range(5)]
 
 
 @pytest.mark.parametrize("done", [1, 2, 3])

@@ -42,9 +42,18 @@ def directions(shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("context", ["clean", "recompute"])
-def test_a_rollout_is_the_stream(build_pipeline, context):
-    pipe = build_pipeline(context=context)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"context": "clean"},
+        {"context": "recompute"},
+        {"context_timestep": 100.0},
+        {"past_weight": 0.4},
+        {"positions": "absolute", "window_frames": None},
+    ],
+)
+def test_a_rollout_is_the_stream(build_pipeline, settings):
+    pipe = build_pipeline(**settings)
     request = ask(pipe)
     engine = CacheEngine(pipe.transformer, pipe.vae, pipe.encode_prompt)
     expected = torch.cat([chunk.latents for chunk in engine.stream(request)], dim=2)

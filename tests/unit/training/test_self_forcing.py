@@ -371,6 +371,61 @@ def test_a_teacher_of_other_latents_is_refused_by_the_run_and_its_dry_run(runs, 
     assert not (tmp_path / "run").exists()
 
 
+FUSED = {"context": "fused", "guidance_scale": 1.0}
+OTHER_STREAMS = [
+    ({"engine": "queue"}, "engine of {} must be 'cache', which training can follow, got 'queue'"),
+    ({"independent_first_frame": True}, "independent_first_frame of {} must be False, .* got True"),
+    ({"context": "last_step"}, "context of {} must be 'clean' or .*'recompute', .* got 'last_step'"),
+    (
+        {"context": "recompute", "sink_frames": 0},
+        "sink_frames of {} must be above 0 for context 'recompute', .* got 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "error"),
+    [
+        *(("initial", *other) for other in OTHER_STREAMS),
+        ("initial", FUSED, "context of {} must be 'clean' or 'recompute', .* got 'fused'"),
+        *(("teacher", *other) for other in OTHER_STREAMS),
+        ("teacher", {"past_weight": 0.5}, "past_weight of {} must be 1.0, .* got 0.5"),
+        ("teacher", {"context_timestep": 9}, "context_timestep of {} must be 0.0, .* got 9.0"),
+    ],
+)
+def test_streams_that_training_does_not_follow_are_refused_before_anything_is_loaded(
+    runs, tmp_path, monkeypatch, name, index, error
+):
+    """By the run and by its dry run; streams are those of the student, who may be the teacher of another."""
+    folder = changed(runs, tmp_path, student_index=index)
+    places = {"teacher": str(runs / "student"), "initial": str(runs / "student")}
+    settings = settings_for(runs, **{**places, name: str(folder / "student")})
+    monkeypatch.setattr(self_forcing, "load_model", None)
+    for start in (
+        lambda: distill_student(settings, tmp_path / "run"),
+        lambda: distillation_memory(settings, 1),
+    ):
+        with pytest.raises(ValueError, match=error.format(name)):
+            start()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("initial", {"context": "recompute"}),
+        ("initial", {"context_timestep": 9.0, "past_weight": 0.5, "positions": "absolute"}),
+        ("initial", {"window_frames": None}),
+        ("teacher", {"context": "recompute"}),
+        ("teacher", FUSED),
+    ],
+)
+def test_streams_that_training_follows(runs, tmp_path, name, index):
+    folder = changed(runs, tmp_path, student_index=index)
+    places = {"teacher": str(runs / "student"), "initial": str(runs / "student")}
+    assert check_models(settings_for(runs, **{**places, name: str(folder / "student")}))
+
+
 def test_statistics_that_one_folder_does_not_tell_may_be_the_same(runs, tmp_path):
     folder = changed(runs, tmp_path, teacher_vae={"latents_mean": [0.0] * 4, "latents_std": [2.0] * 4})
     settings = settings_for(runs, teacher=str(folder / "teacher"))
