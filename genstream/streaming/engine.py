@@ -474,9 +474,9 @@ class CacheEngine:
         """Chunks of a whole request; None for an endless one."""
         if request.num_frames is None:
             return None
-        settings = request.settings
-        behind_first = latent_frames_covering(request.num_frames, self._temporal_ratio) - settings.chunk_at(0)
-        return 1 + max(0, -(-behind_first // settings.chunk_frames))
+        return request.settings.chunks_covering(
+            latent_frames_covering(request.num_frames, self._temporal_ratio)
+        )
 
     def evaluations_per_chunk(self, request: StreamRequest) -> int:
         """Evaluations of the transformer that each chunk costs, once the past is as long as it gets."""
@@ -485,8 +485,7 @@ class CacheEngine:
         if settings.context is ContextPolicy.CLEAN:
             return evaluations + 1
         if settings.context is ContextPolicy.RECOMPUTE:
-            behind_first = self.cache_layout(request).window_frames - settings.chunk_at(0)
-            return evaluations + 1 + max(0, -(-behind_first // settings.chunk_frames))
+            return evaluations + settings.chunks_covering(self.cache_layout(request).window_frames)
         return evaluations
 
     def chunk_start(self, chunk: int, request: StreamRequest) -> int:

@@ -121,6 +121,11 @@ class StreamSettings:
         """Latent frames of the chunk that starts at latent frame `frame`."""
         return 1 if self.independent_first_frame and frame == 0 else self.chunk_frames
 
+    def chunks_covering(self, latent_frames: int) -> int:
+        """Chunks from the start of a stream that hold at least `latent_frames`, and at least the first."""
+        behind_first = max(0, latent_frames - self.chunk_at(0))
+        return 1 + -(-behind_first // self.chunk_frames)
+
     def layout(self, latent_frames: int | None) -> CacheLayout:
         """The cache of a stream of so many latent frames, None for an endless one.
 

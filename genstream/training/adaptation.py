@@ -248,8 +248,9 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
         raise ValueError(f"chunk_frames must divide {together}, the teacher's frames, got {chunk}")
     if not is_causal:
         check_unused(settings, ["stream_chunks"], "for a teacher of whole clips")
-    elif settings.guidance_scale is not None:
-        _ = replace(model.settings, guidance_scale=settings.guidance_scale)  # checks it
+    guided = model.settings
+    if settings.guidance_scale is not None:
+        guided = replace(guided, guidance_scale=settings.guidance_scale)
     pipe = load_model("teacher", settings.teacher)
     prompts = prompts_from(settings.prompts, [Denoiser.of(pipe)])
     torch.manual_seed(settings.seed)
@@ -259,9 +260,7 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
         num_steps=settings.num_steps,
         substeps=settings.substeps,
         shift=pipe.scheduler.config.shift if settings.shift is None else settings.shift,
-        guidance_scale=(
-            pipe.settings.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
-        ),
+        guidance_scale=guided.guidance_scale,
     )
     shape = _latents_shape(pipe)
 

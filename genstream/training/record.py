@@ -1,6 +1,5 @@
 """The record that a trained model carries: what command made it, with which settings, and how it went."""
 
-import hashlib
 import json
 import logging
 import shlex
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock, Timeout
 
+from genstream.io.checkpoint import sha256
 from genstream.io.digest import folder_digest
 from genstream.io.model_folder import INDEX_NAME, read_json, read_object
 from genstream.io.partial import write_whole
@@ -122,7 +122,7 @@ def _claim(output: Path, settings: "DataclassInstance", origins: Origins, prompt
     write_whole(output / _MODELS_NAME, json.dumps({**before, **models}, indent=1) + "\n")
     if prompts is None:
         return
-    path, digest = output / _PROMPTS_NAME, hashlib.sha256(Path(prompts).read_bytes()).hexdigest()
+    path, digest = output / _PROMPTS_NAME, sha256(Path(prompts))
     if has_saved and path.is_file() and path.read_text() != digest:
         raise ValueError(f"prompts {prompts!r} must stay as they were in the run that {str(output)!r} holds")
     write_whole(path, digest)
