@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import genstream
+from genstream.cli.settings import parse_settings
+from genstream.cli.trainers import TRAINERS
 from genstream.pipelines.folders import FolderPipeline
 from genstream.vae.native import NativeDecoder, NativeVAE
 
@@ -148,6 +151,24 @@ def _pulled_in_by(name: str) -> list[Requirement]:
 @pytest.mark.parametrize("command", [INSTALL_AND_GENERATE, INSTALL_AND_TEST])
 def test_readme_has_the_command(command):
     assert command in (ROOT / "README.md").read_text().splitlines()
+
+
+def test_each_training_command_of_the_readme_starts_from_what_those_in_front_of_it_make():
+    lines = [line.partition("#")[0] for line in (ROOT / "README.md").read_text().splitlines()]
+    commands = [
+        shlex.split(part) for line in lines if line.startswith("genstream ") for part in line.split("&&")
+    ]
+    made = []
+    for words in commands:
+        if (trainer := TRAINERS.get(part := " ".join(words[1:3]))) is None:
+            continue
+        settings, output = parse_settings(f"genstream {part}", trainer.load()[0], words[3:])
+        for name in ("vae", "text_encoder", "initial", "teacher"):
+            place = getattr(settings, name, None)
+            if place is not None and place.startswith("runs/"):
+                assert Path(*Path(place).parts[:2]) in made, (part, name)
+        made.append(output)
+    assert len(made) > 5
 
 
 @pytest.mark.parametrize("command", [INSTALL_AND_TEST, MAIN_COMMAND])

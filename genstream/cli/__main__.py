@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parse([text for text in given if text != "--debug"])
         code: int = arguments.run(arguments)
     except KeyboardInterrupt:
-        print("genstream: interrupted", file=sys.stderr)
+        goes_on = "; the same command goes on from the last checkpoint" if _trains(given) else ""
+        print(f"genstream: interrupted{goes_on}", file=sys.stderr)
         return generate.EXIT_INTERRUPTED
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
         bug = isinstance(error, RuntimeError) and not is_out_of_memory(error)
@@ -79,8 +80,13 @@ def _parse(given: list[str]) -> argparse.Namespace:
 def _one_line(error: Exception, given: Sequence[str]) -> str:
     text = "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", [])])
     if is_out_of_memory(error):
-        text = f"out of memory: use a smaller --size, or --dtype bfloat16 ({text})"
+        smaller = "smaller batches" if _trains(given) else "a smaller --size, or --dtype bfloat16"
+        text = f"out of memory: use {smaller} ({text})"
     return " ".join(_with_option(text, given).split())
+
+
+def _trains(given: Sequence[str]) -> bool:
+    return given[:1] in (["train"], ["distill"])
 
 
 def _with_option(text: str, given: Sequence[str]) -> str:

@@ -98,6 +98,7 @@ def run_chain(arguments: argparse.Namespace) -> int:
     show_training()
     model = run_recipe(stages, output)
     if process().is_main_process:
-        print(f"model: {model}")
+        if model is not None:
+            print(f"model: {model}")
         print(f"report: {write_report(stages, output)}")
     return 0

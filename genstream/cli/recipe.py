@@ -2,7 +2,7 @@
 
 A recipe is a folder with a `recipe.json`, which names the stages and their commands in order, and a config
 file for each stage. Folders in a config (`vae`, `initial`, `text_encoder`, `teacher`) are those of earlier
-stages, or installed models.
+stages, or installed models; `prompts` and `videos` are paths from the recipe's folder.
 """
 
 import logging
@@ -18,6 +18,7 @@ from genstream.io.model_folder import INDEX_NAME, installed_models, read_object
 from genstream.io.partial import partial_path
 from genstream.training.model_run import LATENTS_FOLDER
 from genstream.training.processes import once
+from genstream.training.prompts import TextPrompts
 from genstream.training.starting import RESULT_FOLDER
 
 logger = logging.getLogger(__name__)
@@ -65,20 +66,21 @@ def read_recipe(name_or_folder: str, output: Path) -> list[Stage]:
     return made
 
 
-def run_recipe(stages: list[Stage], output: Path) -> Path:
+def run_recipe(stages: list[Stage], output: Path) -> Path | None:
     """Run all stages that are not finished yet.
 
     Returns:
-        The folder of the model that the last one made, copied to `output`/model.
+        The folder of the model that the last one made, copied to `output`/model; None if it made none.
     """
     for number, stage in enumerate(stages, 1):
         logger.info("stage %d of %d: genstream %s, %s", number, len(stages), stage.command, stage.name)
         stage.train(stage.settings, output / stage.name)
     made, model = output / stages[-1].name / RESULT_FOLDER, output / RESULT_FOLDER
 
+    if not (made / INDEX_NAME).is_file():
+        return None
+
     def copy() -> None:
-        if not (made / INDEX_NAME).is_file():
-            return
         # Under another name, so that a kill never leaves half of a model: what has no index is none.
         partial = partial_path(model)
         shutil.rmtree(partial, ignore_errors=True)
@@ -100,15 +102,24 @@ def _stage(name: str, command: str, config: Path, output: Path, earlier: list[st
         raise ValueError(f"recipe file {str(config)!r} is missing")
     kind, train = TRAINERS[command].load()
     settings, _ = parse_settings(f"genstream {command}", kind, ["--config", str(config)])
+    videos = getattr(settings, "videos", None)
     places = {}
     for setting in _PLACES:
-        if (value := getattr(settings, setting, None)) is not None:
+        unused = setting == "vae" and videos is not None  # then `initial` brings its own
+        if not unused and (value := getattr(settings, setting, None)) is not None:
             places[setting] = _place(value, output, earlier)
             if places[setting] is None:
                 raise ValueError(
                     f"{setting} of stage {name!r} must be in the folder of an earlier stage "
                     f"({', '.join(earlier) or 'there is none'}) or an installed model, got {value!r}"
                 )
+    if (prompts := getattr(settings, "prompts", None)) is not None:
+        places["prompts"] = str(config.parent / prompts)
+        TextPrompts(Path(places["prompts"]), readers=())
+    if videos is not None:
+        places["videos"] = str(config.parent / videos)
+        if not Path(places["videos"]).is_dir():
+            raise ValueError(f"videos of stage {name!r} must be a folder, got {places['videos']!r}")
     return Stage(name=name, command=command, settings=replace(settings, **places), train=train)
 
 

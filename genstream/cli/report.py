@@ -16,6 +16,7 @@ from genstream.evaluation.judge import Adherence
 from genstream.io.model_folder import INDEX_NAME, read_object
 from genstream.io.partial import write_whole
 from genstream.pipelines.causal_video import CausalVideoPipeline
+from genstream.shapes import frames_of
 from genstream.training.record import RECORD_FOLDER
 from genstream.training.starting import RESULT_FOLDER
 
@@ -92,7 +93,7 @@ def _draw_curves(logs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) 
         drawn = dict.fromkeys(key for row in rows for key in row if key not in _NOT_DRAWN)
         for key in drawn:
             points = [(row["step"], row[key]) for row in rows if key in row]
-            axes.plot(*zip(*points, strict=True), label=key, linewidth=1)
+            axes.plot(*zip(*points, strict=True), ".-" if len(points) == 1 else "-", label=key, linewidth=1)
         positive = all(row[key] > 0 for row in rows for key in drawn if key in row)
         # A log scale would leave out the other values, and losses such as SiD's have them.
         axes.set(title=name, xlabel="step", yscale="log" if positive else "symlog")
@@ -102,16 +103,16 @@ def _draw_curves(logs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) 
 
 def _section(name: str, pipe: CausalVideoPipeline, output: Path) -> list[str]:
     """Markdown lines: adherence and sample strips of one model."""
-    prompts = evaluation_prompts(_PROMPTS)
-    scores = judge_together(pipe, prompts, _SECONDS, _SECONDS, seed=0)
+    prompts, seconds = evaluation_prompts(_PROMPTS), _seconds(pipe)
+    scores = judge_together(pipe, prompts, seconds, seconds, seed=0)
     adherence = Adherence.of([score for stream in scores for score in stream])
     picture = f"{name}.png"
-    strips = [(prompt.caption, _frames(pipe, prompt.caption)) for prompt in prompts[:_STRIPS]]
+    strips = [(prompt.caption, _frames(pipe, prompt.caption, seconds)) for prompt in prompts[:_STRIPS]]
     contact_sheet(strips).save(output / picture, optimize=True)
     return [
         f"## {name}",
         "",
-        f"{_PROMPTS} prompts, {_SECONDS:g} s each: colour {adherence.colour}, shape {adherence.shape}, "
+        f"{_PROMPTS} prompts, {seconds:.3g} s each: colour {adherence.colour}, shape {adherence.shape}, "
         f"direction {adherence.direction}, count {adherence.count}.",
         "",
         f"![Samples]({picture})",
@@ -119,7 +120,15 @@ def _section(name: str, pipe: CausalVideoPipeline, output: Path) -> list[str]:
     ]
 
 
-def _frames(pipe: CausalVideoPipeline, caption: str) -> NDArray[np.uint8]:
-    chunks = pipe.stream(prompt=caption, seconds=_SECONDS, seed=0)
+def _seconds(pipe: CausalVideoPipeline) -> float:
+    """How long a model is judged: one without a past makes clips that have nothing to do with each other."""
+    if pipe.settings.sees_past:
+        return _SECONDS
+    whole = frames_of(pipe.settings.chunk_frames, pipe.vae.spec.temporal_ratio)
+    return min(_SECONDS, whole / pipe.config.default_fps)
+
+
+def _frames(pipe: CausalVideoPipeline, caption: str, seconds: float) -> NDArray[np.uint8]:
+    chunks = pipe.stream(prompt=caption, seconds=seconds, seed=0)
     frames = [to_uint8(chunk.frames) for chunk in chunks if chunk.frames is not None]
     return evenly(np.concatenate(frames), _COLUMNS)

@@ -5,6 +5,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from retraining import retrain
@@ -191,6 +192,30 @@ def test_curves_show_all_losses(tmp_path, curves, last, scale):
     assert curves["distilled"].get_yscale() == scale
 
 
+@pytest.mark.parametrize(("rows", "marker"), [(2, "None"), (1, ".")])
+def test_a_log_of_one_row_can_be_seen(tmp_path, curves, rows, marker):
+    (log,) = logs_of(tmp_path / "text", "")
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[: 1 + rows]))
+    report.write_report([stage("text", "train text")], tmp_path)
+    assert {line.get_marker() for line in curves["text"].get_lines()} == {marker}
+
+
+@pytest.mark.parametrize(("window", "chunks", "frames"), [(0, 2, 21), (0, 40, 64), (3, 2, 64), (None, 2, 64)])
+def test_a_model_of_whole_clips_is_judged_on_one(
+    build_pipeline, monkeypatch, tmp_path, window, chunks, frames
+):
+    pipe = build_pipeline(chunk_frames=3 * chunks, window_frames=window, sink_frames=0)
+    judged = []
+    monkeypatch.setattr(report, "_PROMPTS", 1)
+    monkeypatch.setattr(
+        report, "judge_together", lambda pipe, prompts, seconds, *_, seed: judged.append(seconds) or []
+    )
+    monkeypatch.setattr(report, "_frames", lambda *_: np.zeros((2, 8, 8, 3), np.uint8))
+    text = "\n".join(report._section("teacher", pipe, tmp_path))
+    assert [round(seconds * pipe.config.default_fps) for seconds in judged] == [frames]
+    assert f"1 prompts, {judged[0]:.3g} s each" in text
+
+
 def test_a_full_disk_costs_no_report(tmp_path, monkeypatch):
     path = report.write_report([stage("text", "train text")], tmp_path)
     before = path.read_text()
@@ -327,6 +352,51 @@ def test_a_wrong_recipe_is_refused_before_anything_runs(folder, tmp_path, capsys
 def test_wrong_usage(arguments, error, capsys):
     assert main(["distill", *arguments]) == 2
     assert error in capsys.readouterr().err
+
+
+def test_prompts_and_videos_lie_in_the_folder_of_the_recipe(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (folder / "videos").mkdir()
+    for name, data in (
+        ("distilled", {"prompts": "asked.txt"}),
+        ("student", {"videos": "videos", "initial": "toyworld"}),
+    ):
+        config = folder / f"{name}.json"
+        kept = {key: value for key, value in CONFIGS[name].items() if "videos" not in data or key in SHORT}
+        config.write_text(json.dumps({**kept, **data}))
+    command = ["distill", "--recipe", "tiny", "--output", "runs"]
+    assert main(command) == 2
+    assert "prompts must be a text file, got 'tiny/asked.txt'" in capsys.readouterr().err
+    (folder / "asked.txt").write_text("a red circle moving right\n")
+    settings = {stage.name: stage.settings for stage in read_recipe("tiny", tmp_path / "runs")}
+    assert settings["distilled"].prompts == "tiny/asked.txt"
+    assert settings["student"].videos == "tiny/videos"
+    (folder / "videos").rmdir()
+    assert main(command) == 2
+    assert "videos of stage 'student' must be a folder, got 'tiny/videos'" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_chain_that_ends_in_another_part_names_no_model(chain, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(Trainer, "load", lambda trainer: (VAETrainingSettings, lambda settings, output: None))
+    assert main(["distill", "--recipe", str(chain), "--output", str(tmp_path / "runs")]) == 0
+    assert capsys.readouterr().out == f"report: {tmp_path / 'runs' / 'report.md'}\n"
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [
+        (KeyboardInterrupt, "interrupted; the same command goes on from the last checkpoint\n"),
+        (MemoryError("no more"), "out of memory: use smaller batches (no more)\n"),
+    ],
+)
+def test_what_to_do_after_a_broken_training(chain, monkeypatch, tmp_path, capsys, failure, error):
+    def train(settings, output):
+        raise failure
+
+    monkeypatch.setattr(Trainer, "load", lambda trainer: (VAETrainingSettings, train))
+    assert main(["distill", "--recipe", str(chain), "--output", str(tmp_path / "runs")]) != 0
+    assert capsys.readouterr().err.endswith(error)
 
 
 def test_a_wrong_setting_is_refused_before_anything_runs(folder, tmp_path, capsys):
