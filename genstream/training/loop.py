@@ -140,7 +140,8 @@ def run(settings: LoopSettings, trainee: Trainee, output: Path) -> None:
     whole then, in the main process alone.
 
     Raises:
-        FloatingPointError: the loss or its gradient is not finite; names the last good checkpoint.
+        FloatingPointError: the loss or its gradient is not finite; names the last checkpoint of weights
+            whose loss was.
         ValueError: the newest checkpoint is damaged.
     """
     training = _Training(settings, trainee, output)
@@ -164,7 +165,11 @@ def newest_checkpoint(output: Path) -> Path | None:
 
 def steps_taken(output: Path) -> int:
     """Steps behind a run's newest checkpoint."""
-    return int(_checkpoint(output).name.removeprefix("step_"))
+    return _steps_behind(_checkpoint(output))
+
+
+def _steps_behind(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def _checkpoint(output: Path) -> Path:
@@ -285,8 +290,15 @@ class _Training:
             raise self._not_finite(str(error)) from error
 
     def _not_finite(self, what: str) -> FloatingPointError:
-        newest = newest_checkpoint(self.output)
-        return FloatingPointError(f"{what} at step {self.step}; last good checkpoint: {newest}")
+        if self.step == 0:
+            return FloatingPointError(f"{what} at step 0, before anything was learnt; no checkpoint is good")
+        # Nothing finite has come of weights that were saved after this many steps.
+        saved = (self.output / "checkpoints").glob(_CHECKPOINT_PATTERN)
+        good = max((path for path in saved if _steps_behind(path) < self.step), default="none")
+        return FloatingPointError(
+            f"{what} at step {self.step}; last good checkpoint: {good}. The same command most likely ends so "
+            "again: a smaller learning rate needs another output, since a run keeps its settings"
+        )
 
     @torch.no_grad()
     def _update_average(self) -> None:

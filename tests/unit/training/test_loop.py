@@ -44,6 +44,16 @@ class Line:
         return {"weight": self.module.weight.mean().item()}
 
 
+class Steep(Line):
+    """Its loss is finite in all steps; the gradient is not in one."""
+
+    def loss(self, step: int):
+        loss, parts = super().loss(step + 100)
+        if step == self.fails_at:
+            self.module.weight.register_hook(lambda gradient: gradient * self.value)
+        return loss, parts
+
+
 class Blocks(Line):
     """A line behind two blocks of matrices."""
 
@@ -196,6 +206,25 @@ def test_loss_that_is_not_finite_names_the_last_good_checkpoint(tmp_path):
     ):
         run(LoopSettings(**SETTINGS), Line(fails_at=9), tmp_path)
     assert newest_checkpoint(tmp_path).name == "step_0000008"
+
+
+@pytest.mark.parametrize(("saved_every", "good"), [(1, "step_0000002"), (3, "none")])
+@pytest.mark.parametrize("kind", [Line, Steep])
+def test_weights_whose_loss_is_not_finite_are_no_good_checkpoint(tmp_path, kind, saved_every, good):
+    settings = LoopSettings(**{**SETTINGS, "checkpoint_steps": saved_every})
+    for _ in range(2):  # again when it goes on
+        with pytest.raises(
+            FloatingPointError,
+            match=rf"at step 3; last good checkpoint: (.*/)?{good}\. The .* needs another output",
+        ):
+            run(settings, kind(fails_at=3), tmp_path)
+        assert newest_checkpoint(tmp_path).name == "step_0000003"
+
+
+def test_a_loss_that_begins_as_none_is_not_blamed_on_the_learning_rate(tmp_path):
+    said = "loss is nan at step 0, before anything was learnt; no checkpoint is good"
+    with pytest.raises(FloatingPointError, match=f"^{said}$"):
+        run(LoopSettings(**SETTINGS), Line(fails_at=0), tmp_path)
 
 
 def test_frozen_weights_stay(tmp_path):
@@ -445,16 +474,6 @@ def test_every_step_of_every_seed_draws_its_own_noise(tmp_path):
         run(LoopSettings(**SETTINGS, seed=seed), trainee, tmp_path / str(id(trainee)))
     assert trainees[0].drawn == trainees[2].drawn
     assert len({*trainees[0].drawn, *trainees[1].drawn}) == 2 * SETTINGS["total_steps"]
-
-
-class Steep(Line):
-    """Its loss is finite in all steps; the gradient is not in one."""
-
-    def loss(self, step: int):
-        loss, parts = super().loss(step + 100)
-        if step == self.fails_at:
-            self.module.weight.register_hook(lambda gradient: gradient * self.value)
-        return loss, parts
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
