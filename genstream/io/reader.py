@@ -64,10 +64,24 @@ def find_videos(folder: str | PathLike[str], companions: Sequence[str] = ()) -> 
     kinds = f"{', '.join(READABLE_SUFFIXES)} or folders of {FRAME_PATTERN}"
     if not files and not frames:
         raise ValueError(f"videos must hold {kinds}, got {str(root)!r}")
-    beside = [path for path in every if path.suffix.lower() in companions]
-    if others := len(every) - len(files) - len(frames) - len(beside):
+    if others := sum(not _is_of_videos(path, companions) for path in every):
         logger.warning("%s: %d files passed over that are not %s", root, others, kinds)
     return sorted([*files, *{frame.parent for frame in frames}])
+
+
+def video_files(folder: str | PathLike[str], companions: Sequence[str] = ()) -> list[Path]:
+    """All files that such videos consist of, and those that belong to them; none where there is no folder.
+
+    Args:
+        folder: to search.
+        companions: as for `find_videos`.
+    """
+    paths = Path(folder).rglob("*")
+    return [path for path in paths if path.is_file() and _is_of_videos(path, companions)]
+
+
+def _is_of_videos(path: Path, companions: Sequence[str]) -> bool:
+    return path.suffix.lower() in (*READABLE_SUFFIXES, *companions) or path.match(FRAME_PATTERN)
 
 
 def inspect_video(path: str | PathLike[str]) -> VideoFile:

@@ -275,7 +275,7 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
             noise = torch.randn(count, *shape, generator=generator).to(denoiser.transformer.device)
             return Trajectories(captions, solve(denoiser, noise, captions, sampling))
 
-    with claimed_run(output, settings, origins, settings.prompts):
+    with claimed_run(output, settings, origins):
         paths = collect(sample, settings.trajectories, output / _TRAJECTORIES_FOLDER)
         sizes = [chunk] if is_causal else range(1, chunk + 1)
         run(settings.loop, AdaptationTrainee(settings, denoiser, paths, sampling.sigmas, sizes), output)
@@ -315,7 +315,8 @@ def export(student: Denoiser, settings: AdaptationSettings, shift: float, output
 
 def _origins(settings: AdaptationSettings) -> Origins:
     """What a student is made from."""
-    return {"teacher": partial(model_folder, "teacher", settings.teacher)}
+    finders = {"teacher": partial(model_folder, "teacher", settings.teacher)}
+    return Origins(models=finders, prompts=settings.prompts)
 
 
 def _latents_shape(pipe: CausalVideoPipeline) -> tuple[int, int, int, int]:

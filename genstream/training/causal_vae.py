@@ -8,7 +8,7 @@ of its clips.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -116,9 +116,11 @@ class CausalVAETrainingSettings(VAERunSettings):
     @property
     def origins(self) -> Origins:
         """The image VAE too, where there is one."""
+        others = super().origins
         if self.initial_image_vae is None:
-            return super().origins
-        return {**super().origins, "initial_image_vae": partial(component_folder, self.initial_image_vae)}
+            return others
+        find = partial(component_folder, self.initial_image_vae)
+        return replace(others, models={**others.models, "initial_image_vae": find})
 
     @property
     def windows(self) -> WindowSettings:

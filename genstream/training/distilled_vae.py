@@ -11,7 +11,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -122,7 +122,8 @@ class VAEDistillationSettings(VAERunSettings):
     @property
     def origins(self) -> Origins:
         """The teacher too."""
-        return {**super().origins, "teacher": partial(_teacher_folder, self.teacher)}
+        others = super().origins
+        return replace(others, models={**others.models, "teacher": partial(_teacher_folder, self.teacher)})
 
     @property
     def objective(self) -> DistillationSettings:

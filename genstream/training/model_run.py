@@ -45,7 +45,7 @@ from genstream.training.starting import (
     starting_model,
 )
 from genstream.training.text_encoder import text_encoder_folder
-from genstream.training.video_clips import ClipGeometry, VideoClips, find_clips
+from genstream.training.video_clips import CAPTION_SUFFIX, ClipGeometry, VideoClips, find_clips
 from genstream.vae.loading import component_folder
 from genstream.vae.wrapping import module_of
 
@@ -189,14 +189,14 @@ def save_trained(
 
 def _origins(settings: ModelRunSettings) -> Origins:
     """What a model is made from."""
-    origins: dict[str, Callable[[], Path]] = {}
+    models: dict[str, Callable[[], Path]] = {}
     if settings.videos is None:
-        origins["vae"] = partial(component_folder, settings.vae)
+        models["vae"] = partial(component_folder, settings.vae)
     if settings.text_encoder is not None:
-        origins["text_encoder"] = partial(text_encoder_folder, settings.text_encoder)
+        models["text_encoder"] = partial(text_encoder_folder, settings.text_encoder)
     if settings.initial is not None:
-        origins["initial"] = partial(model_folder, "initial", settings.initial)
-    return origins
+        models["initial"] = partial(model_folder, "initial", settings.initial)
+    return Origins(models=models, videos=settings.videos, beside_videos=(CAPTION_SUFFIX,))
 
 
 def save_model(
@@ -211,7 +211,7 @@ def save_model(
     Args:
         pipe: the model.
         folder: to write to; replaced if it is there.
-        origins: what it was made from, whose records it keeps.
+        origins: what it was made from; it keeps the records of the models.
         training: how it was made.
         card: what `genstream models` says of it; None for its name alone.
     """
@@ -224,7 +224,7 @@ def save_model(
     _forget_places(partial)
     if card is not None:
         (partial / CARD_NAME).write_text(json.dumps(card, indent=1) + "\n")
-    for find in origins.values():
+    for find in origins.models.values():
         if (record := find() / RECORD_FOLDER).is_dir():
             shutil.copytree(record, partial / RECORD_FOLDER, dirs_exist_ok=True)
     write_record(partial, training)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Literal
 from filelock import FileLock, Timeout
 
 from genstream.io.checkpoint import sha256
-from genstream.io.digest import folder_digest
+from genstream.io.digest import folder_digest, videos_digest
 from genstream.io.model_folder import INDEX_NAME, read_json, read_object
 from genstream.io.partial import write_whole
+from genstream.io.reader import video_files
 from genstream.training.processes import once, process
 
 if TYPE_CHECKING:
@@ -26,41 +27,67 @@ logger = logging.getLogger(__name__)
 
 RECORD_FOLDER = "training"
 _SETTINGS_NAME = "settings.json"
-_PROMPTS_NAME = "prompts.sha256"
-_MODELS_NAME = "models.json"
+_ORIGINS_NAME = "origins.json"
+_MODELS_NAME, _PROMPTS_NAME = "models.json", "prompts.sha256"
+"""Where earlier versions kept the digests of models and prompts."""
 _LOCK_NAME = ".lock"
-_SAVES_NOTHING = (_SETTINGS_NAME, _PROMPTS_NAME, _MODELS_NAME, _LOCK_NAME)
+_SAVES_NOTHING = (_SETTINGS_NAME, _ORIGINS_NAME, _MODELS_NAME, _PROMPTS_NAME, _LOCK_NAME)
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 _CONFIGS = (INDEX_NAME, "config.json")
 """One of them is in the folder of every model."""
 
-Origins = Mapping[str, Callable[[], Path]]
-"""The models that a run is made from: by the setting that gives each, what finds its folder.
 
-It raises ValueError where there is none."""
+@dataclass(frozen=True, kw_only=True)
+class Origins:
+    """What a run is made from.
+
+    Attributes:
+        models: by the setting that gives each, what finds its folder, or raises ValueError if there is none.
+        prompts: text file.
+        videos: folder.
+        beside_videos: suffixes of files beside the videos that are read too, such as ".txt".
+    """
+
+    models: Mapping[str, Callable[[], Path]] = field(default_factory=dict)
+    prompts: str | None = None
+    videos: str | None = None
+    beside_videos: tuple[str, ...] = ()
+
+    def digests(self) -> dict[str, str]:
+        """Of all that is still there, by the setting that gives it; the record of a model may change."""
+        digests = {}
+        for name, find in self.models.items():
+            try:
+                folder = find()
+            except ValueError:
+                continue
+            if any((folder / config).is_file() for config in _CONFIGS):
+                digests[name] = folder_digest(folder, without=RECORD_FOLDER)
+        if self.prompts is not None and (file := Path(self.prompts)).is_file():
+            digests["prompts"] = sha256(file)
+        if self.videos is not None and (files := video_files(self.videos, self.beside_videos)):
+            digests["videos"] = videos_digest(Path(self.videos), files)
+        return digests
 
 
 @contextmanager
-def claimed_run(
-    output: Path, settings: "DataclassInstance", origins: Origins, prompts: str | None = None
-) -> Iterator[None]:
+def claimed_run(output: Path, settings: "DataclassInstance", origins: Origins) -> Iterator[None]:
     """Make `output` the folder of a run with these settings, and keep other commands away meanwhile.
 
-    A run that has saved nothing yet may change its settings, models and prompts. It is kept until its result
-    is written: what another command would change before that, no record would tell.
+    A run that has saved nothing yet may change its settings and origins. It is kept until its result is
+    written: what another command would change before that, no record would tell.
 
     Args:
         output: the folder.
         settings: of the run.
-        origins: models that must stay as they are, like the settings.
-        prompts: text file that must stay so too.
+        origins: what must stay as it is, like the settings.
 
     Raises:
-        ValueError: another command is at the run, or it has other settings, models or prompts and would be
-            continued with ones that its record does not tell.
+        ValueError: another command is at the run, or it has other settings or origins and would be continued
+            with ones that its record does not tell.
     """
     with _alone(output):
-        once(lambda: _claim(output, settings, origins, prompts))
+        once(lambda: _claim(output, settings, origins))
         yield
 
 
@@ -68,8 +95,8 @@ def is_finished(result: Path, name: str, settings: "DataclassInstance", steps: i
     """Whether the record `name` of a run's result tells these settings and so many steps; the log says so.
 
     Raises:
-        ValueError: it does, but one of the models that the run was made from is another one by now. One that
-            is gone is none of these: finished runs may be kept without what they were made from.
+        ValueError: it does, but something that the run was made from is another one by now. What is gone is
+            not: finished runs may be kept without what they were made from.
     """
     path = result / RECORD_FOLDER / f"{name}.json"
     if not path.is_file():
@@ -77,9 +104,8 @@ def is_finished(result: Path, name: str, settings: "DataclassInstance", steps: i
     record = read_object(path)
     if record.get("settings") != _as_json(settings) or record.get("steps") != steps:
         return False
-    before = record.get("models", {})
-    told = {setting: find for setting, find in origins.items() if setting in before}
-    once(lambda: _check_same(result.parent, settings, before, _digests(told)))
+    before = record.get("origins", record.get("models", {}))  # as earlier versions called them
+    once(lambda: _check_same(result.parent, settings, before, origins.digests()))
     logger.info("finished before: %s", result)
     return True
 
@@ -103,7 +129,7 @@ def _alone(output: Path) -> Iterator[None]:
         lock.release()
 
 
-def _claim(output: Path, settings: "DataclassInstance", origins: Origins, prompts: str | None) -> None:
+def _claim(output: Path, settings: "DataclassInstance", origins: Origins) -> None:
     path, values, has_saved = output / _SETTINGS_NAME, _as_json(settings), _has_saved(output)
     if has_saved and path.is_file():
         before = read_json(path)
@@ -117,48 +143,33 @@ def _claim(output: Path, settings: "DataclassInstance", origins: Origins, prompt
                 )
     else:
         write_whole(path, json.dumps(values, indent=1) + "\n")
-    before, models = _models_of(output) if has_saved else {}, _digests(origins)
-    _check_same(output, settings, before, models)
-    write_whole(output / _MODELS_NAME, json.dumps({**before, **models}, indent=1) + "\n")
-    if prompts is None:
-        return
-    path, digest = output / _PROMPTS_NAME, sha256(Path(prompts))
-    if has_saved and path.is_file() and path.read_text() != digest:
-        raise ValueError(f"prompts {prompts!r} must stay as they were in the run that {str(output)!r} holds")
-    write_whole(path, digest)
+    before, now = _origins_of(output) if has_saved else {}, origins.digests()
+    _check_same(output, settings, before, now)
+    write_whole(output / _ORIGINS_NAME, json.dumps({**before, **now}, indent=1) + "\n")
 
 
-def _models_of(run: Path) -> dict[str, str]:
-    """Digests of the models that a run is made from; earlier versions have kept none."""
-    path = run / _MODELS_NAME
-    return read_object(path) if path.is_file() else {}
+def _origins_of(run: Path) -> dict[str, str]:
+    """Digests of what a run is made from; earlier versions have kept none, or fewer."""
+    path = run / _ORIGINS_NAME
+    if path.is_file():
+        return read_object(path)
+    models, prompts = run / _MODELS_NAME, run / _PROMPTS_NAME
+    digests = read_object(models) if models.is_file() else {}
+    return {**digests, "prompts": prompts.read_text()} if prompts.is_file() else digests
 
 
 def _check_same(
-    run: Path, settings: "DataclassInstance", before: Mapping[str, str], models: Mapping[str, str]
+    run: Path, settings: "DataclassInstance", before: Mapping[str, str], now: Mapping[str, str]
 ) -> None:
-    """Whether the models that a run is made from are those that were there before."""
-    for name, digest in models.items():
+    """Whether what a run is made from is what was there before."""
+    for name, digest in now.items():
         if before.get(name, digest) != digest:
             given = _as_json(settings)[name]
             raise ValueError(
-                f"{name} must hold the model that the run in {str(run)!r} is made from, got another one in "
+                f"{name} must hold what the run in {str(run)!r} is made from, got something else in "
                 f"{given!r}: remove that run, and what was made from it, to have them made anew, or give "
                 "another output"
             )
-
-
-def _digests(origins: Origins) -> dict[str, str]:
-    """Of the files of each model that is still there; its record may change."""
-    digests = {}
-    for name, find in origins.items():
-        try:
-            folder = find()
-        except ValueError:
-            continue
-        if any((folder / config).is_file() for config in _CONFIGS):
-            digests[name] = folder_digest(folder, without=RECORD_FOLDER)
-    return digests
 
 
 def _as_json(settings: "DataclassInstance") -> dict[str, object]:
@@ -223,7 +234,7 @@ def write_record(model: Path, training: Training) -> None:
         "command": training.command,
         "steps": training.steps,
         "settings": asdict(training.settings),
-        "models": _models_of(training.run),
+        "origins": _origins_of(training.run),
         "versions": {name: version(name) for name in _PACKAGES},
         "results": training.results,
     }

@@ -362,7 +362,7 @@ def distill_student(settings: SelfForcingSettings, output: Path) -> None:
         pipe,
         judged.horizon_chunks,
     )
-    with claimed_run(output, settings, origins, settings.prompts):
+    with claimed_run(output, settings, origins):
         run(settings.loop, trainee, output)
         once(lambda: export(student, settings, output))
     logger.info("distilled student in %s", output / RESULT_FOLDER)
@@ -424,7 +424,8 @@ def export(student: Denoiser, settings: SelfForcingSettings, output: Path) -> No
 
 def _origins(settings: SelfForcingSettings) -> Origins:
     """What a student is made from."""
-    return {
+    finders = {
         "teacher": partial(model_folder, "teacher", settings.teacher),
         "initial": partial(model_folder, "initial", settings.initial),
     }
+    return Origins(models=finders, prompts=settings.prompts)

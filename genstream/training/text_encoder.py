@@ -25,7 +25,7 @@ from genstream.io.model_folder import check_component, read_object
 from genstream.training.components import save_component
 from genstream.training.loop import LoopSettings, run, steps_taken
 from genstream.training.processes import once, own_rng
-from genstream.training.record import Training, claimed_run, is_finished, write_record
+from genstream.training.record import Origins, Training, claimed_run, is_finished, write_record
 from genstream.training.text import TEXT_HEADS, tiny_text_encoder, word_tokenizer
 from genstream.training.vae_run import last_figures
 
@@ -155,9 +155,9 @@ class TextTrainee:
 
 def train_text_encoder(settings: TextTrainingSettings, output: Path) -> None:
     """Train, and continue what `output` already holds; the result is `output`/text_encoder."""
-    if is_finished(output / RESULT_FOLDER, output.name, settings, settings.total_steps, {}):
+    if is_finished(output / RESULT_FOLDER, output.name, settings, settings.total_steps, Origins()):
         return
-    with claimed_run(output, settings, {}):
+    with claimed_run(output, settings, Origins()):
         torch.manual_seed(settings.seed)
         trainee = TextTrainee(settings)
         run(settings.loop, trainee, output)

@@ -24,7 +24,7 @@ from genstream.training.initialisation import PASSED_CHANNELS, initialise
 from genstream.training.loop import LoopSettings, run, steps_taken
 from genstream.training.precision import Precision
 from genstream.training.processes import once, own_rng
-from genstream.training.record import Training, claimed_run, is_finished, write_record
+from genstream.training.record import Origins, Training, claimed_run, is_finished, write_record
 from genstream.training.vae_losses import psnr_db
 from genstream.vae.tiny import TinyVideoVAE
 
@@ -125,9 +125,9 @@ class VAETrainingSettings:
 def train_vae(settings: VAETrainingSettings, output: Path) -> None:
     """Train both phases, continuing what `output` already holds; the result is the component `output`/vae."""
     steps = settings.joint_steps + settings.decoder_steps
-    if is_finished(output / _RESULT_FOLDER, _NAME, settings, steps, {}):
+    if is_finished(output / _RESULT_FOLDER, _NAME, settings, steps, Origins()):
         return
-    with claimed_run(output, settings, {}):
+    with claimed_run(output, settings, Origins()):
         torch.manual_seed(settings.seed)
         frozen_folder = output / FROZEN_ENCODER_FOLDER
         if not frozen_folder.is_dir():

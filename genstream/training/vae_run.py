@@ -58,10 +58,10 @@ class VAERunSettings(ClipSettings):
 
     @property
     def origins(self) -> Origins:
-        """The models that a VAE is made from, as `claimed_run` takes them."""
+        """What a VAE is made from."""
         if self.perceptual_weight == 0 or self.perceptual_model is None:
-            return {}
-        return {"perceptual_model": partial(Path, self.perceptual_model)}
+            return Origins(videos=self.videos)
+        return Origins(models={"perceptual_model": partial(Path, self.perceptual_model)}, videos=self.videos)
 
     def perceptual(self, device: torch.device) -> FeatureDistance | None:
         """The perceptual distance, None where it is switched off."""

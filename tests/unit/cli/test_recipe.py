@@ -112,7 +112,7 @@ def test_a_chain_that_was_cut_off_goes_on_to_a_model_and_a_report(folder, tmp_pa
     retrain(output / "vae")
     assert main(command) == 2
     student, vae = output / "student", output / "vae" / "vae"
-    error = f"vae must hold the model that the run in '{student}' is made from, got another one in '{vae}'"
+    error = f"vae must hold what the run in '{student}' is made from, got something else in '{vae}'"
     assert error in capsys.readouterr().err
 
 

@@ -1,9 +1,11 @@
 """What tells that a folder holds something else."""
 
+import shutil
+
 import pytest
 
 from genstream.io import digest
-from genstream.io.digest import folder_digest
+from genstream.io.digest import folder_digest, videos_digest
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def test_names_count_and_places_do_not(folder, tmp_path_factory):
 
 
 def test_of_large_files_blocks_from_start_to_end_count(tmp_path, monkeypatch):
-    monkeypatch.setattr(digest, "_BLOCKS", 3)
+    monkeypatch.setattr(digest, "_MODEL_BLOCKS", 3)
     monkeypatch.setattr(digest, "_BLOCK_BYTES", 4)
     path, content = tmp_path / "weights", bytes(range(64))
     path.write_bytes(content)
@@ -58,3 +60,22 @@ def test_of_large_files_blocks_from_start_to_end_count(tmp_path, monkeypatch):
     assert seen == {0, 3, 30, 33, 60, 63}
     path.write_bytes(content[:-4] + b"\0" + content[-4:])
     assert folder_digest(tmp_path, without="training") != before
+
+
+def test_of_videos_names_sizes_and_contents_count_and_times_do_not(tmp_path):
+    large = bytes(2**19)
+    for name, content in (("a.mp4", large), ("in/b.mp4", b"b"), ("in/b.txt", b"a red circle")):
+        (tmp_path / "clips" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "clips" / name).write_bytes(content)
+
+    def digest_of(folder):
+        return videos_digest(folder, [path for path in folder.rglob("*") if path.is_file()])
+
+    before = digest_of(tmp_path / "clips")
+    shutil.copytree(tmp_path / "clips", tmp_path / "copy", copy_function=shutil.copyfile)
+    assert digest_of(tmp_path / "copy") == before
+    for name, content in (("a.mp4", large[:-1] + b"1"), ("in/b.txt", b"a blue circle"), ("c.mp4", b"")):
+        shutil.rmtree(tmp_path / "copy")
+        shutil.copytree(tmp_path / "clips", tmp_path / "copy")
+        (tmp_path / "copy" / name).write_bytes(content)
+        assert digest_of(tmp_path / "copy") != before

@@ -368,7 +368,7 @@ def test_paths_of_another_teacher_are_not_mixed_with_those_before(teacher, tmp_p
     with pytest.raises(Killed):
         adapt_teacher(settings, tmp_path / "run")
     retrain(tmp_path / "teacher" / "transformer")
-    with pytest.raises(ValueError, match="teacher must hold the model that the run in"):
+    with pytest.raises(ValueError, match="teacher must hold what the run in"):
         adapt_teacher(settings, tmp_path / "run")
 
 
@@ -383,7 +383,7 @@ def test_paths_of_changed_prompts_are_not_mixed_with_those_before(teacher, tmp_p
         adapt_teacher(settings, tmp_path / "run")
     (tmp_path / "prompts.txt").write_text("a blue circle")
     with pytest.raises(
-        ValueError, match=r"prompts '.*prompts\.txt' must stay as they were in the run that '.*"
+        ValueError, match=r"prompts must hold what the run in '.*' is made from, .* in '.*prompts\.txt'"
     ):
         adapt_teacher(settings, tmp_path / "run")
 

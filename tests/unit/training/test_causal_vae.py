@@ -2,6 +2,7 @@ import csv
 import json
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from genstream.cli.settings import parse_settings
 from genstream.training import causal_vae
 from genstream.training.causal_vae import CausalVAETrainee, CausalVAETrainingSettings, train_causal_vae
 from genstream.training.loop import LoopSettings, run
+from genstream.training.record import Origins
 from genstream.training.vae_losses import VAELossWeights, VAEObjective, VisionAlignment
 from genstream.training.vae_windows import Caption, ClipSource, WindowSettings
 from genstream.vae.causal import CausalVideoVAE
@@ -140,8 +142,18 @@ def test_from_an_image_vae_whose_statistics_stay(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(vae.encode(frame), image_vae.encode(frame), atol=0.01, rtol=0.01)
     retrain(tmp_path / "image")
-    with pytest.raises(ValueError, match="initial_image_vae must hold the model that the run in"):
+    with pytest.raises(ValueError, match="initial_image_vae must hold what the run in"):
         train_causal_vae(replace(settings, learning_rate=1e-9), tmp_path / "run")
+
+
+def test_what_a_run_is_made_from():
+    features = {"perceptual_weight": 1.0, "perceptual_model": "dino"}
+    assert SETTINGS.origins == Origins()
+    assert replace(SETTINGS, videos="clips", **features).origins.models.keys() == {"perceptual_model"}
+    for changes in ({}, features):
+        origins = replace(SETTINGS, videos="clips", initial_image_vae="image", **changes).origins
+        assert origins.videos == "clips"
+        assert origins.models["initial_image_vae"]() == Path("image")
 
 
 def test_the_record_tells_command_and_results(tmp_path):

@@ -169,8 +169,9 @@ def test_the_record_tells_command_and_results(tmp_path):
     assert parse_settings("genstream distill vae", VAEDistillationSettings, words[3:])[0] == settings
     assert record["results"].keys() == {"psnr_db", "teacher_psnr_db", "speedup"}
     assert record["results"]["speedup"] > 0
+    assert replace(settings, videos="clips").origins.videos == "clips"
     retrain(tmp_path / "teacher")
-    with pytest.raises(ValueError, match="teacher must hold the model that the run in"):
+    with pytest.raises(ValueError, match="teacher must hold what the run in"):
         distill_vae(settings, tmp_path / "run")
 
 

@@ -2,6 +2,7 @@ import json
 import shlex
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,10 +11,12 @@ from retraining import retrain
 
 from genstream.cli.settings import parse_settings
 from genstream.training import processes, text_encoder
-from genstream.training.record import Training, claimed_run, is_finished, write_record
+from genstream.training.record import Origins, Training, claimed_run, is_finished, write_record
+from genstream.training.self_forcing import SelfForcingSettings
 from genstream.training.student import StudentTrainingSettings
 from genstream.training.text_encoder import TextTrainee, TextTrainingSettings, train_text_encoder
 
+CHANGED = "{} must hold what the run in '{}' is made from, got something else in '{}': remove that run, and"
 TINY = {"width": 16, "layers": 1, "total_steps": 2, "batch_size": 2}
 
 
@@ -24,7 +27,7 @@ def training_for(settings, log=None) -> Training:
 
 
 def claim(output, settings, origins=None) -> None:
-    with claimed_run(output, settings, origins or {}):
+    with claimed_run(output, settings, origins or Origins()):
         pass
 
 
@@ -70,16 +73,23 @@ def test_prompts_may_change_until_something_is_saved(tmp_path):
 
     def claim_with(text: str) -> None:
         prompts.write_text(text)
-        with claimed_run(run, StudentTrainingSettings(), {}, str(prompts)):
-            pass
+        claim(run, SelfForcingSettings(prompts=str(prompts)), Origins(prompts=str(prompts)))
 
     for text in ("a", "b"):
         claim_with(text)
     (run / "log.csv").write_text("step\n1\n")
     claim_with("b")
-    with pytest.raises(ValueError, match=r"prompts '.*prompts\.txt' must stay as they were"):
+    with pytest.raises(ValueError, match=CHANGED.format("prompts", run, prompts)):
         claim_with("a")
-    (run / "prompts.sha256").unlink()  # as in runs of earlier versions
+    digest = json.loads((run / "origins.json").read_text())["prompts"]
+    (run / "origins.json").unlink()
+    (run / "prompts.sha256").write_text(digest)  # as in runs of earlier versions
+    with pytest.raises(ValueError, match=CHANGED.format("prompts", run, prompts)):
+        claim_with("a")
+    claim_with("b")
+    assert json.loads((run / "origins.json").read_text()) == {"prompts": digest}
+    for name in ("origins.json", "prompts.sha256"):
+        (run / name).unlink()  # as in runs of still earlier ones
     claim_with("a")
 
 
@@ -95,23 +105,77 @@ def model(tmp_path):
 
 def test_models_may_change_until_something_is_saved(tmp_path, model):
     run = tmp_path / "run"
-    settings, origins = StudentTrainingSettings(vae=str(model)), {"vae": lambda: model}
+    settings = StudentTrainingSettings(vae=str(model))
+    origins = Origins(models={"vae": lambda: model})
     claim(run, settings, origins)
     retrain(model)
     claim(run, settings, origins)
     (run / "log.csv").write_text("step\n1\n")
     claim(run, settings, origins)
     retrain(model)
-    error = (
-        rf"vae must hold the model that the run in '{run}' is made from, got another one in '{model}': remove"
-    )
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises(ValueError, match=CHANGED.format("vae", run, model)):
         claim(run, settings, origins)
     retrain(model)
     claim(run, settings, origins)
-    (run / "models.json").unlink()  # as in runs of earlier versions
+    (run / "origins.json").rename(run / "models.json")  # as in runs of earlier versions
     retrain(model)
+    with pytest.raises(ValueError, match=CHANGED.format("vae", run, model)):
+        claim(run, settings, origins)
+    (run / "models.json").unlink()  # as in runs of still earlier ones
     claim(run, settings, origins)
+
+
+def test_videos_may_change_until_something_is_saved(tmp_path):
+    run, clips = tmp_path / "run", tmp_path / "clips"
+    settings = StudentTrainingSettings(videos=str(clips), initial="runs/student", clip_chunks=6)
+    origins = Origins(videos=str(clips), beside_videos=(".txt",))
+    (clips / "inner").mkdir(parents=True)
+    for name in ("a.mp4", "inner/b.mp4", "inner/b.txt"):
+        (clips / name).write_text(name)
+        claim(run, settings, origins)
+    (run / "log.csv").write_text("step\n1\n")
+    (clips / "notes.json").touch()  # of no video
+    claim(run, settings, origins)
+    for name in ("a.mp4", "inner/b.txt", "c.mp4", "d/frame_0.png"):
+        path = clips / name
+        path.parent.mkdir(exist_ok=True)
+        before = path.read_text() if path.is_file() else None
+        path.write_text("other")
+        with pytest.raises(ValueError, match=CHANGED.format("videos", run, clips)):
+            claim(run, settings, origins)
+        path.unlink() if before is None else path.write_text(before)
+        claim(run, settings, origins)
+    (run / "origins.json").unlink()  # as in runs of earlier versions
+    (clips / "a.mp4").unlink()
+    claim(run, settings, origins)
+
+
+@pytest.mark.parametrize("kind", ["prompts", "videos"])
+def test_a_finished_run_is_not_taken_for_one_of_other_prompts_or_videos(tmp_path, kind):
+    run, videos = tmp_path / "run", kind == "videos"
+    place = tmp_path / "clips" if videos else tmp_path / "prompts.txt"
+    file = place / "a.mp4" if videos else place
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("a")
+    settings = (
+        StudentTrainingSettings(videos=str(place), initial="runs/student", clip_chunks=6)
+        if videos
+        else SelfForcingSettings(prompts=str(place))
+    )
+    origins = Origins(**{kind: str(place)})
+    claim(run, settings, origins)
+    (run / "model").mkdir()
+    write_record(run / "model", replace(training_for(settings), run=run))
+    finished = partial(is_finished, run / "model", "student_1", settings, 7, origins)
+    assert finished()
+    file.write_text("b")
+    with pytest.raises(ValueError, match=CHANGED.format(kind, run, place)):
+        finished()
+    file.unlink()
+    assert finished()
+    if videos:
+        place.rmdir()
+        assert finished()
 
 
 def finished_run(tmp_path, model):
@@ -123,7 +187,7 @@ def finished_run(tmp_path, model):
             raise ValueError("vae must be there")
         return model
 
-    origins = {"vae": find}
+    origins = Origins(models={"vae": find})
     claim(run, settings, origins)
     (run / "model").mkdir()
     write_record(run / "model", replace(training_for(settings), run=run))
@@ -155,9 +219,14 @@ def test_finished_runs_of_earlier_versions_stay_so(tmp_path, model):
     finished = finished_run(tmp_path, model)
     path = tmp_path / "run" / "model" / "training" / "student_1.json"
     record = json.loads(path.read_text())
-    assert record.pop("models").keys() == {"vae"}
-    path.write_text(json.dumps(record))
+    digests = record.pop("origins")
+    assert digests.keys() == {"vae"}
+    path.write_text(json.dumps(record | {"models": digests}))
+    assert finished()
     retrain(model)
+    with pytest.raises(ValueError, match="vae must hold what the run in"):
+        finished()
+    path.write_text(json.dumps(record))
     assert finished()
 
 

@@ -443,9 +443,7 @@ def test_a_student_is_made_from_the_models_that_its_record_tells(runs, tmp_path)
     for result in ("model", "elsewhere"):
         for name, setting in (("teacher", "teacher"), ("student", "initial")):
             retrain(folder / name / "transformer")
-            with pytest.raises(
-                ValueError, match=f"{setting} must hold the model that the run in '{run}' is made"
-            ):
+            with pytest.raises(ValueError, match=f"{setting} must hold what the run in '{run}' is made"):
                 distill_student(settings, run)
             retrain(folder / name / "transformer")
         if result == "model":
@@ -497,7 +495,7 @@ def test_a_run_goes_on_with_the_prompts_that_it_began_with(runs, tmp_path, monke
             distill_student(settings, tmp_path / "run")
     (tmp_path / "prompts.txt").write_text("a blue circle")
     with pytest.raises(
-        ValueError, match=r"prompts '.*prompts\.txt' must stay as they were in the run that '.*"
+        ValueError, match=r"prompts must hold what the run in '.*' is made from, .* in '.*prompts\.txt'"
     ):
         distill_student(settings, tmp_path / "run")
     (tmp_path / "prompts.txt").write_text("a red circle")

@@ -10,7 +10,7 @@ import torch
 from genstream.io.errors import OutputError
 from genstream.training.components import save_component
 from genstream.training.model_run import save_model
-from genstream.training.record import Training
+from genstream.training.record import Origins, Training
 from genstream.training.shards import in_shards
 from genstream.training.text_encoder import TextTrainingSettings
 
@@ -90,7 +90,7 @@ def save_pipeline(pipe, folder: Path) -> None:
     save_model(
         pipe,
         folder,
-        {},
+        Origins(),
         Training(name="a", part="text", run=folder, settings=settings, logs={}, steps=1),
         None,
     )

@@ -358,7 +358,7 @@ def test_the_result_is_a_pipeline(trained):
         "evaluation.csv",
         "log.csv",
         "model",
-        "models.json",
+        "origins.json",
         "settings.json",
     }
     record = json.loads((folder / "model" / "training" / f"{folder.name}.json").read_text())

@@ -135,19 +135,17 @@ def test_a_teacher_starts_from_a_student(vae_folder, tmp_path):
     assert len(list((tmp_path / "latents").iterdir())) == 1
     for name, folder in (("vae", vae_folder), ("initial", tmp_path / "student" / "model" / "transformer")):
         retrain(folder)
-        with pytest.raises(
-            ValueError, match=rf"{name} must hold the model that the run in '.*teacher' is made"
-        ):
+        with pytest.raises(ValueError, match=rf"{name} must hold what the run in '.*teacher' is made"):
             train_teacher(again, tmp_path / "teacher")
         retrain(folder)
 
 
 def test_what_a_run_is_made_from():
     parts = {"initial": "runs/student", "text_encoder": "runs/text"}
-    assert _origins(settings_for()).keys() == {"vae"}
-    assert _origins(settings_for(**parts)).keys() == {"vae", "initial", "text_encoder"}
+    assert _origins(settings_for()).models.keys() == {"vae"}
+    assert _origins(settings_for(**parts)).models.keys() == {"vae", "initial", "text_encoder"}
     videos = TeacherTrainingSettings(videos="clips", initial="runs/student", clip_chunks=6)
-    assert _origins(videos).keys() == {"initial"}
+    assert (_origins(videos).models.keys(), _origins(videos).videos) == ({"initial"}, "clips")
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,29 @@ def test_a_run_that_was_killed_goes_on(kind, videos, initial, tmp_path):
     assert shard.stat().st_mtime_ns == written
 
 
+def test_a_run_goes_on_with_the_videos_that_it_began_with(videos, initial, tmp_path):
+    """Cut off or finished: others might be trained on that were held out before."""
+    clips, run = tmp_path / "clips", tmp_path / "run"
+    shutil.copytree(videos, clips)
+    settings = settings_for("student", clips, initial, total_steps=1)
+    train_student(settings, run)
+    shutil.copytree(run / "model", tmp_path / "kept")
+    for is_finished in (True, False):
+        for text in ("a blue square", (videos / "1.txt").read_text()):
+            (clips / "1.txt").write_text(text)
+            write_video(clips / "3.mp4", 150, 28, captions="a red circle")
+            with pytest.raises(ValueError, match=r"videos must hold what the run in '.*' is made from"):
+                train_student(settings, run)
+            for added in clips.glob("3.*"):
+                added.unlink()
+        if is_finished:
+            train_student(settings, run)
+            shutil.rmtree(run / "model")
+    shutil.rmtree(clips)
+    (tmp_path / "kept").rename(run / "model")
+    train_student(settings, run)
+
+
 def test_the_model_says_that_it_is_another_one(videos, initial, tmp_path):
     card = {"name": "shapes", "description": "Shapes.", "vocabulary": {"colours": ["red"]}}
     shutil.copytree(initial, tmp_path / "initial")
