@@ -32,6 +32,9 @@ _MODELS_NAME, _PROMPTS_NAME = "models.json", "prompts.sha256"
 """Where earlier versions kept the digests of models and prompts."""
 _LOCK_NAME = ".lock"
 _SAVES_NOTHING = (_SETTINGS_NAME, _ORIGINS_NAME, _MODELS_NAME, _PROMPTS_NAME, _LOCK_NAME)
+_CHECKPOINTS = ("checkpoints/step_*", "*/checkpoints/step_*")
+"""Places in a run; those of a run with phases lie in their folders."""
+_SHOWN_SETTINGS = 3
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
 _CONFIGS = (INDEX_NAME, "config.json")
 """One of them is in the folder of every model."""
@@ -116,7 +119,10 @@ def _alone(output: Path) -> Iterator[None]:
     if not process().is_main_process:
         yield
         return
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"output must be a folder, got {str(output)!r}: {error.strerror}") from error
     lock = FileLock(output / _LOCK_NAME)
     try:
         lock.acquire(timeout=0)
@@ -132,20 +138,34 @@ def _alone(output: Path) -> Iterator[None]:
 def _claim(output: Path, settings: "DataclassInstance", origins: Origins) -> None:
     path, values, has_saved = output / _SETTINGS_NAME, _as_json(settings), _has_saved(output)
     if has_saved and path.is_file():
-        before = read_json(path)
-        if not isinstance(before, dict):
-            raise ValueError(f"{str(path)!r} must hold the settings of a run, got {type(before).__name__}")
-        for name in sorted(before.keys() | values.keys()):
-            old, new = before.get(name), values.get(name)
-            if old != new:
-                raise ValueError(
-                    f"{name} must stay {old!r} in the run that {str(output)!r} holds, got {new!r}"
-                )
+        _check_settings(output, values)
+    elif saved := next((path for place in _CHECKPOINTS for path in output.glob(place)), None):
+        raise ValueError(
+            f"output must be a new folder or a run with its {_SETTINGS_NAME}, got {str(output)!r}, where "
+            f"nothing tells how {str(saved)!r} was made: give another output"
+        )
     else:
         write_whole(path, json.dumps(values, indent=1) + "\n")
     before, now = _origins_of(output) if has_saved else {}, origins.digests()
     _check_same(output, settings, before, now)
     write_whole(output / _ORIGINS_NAME, json.dumps({**before, **now}, indent=1) + "\n")
+
+
+def _check_settings(run: Path, values: Mapping[str, object]) -> None:
+    """Whether a run has these settings."""
+    path = run / _SETTINGS_NAME
+    before = read_json(path)
+    if not isinstance(before, dict):
+        raise ValueError(f"{str(path)!r} must hold the settings of a run, got {type(before).__name__}")
+    if others := sorted(name for name in before.keys() - values.keys() if before[name] is not None):
+        raise ValueError(
+            f"output must be a new folder or a run of this command, got {str(run)!r}, a run of another "
+            f"command or version, with settings that this one has not: {', '.join(others[:_SHOWN_SETTINGS])}"
+        )
+    for name in sorted(before.keys() | values.keys()):
+        old, new = before.get(name), values.get(name)
+        if old != new:
+            raise ValueError(f"{name} must stay {old!r} in the run that {str(run)!r} holds, got {new!r}")
 
 
 def _origins_of(run: Path) -> dict[str, str]:

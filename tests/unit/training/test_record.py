@@ -11,10 +11,13 @@ from retraining import retrain
 
 from genstream.cli.settings import parse_settings
 from genstream.training import processes, text_encoder
+from genstream.training.adaptation import AdaptationSettings
 from genstream.training.record import Origins, Training, claimed_run, is_finished, write_record
 from genstream.training.self_forcing import SelfForcingSettings
 from genstream.training.student import StudentTrainingSettings
+from genstream.training.teacher import TeacherTrainingSettings
 from genstream.training.text_encoder import TextTrainee, TextTrainingSettings, train_text_encoder
+from genstream.training.vae import VAETrainingSettings
 
 CHANGED = "{} must hold what the run in '{}' is made from, got something else in '{}': remove that run, and"
 TINY = {"width": 16, "layers": 1, "total_steps": 2, "batch_size": 2}
@@ -66,6 +69,46 @@ def test_a_run_is_continued_with_its_own_settings_only(tmp_path):
     with pytest.raises(ValueError, match=r"learning_rate must stay 0\.0018 in the run that .*, got 0\.5"):
         claim(tmp_path / "run", StudentTrainingSettings(learning_rate=0.5))
     assert (tmp_path / "run" / "settings.json").read_text() == before
+
+
+def test_a_run_of_another_command_is_called_so(tmp_path):
+    settings = (
+        StudentTrainingSettings(),
+        TeacherTrainingSettings(),
+        SelfForcingSettings(),
+        AdaptationSettings(),
+        VAETrainingSettings(),
+        TextTrainingSettings(),
+    )
+    for number, before in enumerate(settings):
+        run = tmp_path / str(number)
+        claim(run, before)
+        (run / "log.csv").touch()
+        claim(run, before)
+        for other in settings:
+            if other is not before:
+                said = (
+                    rf"a run of this command, got '{run}', a run of another command or version, with .*: \w+"
+                )
+                with pytest.raises(ValueError, match=f"output must be a new folder or {said}"):
+                    claim(run, other)
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "joint/checkpoints"])
+def test_checkpoints_whose_settings_nobody_knows_are_not_continued(tmp_path, place):
+    checkpoint = tmp_path / place / "step_0000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "progress.json").touch()
+    with pytest.raises(ValueError, match=f"a run with its settings.json, got .* how '{checkpoint}' was made"):
+        claim(tmp_path, StudentTrainingSettings())
+    assert not (tmp_path / "settings.json").exists()
+
+
+@pytest.mark.parametrize("output", ["afile", "afile/run"])
+def test_a_run_needs_a_folder(tmp_path, output):
+    (tmp_path / "afile").touch()
+    with pytest.raises(ValueError, match=f"output must be a folder, got '{tmp_path / output}': "):
+        claim(tmp_path / output, StudentTrainingSettings())
 
 
 def test_prompts_may_change_until_something_is_saved(tmp_path):
