@@ -280,7 +280,7 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
         sizes = [chunk] if is_causal else range(1, chunk + 1)
         run(settings.loop, AdaptationTrainee(settings, denoiser, paths, sampling.sigmas, sizes), output)
         once(lambda: export(denoiser, settings, sampling.shift, output))
-    logger.info("causal student in %s", output / RESULT_FOLDER)
+    once(lambda: logger.info("causal student in %s", output / RESULT_FOLDER))
 
 
 def export(student: Denoiser, settings: AdaptationSettings, shift: float, output: Path) -> None:

@@ -232,8 +232,9 @@ class _Training:
                     f"{_first_line(error)}"
                 )
                 raise _cause(error, failure) from error
-            logger.info("continuing after step %d from %s", self.step, newest)
         if self.state.is_main_process:
+            if newest is not None:
+                logger.info("continuing after step %d from %s", self.step, newest)
             folder.mkdir(parents=True, exist_ok=True)
             for unfinished in folder.glob("partial_*"):
                 shutil.rmtree(unfinished)

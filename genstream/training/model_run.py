@@ -120,7 +120,7 @@ def train_model(
         del pipe  # with its VAE, which has done its work
         run(settings.loop, trainee, output)
         once(lambda: export(trainee.module, settings, output))
-    logger.info("trained model in %s", output / RESULT_FOLDER)
+    once(lambda: logger.info("trained model in %s", output / RESULT_FOLDER))
 
 
 def _clips(settings: ModelRunSettings, pipe: CausalVideoPipeline) -> Clips:
@@ -136,7 +136,7 @@ def _clips(settings: ModelRunSettings, pipe: CausalVideoPipeline) -> Clips:
     )
     clips = find_clips(settings.videos, geometry, settings.clips, settings.evaluation_clips)
     clips.check_captions(pipe.tokenizer, pipe.config.text_tokens)
-    clips.tell(pipe.config.default_fps)
+    once(lambda: clips.tell(pipe.config.default_fps))
     return clips
 
 

@@ -15,6 +15,7 @@ from genstream.conditioning.text import check_prompts
 from genstream.data.toyworld import ToyWorld
 from genstream.training.clips import CAPTIONS, Clips
 from genstream.training.denoiser import Denoiser
+from genstream.training.text import tell_unknown_words
 
 _SCENES = 2**31
 
@@ -60,7 +61,7 @@ class TextPrompts:
         ValueError: the file cannot be read as text, holds no prompt, or one that a reader does not take.
     """
 
-    def __init__(self, path: Path, readers: Iterable[Denoiser] = ()) -> None:
+    def __init__(self, path: Path, readers: Sequence[Denoiser] = ()) -> None:
         try:
             text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
@@ -76,6 +77,7 @@ class TextPrompts:
                 except ValueError as error:
                     raise ValueError(f"prompts {str(path)!r}, line {number}: {error}") from error
         self.lines = list(numbered.values())
+        tell_unknown_words("prompts", self.lines, [reader.tokenizer for reader in readers])
 
     def draw(self, count: int, rng: np.random.Generator) -> Asked:
         """A random batch."""
@@ -84,7 +86,7 @@ class TextPrompts:
 
 def prompts_from(path: str | None, readers: Iterable[Denoiser]) -> PromptSource:
     """The lines of a text file, which all `readers` must take, or captions of random scenes when None."""
-    return ScenePrompts() if path is None else TextPrompts(Path(path), readers)
+    return ScenePrompts() if path is None else TextPrompts(Path(path), list(readers))
 
 
 class ClipPieces:

@@ -108,8 +108,12 @@ def is_finished(result: Path, name: str, settings: "DataclassInstance", steps: i
     if record.get("settings") != _as_json(settings) or record.get("steps") != steps:
         return False
     before = record.get("origins", record.get("models", {}))  # as earlier versions called them
-    once(lambda: _check_same(result.parent, settings, before, origins.digests()))
-    logger.info("finished before: %s", result)
+
+    def check() -> None:
+        _check_same(result.parent, settings, before, origins.digests())
+        logger.info("finished before: %s", result)
+
+    once(check)
     return True
 
 

@@ -365,7 +365,7 @@ def distill_student(settings: SelfForcingSettings, output: Path) -> None:
     with claimed_run(output, settings, origins):
         run(settings.loop, trainee, output)
         once(lambda: export(student, settings, output))
-    logger.info("distilled student in %s", output / RESULT_FOLDER)
+    once(lambda: logger.info("distilled student in %s", output / RESULT_FOLDER))
 
 
 def _load_initial(settings: SelfForcingSettings) -> CausalVideoPipeline:

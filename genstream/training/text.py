@@ -1,13 +1,20 @@
 """A text encoder small enough to be trained with the student: UMT5 over whole words."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from genstream.conditioning.text import unknown_words
+from genstream.training.processes import process
+
+logger = logging.getLogger(__name__)
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")
 TEXT_HEADS = 4
+_SHOWN_WORDS = 10
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -43,3 +50,26 @@ def tiny_text_encoder(vocabulary_size: int, width: int = 128, layers: int = 2) -
             dropout_rate=0.0,
         )
     )
+
+
+def tell_unknown_words(
+    name: str, texts: Iterable[str], tokenizers: Iterable[PreTrainedTokenizerBase]
+) -> None:
+    """Warn of words that one of the text encoders does not know; the main process alone does.
+
+    Args:
+        name: of the texts, such as "captions".
+        texts: to be embedded.
+        tokenizers: of the text encoders.
+    """
+    if not process().is_main_process:
+        return
+    every = " ".join(texts)
+    unknown = list(dict.fromkeys(word for each in tokenizers for word in unknown_words(every, each)))
+    if unknown:
+        logger.warning(
+            "%d words of the %s are unknown to the text encoder, which takes them all alike: %s",
+            len(unknown),
+            name,
+            ", ".join(unknown[:_SHOWN_WORDS]),
+        )

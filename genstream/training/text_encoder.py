@@ -162,7 +162,7 @@ def train_text_encoder(settings: TextTrainingSettings, output: Path) -> None:
         trainee = TextTrainee(settings)
         run(settings.loop, trainee, output)
         once(lambda: _save(trainee.module.encoder, settings, output))
-    logger.info("trained text encoder in %s", output / RESULT_FOLDER)
+    once(lambda: logger.info("trained text encoder in %s", output / RESULT_FOLDER))
 
 
 def text_encoder_folder(given: str) -> Path:

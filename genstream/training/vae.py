@@ -134,12 +134,12 @@ def train_vae(settings: VAETrainingSettings, output: Path) -> None:
             joint = VAETrainee(settings, _new_vae(settings))
             run(settings.loop("joint"), joint, output / _JOINT_FOLDER)
             once(lambda: save_component(normalise_latents(joint.module, settings), frozen_folder))
-            logger.info("encoder frozen in %s", frozen_folder)
+            once(lambda: logger.info("encoder frozen in %s", frozen_folder))
         vae: TinyVideoVAE = TinyVideoVAE.from_pretrained(frozen_folder)
         vae.encoder.requires_grad_(requires_grad=False)
         run(settings.loop("decoder"), VAETrainee(settings, vae), output / _DECODER_FOLDER)
         once(lambda: export(vae, settings, output))
-    logger.info("trained VAE in %s", output / _RESULT_FOLDER)
+    once(lambda: logger.info("trained VAE in %s", output / _RESULT_FOLDER))
 
 
 def export(vae: TinyVideoVAE, settings: VAETrainingSettings, run_folder: Path) -> None:

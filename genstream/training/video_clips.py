@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from genstream.conditioning.text import check_prompts, unknown_words
+from genstream.conditioning.text import check_prompts
 from genstream.io.png import FRAME_PATTERN
 from genstream.io.reader import VideoFile, find_videos, read_cropped
+from genstream.training.processes import process
+from genstream.training.text import tell_unknown_words
 from genstream.training.videos import by_digest, long_enough, usable
 
 logger = logging.getLogger(__name__)
 
 CAPTION_SUFFIX = ".txt"
-_SHOWN_WORDS = 10
 _SAME_RATE = 0.5
 
 
@@ -153,13 +154,8 @@ class VideoClips:
                 check_prompts(video.captions, tokenizer, tokens)
             except ValueError as error:
                 raise ValueError(f"caption file {str(_caption_file(video.file.path))!r}: {error}") from error
-        every = " ".join(caption for video in videos for caption in video.captions)
-        if unknown := unknown_words(every, tokenizer):
-            logger.warning(
-                "%d words of the captions are unknown to the text encoder, which takes them all alike: %s",
-                len(unknown),
-                ", ".join(unknown[:_SHOWN_WORDS]),
-            )
+        captions = [caption for video in videos for caption in video.captions]
+        tell_unknown_words("captions", captions, [tokenizer])
 
     def tell(self, fps: float) -> None:
         """Say how many there are, and warn where their frame rates are not the `fps` of the model."""
@@ -190,7 +186,8 @@ class VideoClips:
         is_read = (~latents[:, 0, 0, 0, 0].isnan()).tolist()
         if all(is_read):
             return self, latents
-        logger.warning("%d of %d clips left out that cannot be read", is_read.count(False), self.count)
+        if process().is_main_process:
+            logger.warning("%d of %d clips left out that cannot be read", is_read.count(False), self.count)
         evaluation = sum(is_read[self.count - self.evaluation :])
         if not 0 < evaluation < sum(is_read):
             raise ValueError(

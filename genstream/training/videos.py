@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from genstream.io.reader import VideoFile, inspect_video
+from genstream.training.processes import process
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +22,10 @@ def usable(paths: Sequence[Path], look: Callable[[Path], T]) -> list[T]:
     with ThreadPoolExecutor() as threads:
         found = list(threads.map(partial(_found, look=look), paths))
     problems = [each for each in found if isinstance(each, ValueError)]
-    if problems:
+    if problems and process().is_main_process:
         logger.warning("%d of %d videos skipped:", len(problems), len(paths))
-    for problem in problems:
-        logger.warning("  %s", problem)
+        for problem in problems:
+            logger.warning("  %s", problem)
     return [each for each in found if not isinstance(each, ValueError)]
 
 

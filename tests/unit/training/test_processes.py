@@ -23,8 +23,8 @@ CLIPS = "--clips 4 --evaluation-clips 4 --clip-chunks 6 --chunk-frames 1 --size-
 SHORT = "--total-steps 2 --batch-size 2 --precision fp32".split()
 
 
-def launch(*words: str, shards: bool) -> None:
-    """Run a python command line in two processes."""
+def launch(*words: str, shards: bool) -> str:
+    """Run a python command line in two processes; gives what it tells."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -39,6 +39,7 @@ def launch(*words: str, shards: bool) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", *options, *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["whole", "shards"])
@@ -94,13 +95,15 @@ def test_a_student_is_distilled_in_shards(build_pipeline, tmp_path):
     common = [*MODEL, *CLIPS, *SHORT, "--vae", str(tmp_path / "vae")]
     for part, options in (("student", ["--window-chunks", "1"]), ("teacher", ["--horizon-chunks", "3"])):
         words = ["-m", "genstream.cli", "train", part, *common, *options, "--output", str(tmp_path / part)]
-        launch(*words, shards=True)
+        told = launch(*words, shards=True)
+        assert told.count(f"trained model in {tmp_path / part}") == 1
     places = ["--teacher", str(tmp_path / "teacher"), "--initial", str(tmp_path / "student")]
     before = CausalVideoPipeline.from_pretrained(tmp_path / "student" / "model", dtype=torch.float32)
     for objective, more in (("dmd", []), ("gan", ["--clips", "4"])):
         options = ["--stream-chunks", "4", "--critic-steps", "1", "--objective", objective, *more]
         options += ["--output", str(tmp_path / objective)]
-        launch("-m", "genstream.cli", "distill", "student", *SHORT, *places, *options, shards=True)
+        told = launch("-m", "genstream.cli", "distill", "student", *SHORT, *places, *options, shards=True)
+        assert told.count("distilled student in") == 1
         pipe = CausalVideoPipeline.from_pretrained(tmp_path / objective / "model", dtype=torch.float32)
         own, old = pipe.transformer.state_dict(), before.transformer.state_dict()
         assert all(weight.isfinite().all() for weight in own.values())
@@ -113,15 +116,23 @@ def test_a_student_is_distilled_in_shards(build_pipeline, tmp_path):
 def test_two_processes_learn_from_videos(build_pipeline, tmp_path):
     build_pipeline().save_pretrained(tmp_path / "initial")
     for index in range(3):
-        write_video(tmp_path / "videos" / f"{index}.mp4", 40 * index, frames=28, captions="a red circle")
+        write_video(tmp_path / "videos" / f"{index}.mp4", 40 * index, frames=28, captions="a red elephant")
     words = ["--videos", str(tmp_path / "videos"), "--initial", str(tmp_path / "initial"), *SHORT]
     words += "--evaluation-clips 2 --clip-chunks 4 --chunk-frames 1 --window-chunks 1".split()
     words += ["--output", str(tmp_path / "run")]
-    launch("-m", "genstream.cli", "train", "student", *words, shards=True)
+    (tmp_path / "videos" / "broken.mp4").touch()
+    told = launch("-m", "genstream.cli", "train", "student", *words, shards=True)
+    for text in ("clips of 2 videos to train on", "are unknown to the text encoder", "1 of 4 videos skipped"):
+        assert told.count(text) == 1
     assert [path.suffix for path in (tmp_path / "latents").rglob("*.*")] == [".safetensors"]
     pipe = CausalVideoPipeline.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a red circle", num_frames=9, output_type="pt").frames.isfinite().all()
+    (tmp_path / "run" / "model").rename(tmp_path / "made")
+    told = launch("-m", "genstream.cli", "train", "student", *words, shards=True)
+    assert told.count("continuing after step 2") == 1
+    told = launch("-m", "genstream.cli", "train", "student", *words, shards=True)
+    assert told.count("finished before") == 1
 
 
 @pytest.mark.parametrize(

@@ -453,12 +453,15 @@ def test_a_student_is_made_from_the_models_that_its_record_tells(runs, tmp_path)
     distill_student(settings, run)
 
 
-def test_prompts_from_a_file(runs, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red circle\n\n a blue square \n")
+def test_prompts_from_a_file(runs, tmp_path, caplog):
+    (tmp_path / "prompts.txt").write_text("a red circle\n\n a blue elephant \na Zebra, an elephant")
     settings = settings_for(runs, prompts=str(tmp_path / "prompts.txt"), total_steps=1, shift=2.0)
     distill_student(settings, tmp_path / "run")
     pipe = CausalVideoPipeline.from_pretrained(tmp_path / "run" / "model")
     assert pipe.scheduler.config.shift == 2.0
+    # Once, though the teacher does not know them either.
+    said = "2 words of the prompts are unknown to the text encoder, which takes them all alike: "
+    assert [text for text in caplog.messages if "unknown" in text] == [f"{said}elephant, zebra"]
 
 
 @pytest.mark.parametrize("kind", [FewStepScheduler, FlowEulerScheduler])
