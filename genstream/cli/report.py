@@ -1,6 +1,7 @@
 """The report of a recipe: how each stage went, curves, and what its model makes."""
 
 import csv
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -74,10 +75,10 @@ def _logs(stage: Stage, run_folder: Path) -> dict[str, list[dict[str, float]]]:
 
 def _recorded_logs(stage: Stage, run_folder: Path) -> dict[str, Path]:
     """Logs in the record of a run's result, by phase; those of what it was made from lie there too."""
-    begin, end = f"genstream {stage.command} ", f" --output runs/{run_folder.name}"
+    words = stage.command.split()
     for record in run_folder.glob(f"*/{RECORD_FOLDER}/*.json"):
-        command = str(read_object(record).get("command"))
-        if command.startswith(begin) and command.endswith(end):
+        _, *command = shlex.split(str(read_object(record).get("command")))
+        if command[: len(words)] == words and Path(command[-1]).name == run_folder.name:
             if (log := record.with_suffix(".csv")).is_file():
                 return {".": log}
             start = f"{record.stem}_"

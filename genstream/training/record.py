@@ -237,7 +237,7 @@ class Training:
 
     @property
     def command(self) -> str:
-        """The command line that trains like this, into the folder of that name in `runs`."""
+        """The command line that trains like this, into the same folder."""
         words = ["genstream", self.verb, self.part]
         for setting in fields(self.settings):
             value = getattr(self.settings, setting.name)
@@ -245,7 +245,15 @@ class Training:
             if value != (setting.default if factory is MISSING else factory()):
                 text = value if isinstance(value, str) else json.dumps(value)
                 words += [f"--{setting.name.replace('_', '-')}", shlex.quote(text)]
-        return " ".join([*words, "--output", f"runs/{self.run.name}"])
+        return " ".join([*words, "--output", shlex.quote(_place(self.run))])
+
+
+def _place(run: Path) -> str:
+    """A run's folder as others name it; outside of the working directory a path says nothing elsewhere."""
+    if run.is_absolute():
+        here = Path.cwd()
+        run = run.relative_to(here) if run.is_relative_to(here) else Path("runs", run.name)
+    return run.as_posix()
 
 
 def write_record(model: Path, training: Training) -> None:

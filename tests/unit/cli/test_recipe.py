@@ -2,7 +2,9 @@
 
 import errno
 import json
+import shlex
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -291,6 +293,20 @@ def test_a_recipe_in_this_folder_has_the_name_of_it(chain, monkeypatch, capsys):
     monkeypatch.chdir(chain)
     assert main(["distill", "--recipe", "."]) == 0
     assert capsys.readouterr().out.startswith("model: runs/tiny/model\n")
+
+
+def test_commands_of_a_chain_find_what_the_ones_before_wrote(folder):
+    made: list[str] = []
+    for stage in read_recipe(str(folder), Path("runs/tiny")):
+        verb, part = stage.command.split()
+        run = Path("runs/tiny") / stage.name
+        training = Training(name="", part=part, verb=verb, run=run, settings=stage.settings, logs={}, steps=1)
+        words = shlex.split(training.command)
+        options = dict(zip(words[3::2], words[4::2], strict=True))
+        made.append(options["--output"])
+        for option in ("--vae", "--text-encoder", "--initial", "--teacher"):
+            assert option not in options or options[option].startswith(tuple(made[:-1]))
+    assert made == [f"runs/tiny/{name}" for name in COMMANDS]
 
 
 def test_all_recipes_inside_the_package_fit_their_commands(tmp_path):

@@ -44,6 +44,23 @@ def test_the_command_gives_the_settings_back():
     assert output == Path("runs/student")
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("runs/rec/vae", "runs/rec/vae"),
+        ("my runs/vae", "my runs/vae"),
+        ("{here}/deep/vae", "deep/vae"),
+        ("../vae", "../vae"),
+        ("/elsewhere/of/mine/vae", "runs/vae"),
+    ],
+)
+def test_the_command_tells_where_others_find_the_run(tmp_path, monkeypatch, given, told):
+    monkeypatch.chdir(tmp_path)
+    run = Path(given.format(here=tmp_path))
+    command = replace(training_for(StudentTrainingSettings()), run=run).command
+    assert shlex.split(command)[-2:] == ["--output", told]
+
+
 def test_a_record_holds_settings_versions_and_logs(tmp_path):
     (tmp_path / "log.csv").write_text("step,loss\n1,2\n")
     settings = StudentTrainingSettings()
