@@ -50,7 +50,7 @@ def _parser(
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     folder = Path("runs") / prog.removeprefix("genstream ").removeprefix("train ").replace(" ", "-")
     parser.add_argument(
-        "--output", type=Path, default=folder, help=f"folder for the result and its checkpoints ({folder})"
+        "--output", type=_named, default=folder, help=f"folder for the result and its checkpoints ({folder})"
     )
     parser.add_argument("--config", type=Path, help="json file with any of the settings below")
     hints = typing.get_type_hints(kind)
@@ -64,6 +64,12 @@ def _parser(
             help="(required)" if _required(field) else f"({_shown(_default(field))})",
         )
     return parser
+
+
+def _named(text: str) -> Path:
+    """A folder with a name, which its run takes over."""
+    path = Path(text)
+    return path if path.name.strip(".") else path.resolve()
 
 
 def _fields(kind: type[object]) -> tuple[dataclasses.Field[Any], ...]:

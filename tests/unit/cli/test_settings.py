@@ -43,6 +43,16 @@ def test_options():
     )
 
 
+def test_this_folder_has_the_name_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "inner").mkdir()
+    for here, text in ((tmp_path, "."), (tmp_path / "inner", "..")):
+        monkeypatch.chdir(here)
+        _, output = parse_settings(
+            "genstream train example", ExampleSettings, ["--steps", "8", "--output", text]
+        )
+        assert output == tmp_path
+
+
 def test_config_gives_way_to_options(tmp_path: Path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"steps": 3, "data": "folder", "sizes": [1, 2], "device": "cuda"}))
