@@ -114,12 +114,14 @@ def _stage(name: str, command: str, config: Path, output: Path, earlier: list[st
                     f"({', '.join(earlier) or 'there is none'}) or an installed model, got {value!r}"
                 )
     if (prompts := getattr(settings, "prompts", None)) is not None:
-        places["prompts"] = str(config.parent / prompts)
-        TextPrompts(Path(places["prompts"]), readers=())
+        file = config.parent / prompts
+        TextPrompts(file, readers=())
+        places["prompts"] = str(file)
     if videos is not None:
-        places["videos"] = str(config.parent / videos)
-        if not Path(places["videos"]).is_dir():
-            raise ValueError(f"videos of stage {name!r} must be a folder, got {places['videos']!r}")
+        folder = config.parent / videos
+        if not folder.is_dir():
+            raise ValueError(f"videos of stage {name!r} must be a folder, got {str(folder)!r}")
+        places["videos"] = str(folder)
     return Stage(name=name, command=command, settings=replace(settings, **places), train=train)
 
 

@@ -125,8 +125,8 @@ def _seconds(pipe: CausalVideoPipeline) -> float:
     """How long a model is judged: one without a past makes clips that have nothing to do with each other."""
     if pipe.settings.sees_past:
         return _SECONDS
-    whole = frames_of(pipe.settings.chunk_frames, pipe.vae.spec.temporal_ratio)
-    return min(_SECONDS, whole / pipe.config.default_fps)
+    frames = frames_of(pipe.settings.chunk_frames, pipe.vae.spec.temporal_ratio)
+    return min(_SECONDS, float(frames / pipe.config.default_fps))
 
 
 def _frames(pipe: CausalVideoPipeline, caption: str, seconds: float) -> NDArray[np.uint8]:
