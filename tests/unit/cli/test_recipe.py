@@ -107,8 +107,9 @@ def test_a_chain_that_was_cut_off_goes_on_to_a_model_and_a_report(folder, tmp_pa
     text = (output / "report.md").read_text()
     for name in CONFIGS:
         assert f"| {name} | `genstream {COMMANDS[name]}` | 2 |" in text
-    for name in ("student", "teacher", "causal", "distilled"):
-        assert f"## {name}\n\n3 prompts, 1 s each: colour " in text
+    whole = "0.562"  # 9 frames, all that this teacher sees together
+    for name, seconds in (("student", 1), ("teacher", whole), ("causal", 1), ("distilled", 1)):
+        assert f"## {name}\n\n3 prompts, {seconds} s each: colour " in text
         assert (output / f"{name}.png").is_file()
     assert (output / "curves.png").is_file()
     retrain(output / "vae")
