@@ -50,6 +50,21 @@ def check_positive(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a positive number, got {value}")
 
 
+def check_not_negative(**values: object) -> None:
+    """Raise ValueError unless each is a finite number of at least 0, by name."""
+    for name, value in values.items():
+        check_number(name, value)
+        if not 0 <= value < float("inf"):  # type: ignore[operator]
+            raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+
+
+def check_guidance(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a guidance scale."""
+    check_number(name, value)
+    if not 1 <= value < float("inf"):  # type: ignore[operator]
+        raise ValueError(f"{name} must be at least 1 (off) and finite, got {value}")
+
+
 def check_number(name: str, value: object) -> None:
     """Raise ValueError unless `value` is a number, of numpy's too."""
     if not isinstance(value, Real) or isinstance(value, bool):

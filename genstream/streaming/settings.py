@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
 
 from genstream.cache.layout import CacheLayout, PositionPolicy
-from genstream.shapes import check_number, check_whole
+from genstream.shapes import check_guidance, check_number, check_whole
 
 P = TypeVar("P", bound=StrEnum)
 
@@ -94,8 +93,7 @@ class StreamSettings:
             raise ValueError(f"context_timestep must be in [0, 1000], got {self.context_timestep}")
         if not 0 < self.past_weight <= 1:
             raise ValueError(f"past_weight must be above 0 and at most 1 (off), got {self.past_weight}")
-        if not 1 <= self.guidance_scale < math.inf:
-            raise ValueError(f"guidance_scale must be at least 1 (off) and finite, got {self.guidance_scale}")
+        check_guidance("guidance_scale", self.guidance_scale)
         if self.context is ContextPolicy.FUSED and self.guidance_scale > 1:
             raise ValueError(
                 f"context 'fused' makes one pass per denoising step and excludes guidance, which makes two: "

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
-from genstream.shapes import check_unused
+from genstream.shapes import check_guidance, check_not_negative, check_positive, check_unused
 from genstream.training.denoiser import Denoiser, copy_weights, for_training, velocity_in
 from genstream.training.forcing import (
     FORCED,
@@ -123,8 +123,7 @@ class AdaptationSettings:
             )
         if self.forcing not in ("teacher", "diffusion"):
             raise ValueError(f"forcing must be 'teacher' or 'diffusion', got {self.forcing!r}")
-        if not self.context_noise >= 0:
-            raise ValueError(f"context_noise must be at least 0, got {self.context_noise}")
+        check_not_negative(context_noise=self.context_noise)
         if self.context_noise > 0 and self.forcing == "diffusion":
             raise ValueError(f"context_noise must be 0 for forcing 'diffusion', got {self.context_noise}")
         for name in ("num_steps", "substeps", "chunk_frames", "stream_chunks", "batch_size"):
@@ -132,8 +131,10 @@ class AdaptationSettings:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.window_chunks < (least := 1 if self.random_masks else 0):
             raise ValueError(f"window_chunks must be at least {least}, got {self.window_chunks}")
-        if self.guidance_scale is not None and not self.guidance_scale >= 1:
-            raise ValueError(f"guidance_scale must be at least 1 (off), got {self.guidance_scale}")
+        if self.guidance_scale is not None:
+            check_guidance("guidance_scale", self.guidance_scale)
+        if self.shift is not None:
+            check_positive("shift", self.shift)
 
     @property
     def loop(self) -> LoopSettings:

@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from genstream.shapes import check_not_negative
 from genstream.training.components import save_component, with_statistics
 from genstream.training.loop import run, steps_taken
 from genstream.training.processes import once, process
@@ -90,9 +91,11 @@ class CausalVAETrainingSettings(VAERunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("reconstruction_weight", "kl_weight", "wavelet_weight", "perceptual_weight"):
-            if not (value := getattr(self, name)) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
+        check_not_negative(
+            reconstruction_weight=self.reconstruction_weight,
+            kl_weight=self.kl_weight,
+            wavelet_weight=self.wavelet_weight,
+        )
         _ = self.weights, self.windows  # check their parts
         ratio = 2 ** sum(self.temporal_levels)
         if self.window_frames % ratio:

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from genstream.io.partial import write_whole
+from genstream.shapes import check_not_negative, check_positive
 from genstream.streaming.engine import NonFiniteError
 from genstream.training import processes
 from genstream.training.precision import Precision, computing_in
@@ -46,6 +47,8 @@ _NO_FAILURES = (KeyboardInterrupt, MemoryError, torch.OutOfMemoryError)
 """What ends a command whatever it is doing, and says nothing about a checkpoint."""
 _LARGEST_SEED = 2**31 - 1
 """Generators take larger ones, but not all alike."""
+MOST_LEARNING_RATE = 1.0
+"""Steps of AdamW are about as long as its rate, and weights are mostly below 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +102,9 @@ class LoopSettings:
         for name in ("warmup_steps", "seed"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
+        check_learning_rate("learning_rate", self.learning_rate)
+        check_not_negative(weight_decay=self.weight_decay)
+        check_positive("gradient_clip", self.gradient_clip)
         if self.seed > _LARGEST_SEED:
             raise ValueError(f"seed must be at most {_LARGEST_SEED}, got {self.seed}")
         if not 0 <= self.ema_decay < 1:
@@ -109,6 +113,12 @@ class LoopSettings:
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be 'adamw' or 'muon', got {self.optimizer!r}")
+
+
+def check_learning_rate(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is a learning rate."""
+    if not 0 < value <= MOST_LEARNING_RATE:
+        raise ValueError(f"{name} must be above 0 and at most {MOST_LEARNING_RATE:g}, got {value}")
 
 
 class Trainee(Protocol):

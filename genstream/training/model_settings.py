@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from genstream.shapes import check_counts, check_unused
+from genstream.shapes import check_counts, check_guidance, check_unused
 from genstream.training.clips import SWITCHED_EVERY, ClipSet
 from genstream.training.denoiser import DenoiserSettings
 from genstream.training.loop import LoopSettings
@@ -81,8 +80,7 @@ class ModelRunSettings(DenoiserSettings):
             clip_chunks=self.clip_chunks,
             chunk_frames=self.chunk_frames,
         )
-        if not 1 <= self.guidance_scale < math.inf:
-            raise ValueError(f"guidance_scale must be at least 1 (off) and finite, got {self.guidance_scale}")
+        check_guidance("guidance_scale", self.guidance_scale)
         if not 0 <= self.without_text <= 1:
             raise ValueError(f"without_text must be in [0, 1], got {self.without_text}")
         # One of the toy world that changes its scene, and others that do not.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
-from genstream.shapes import check_unused, frames_of
+from genstream.shapes import check_guidance, check_not_negative, check_positive, check_unused, frames_of
 from genstream.streaming.noise import SeededNoise
 from genstream.streaming.presets import EngineKind
 from genstream.streaming.request import StreamRequest
@@ -36,7 +36,7 @@ from genstream.training.correctors import (
 )
 from genstream.training.denoiser import Denoiser, copy_weights, for_training
 from genstream.training.forcing import FORCED, Context
-from genstream.training.loop import LoopSettings, run, steps_taken
+from genstream.training.loop import MOST_LEARNING_RATE, LoopSettings, run, steps_taken
 from genstream.training.model_config import ModelConfig, check_same_latents, check_stream
 from genstream.training.model_run import LATENTS_FOLDER, card_of, save_model
 from genstream.training.precision import Precision
@@ -119,16 +119,20 @@ class SelfForcingSettings:
     def __post_init__(self) -> None:
         _ = self.loop  # checks its part
         self._check_objective()
-        if not self.smoothness >= 0:
-            raise ValueError(f"smoothness must be at least 0, got {self.smoothness}")
+        check_not_negative(smoothness=self.smoothness)
+        check_guidance("teacher_guidance", self.teacher_guidance)
         for name in ("critic_steps", "batch_size", "stream_chunks", "clips"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("critic_rate", "sid_alpha"):
-            if not (value := getattr(self, name)) > 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
-        if not self.teacher_guidance >= 1:
-            raise ValueError(f"teacher_guidance must be at least 1 (off), got {self.teacher_guidance}")
+            check_positive(name, getattr(self, name))
+        if self.shift is not None:
+            check_positive("shift", self.shift)
+        if (rate := self.critic_rate * self.learning_rate) > MOST_LEARNING_RATE:
+            raise ValueError(
+                f"critic_rate must give the critic a learning rate of at most {MOST_LEARNING_RATE:g}, "
+                f"got {rate:g} for {self.critic_rate}"
+            )
         if not 0 < self.least_noise < self.most_noise <= 1:
             raise ValueError(
                 "least_noise and most_noise must be in (0, 1], the least first, "

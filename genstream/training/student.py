@@ -6,7 +6,6 @@ clean, slightly disturbed context (teacher forcing), or in context that is as no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from genstream.cache.layout import PositionPolicy
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.schedulers.schedule import shifted
-from genstream.shapes import check_counts, check_unused
+from genstream.shapes import check_counts, check_not_negative, check_positive, check_unused
 from genstream.streaming.settings import StreamSettings
 from genstream.training.clips import Clips, ClipSet
 from genstream.training.denoiser import Denoiser, velocity_in
@@ -99,10 +98,8 @@ class StudentTrainingSettings(ModelRunSettings):
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.clip_chunks < self._least_chunks:
             raise ValueError(f"clip_chunks must be at least {self._least_chunks}, got {self.clip_chunks}")
-        if not 0 <= self.context_noise < math.inf:
-            raise ValueError(f"context_noise must be at least 0 and finite, got {self.context_noise}")
-        if not 0 < self.hard_weight < math.inf:
-            raise ValueError(f"hard_weight must be above 0 and finite, got {self.hard_weight}")
+        check_not_negative(context_noise=self.context_noise)
+        check_positive("hard_weight", self.hard_weight)
         if self.videos is not None:  # they do not tell what is hard in them, and nothing switches
             check_unused(self, ("switched", "first_clips", "hard_weight"), "where videos are given")
         if self.forcing == "diffusion":  # its context is as noisy as what is learnt

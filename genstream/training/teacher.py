@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from genstream.schedulers.few_step import FlowEulerScheduler
+from genstream.shapes import check_positive
 from genstream.streaming.settings import StreamSettings
 from genstream.training.denoiser import Denoiser
 from genstream.training.model_run import ModelTrainee, save_trained, train_model
@@ -51,8 +52,7 @@ class TeacherTrainingSettings(ModelRunSettings):
             )
         if not math.isfinite(self.time_mean):
             raise ValueError(f"time_mean must be finite, got {self.time_mean}")
-        if not 0 < self.time_std < math.inf:
-            raise ValueError(f"time_std must be above 0 and finite, got {self.time_std}")
+        check_positive("time_std", self.time_std)
         if not 0 <= self.starts <= 1:
             raise ValueError(f"starts must be in [0, 1], got {self.starts}")
         if self.sampling_steps < 1:

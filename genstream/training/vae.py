@@ -18,10 +18,11 @@ from torch import Tensor
 from genstream.data.scene import Scene
 from genstream.data.toyworld import ToyWorld
 from genstream.data.vocabulary import BACKGROUND_RGB
+from genstream.shapes import check_counts, check_not_negative
 from genstream.training.clips import to_tensor
 from genstream.training.components import save_component, with_statistics
 from genstream.training.initialisation import PASSED_CHANNELS, initialise
-from genstream.training.loop import LoopSettings, run, steps_taken
+from genstream.training.loop import LoopSettings, check_learning_rate, run, steps_taken
 from genstream.training.precision import Precision
 from genstream.training.processes import once, own_rng
 from genstream.training.record import Origins, Training, claimed_run, is_finished, write_record
@@ -95,9 +96,11 @@ class VAETrainingSettings:
     precision: Precision = "bf16"
 
     def __post_init__(self) -> None:
-        for name in ("joint_steps", "decoder_steps"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_counts(joint_steps=self.joint_steps, decoder_steps=self.decoder_steps)
+        for name in ("joint_learning_rate", "decoder_learning_rate"):
+            check_learning_rate(name, getattr(self, name))
+        _ = self.loop("decoder")  # checks the rest, of the larger seed too
+        check_not_negative(object_weight=self.object_weight, moments_weight=self.moments_weight)
         if self.clips < 4:
             raise ValueError(f"clips must be at least 4, got {self.clips}")
         for name in ("encoder_width", "latent_channels"):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genstream.shapes import check_not_negative
 from genstream.training.vae_losses import Perceptual, psnr_db
 from genstream.training.vae_windows import ClipSource
 from genstream.vae.adapters.base import Adapter
@@ -65,15 +66,13 @@ class DistillationSettings:
     latents_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in (
-            "pixel_weight",
-            "squared_weight",
-            "latent_weight",
-            "perceptual_weight",
-            "feature_weight",
-        ):
-            if not (value := getattr(self, name)) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
+        check_not_negative(
+            pixel_weight=self.pixel_weight,
+            squared_weight=self.squared_weight,
+            latent_weight=self.latent_weight,
+            perceptual_weight=self.perceptual_weight,
+            feature_weight=self.feature_weight,
+        )
         by_features = self.feature_weight if self.pairs else 0.0
         if not self.pixel_weight + self.squared_weight + self.perceptual_weight + by_features > 0:
             raise ValueError(

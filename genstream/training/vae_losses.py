@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from genstream.shapes import check_not_negative
 from genstream.training.vae_windows import Window
 from genstream.vae.causal import CausalVideoVAE, Posterior
 from genstream.vae.layers import to_images
@@ -175,10 +176,9 @@ class VAELossWeights:
     alignment: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self)):
-            if not (value := getattr(self, name)) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
-        if not any(getattr(self, field.name) > 0 for field in fields(self)):
+        weights = asdict(self)
+        check_not_negative(**weights)
+        if not any(weights.values()):
             raise ValueError("a weight must be above 0, got 0 for all")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from genstream.shapes import check_not_negative
 from genstream.training.loop import LoopSettings
 from genstream.training.perceptual import FeatureDistance, load_perceptual
 from genstream.training.precision import Precision
@@ -46,6 +47,7 @@ class VAERunSettings(ClipSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.loop  # checks its part
+        check_not_negative(perceptual_weight=self.perceptual_weight)
         if self.perceptual_weight > 0 and self.perceptual_model is None:
             raise ValueError(
                 f"perceptual_model must be given for perceptual_weight = {self.perceptual_weight}, got None"

@@ -3,12 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_type_hints
 
 import pytest
 
 from genstream.cli.__main__ import main
 from genstream.cli.settings import parse_settings
+from genstream.cli.trainers import TRAINERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,3 +110,34 @@ def test_config_must_be_there(tmp_path: Path):
 def test_part_must_exist(capsys: pytest.CaptureFixture[str]):
     assert main(["train", "nothing"]) == 2
     assert "student" in capsys.readouterr().err
+
+
+USED_WITH = {
+    "context_noise": {"forcing": "teacher"},
+    "sid_alpha": {"objective": "sid"},
+    "smoothness": {"objective": "gan"},
+    "perceptual_weight": {"perceptual_model": "folder"},
+}
+"""Without these another rule refuses the setting before its value counts."""
+
+
+@pytest.mark.parametrize("command", TRAINERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), -1.0])
+def test_no_trainer_takes_numbers_that_it_would_fail_at(command, value):
+    kind, _ = TRAINERS[command].load()
+    hints = get_type_hints(kind)
+    names = [name for name, hint in hints.items() if hint in (float, float | None)]
+    assert names
+    for name in names:
+        if (name, value) == ("time_mean", -1.0):
+            continue  # of normal numbers
+        others = {other: given for other, given in USED_WITH.get(name, {}).items() if other in hints}
+        with pytest.raises(ValueError, match=rf"^{name}\b.* {value}$|^least_noise and most_noise .*{value}"):
+            kind(**{**others, name: value})
+
+
+@pytest.mark.parametrize("command", [name for name in TRAINERS if name != "train vae"])
+def test_learning_rates_that_no_float_holds_are_refused(command):
+    kind, _ = TRAINERS[command].load()
+    with pytest.raises(ValueError, match=r"^learning_rate must be above 0 and at most 1, got 1e\+38"):
+        kind(learning_rate=1e38)

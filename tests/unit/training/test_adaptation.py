@@ -407,7 +407,7 @@ def test_chunks_of_a_causal_teacher_keep_their_size(causal_teacher, tmp_path, mo
     ("wrong", "error"),
     [
         ({"forcing": "self"}, "forcing must be 'teacher' or 'diffusion', got 'self'"),
-        ({"context_noise": -1.0}, r"context_noise must be at least 0, got -1\.0"),
+        ({"context_noise": -1.0}, r"context_noise must be at least 0 and finite, got -1\.0"),
         ({"context_noise": 0.1}, r"context_noise must be 0 for forcing 'diffusion', got 0\.1"),
         ({"stream_chunks": 0}, "stream_chunks must be at least 1, got 0"),
         ({"objective": "dmd"}, "objective must be 'ode' or 'multistep', got 'dmd'"),
@@ -416,7 +416,7 @@ def test_chunks_of_a_causal_teacher_keep_their_size(causal_teacher, tmp_path, mo
         ({"substeps": 0}, "substeps must be at least 1, got 0"),
         ({"window_chunks": -1}, "window_chunks must be at least 0, got -1"),
         ({"window_chunks": 0, "random_masks": True}, "window_chunks must be at least 1, got 0"),
-        ({"guidance_scale": 0.5}, r"guidance_scale must be at least 1 \(off\), got 0.5"),
+        ({"guidance_scale": 0.5}, r"guidance_scale must be at least 1 \(off\) and finite, got 0.5"),
     ],
 )
 def test_bad_settings(wrong, error):

@@ -205,7 +205,7 @@ def test_an_image_vae_of_another_architecture_is_refused(tmp_path):
     ("wrong", "error"),
     [
         ({"latents": "deterministic"}, "kl_weight must be 0 for latents 'deterministic', got 1e-06"),
-        ({"wavelet_weight": -1.0}, r"wavelet_weight must be at least 0, got -1\.0"),
+        ({"wavelet_weight": -1.0}, r"wavelet_weight must be at least 0 and finite, got -1\.0"),
         ({"window_frames": 6}, "window_frames must be a multiple of 4 for temporal_levels = .*, got 6"),
         ({"gradient_windows": 0}, "gradient_windows must be at least 1, got 0"),
         (

@@ -537,8 +537,14 @@ def test_parts_with_rates_of_their_own_are_clipped_apart(tmp_path):
 
 
 def test_rates_and_seeds_without_measure_are_refused():
-    with pytest.raises(ValueError, match="learning_rate must be above 0 and finite, got inf"):
-        LoopSettings(**{**SETTINGS, "learning_rate": float("inf")})
+    for name, value, error in (
+        ("learning_rate", float("inf"), "learning_rate must be above 0 and at most 1, got inf"),
+        ("learning_rate", 1e38, r"learning_rate must be above 0 and at most 1, got 1e\+38"),
+        ("weight_decay", float("nan"), "weight_decay must be at least 0 and finite, got nan"),
+        ("gradient_clip", 0.0, r"gradient_clip must be a positive number, got 0\.0"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            LoopSettings(**{**SETTINGS, name: value})
     with pytest.raises(ValueError, match="seed must be at most 2147483647, got 2147483648"):
         LoopSettings(**SETTINGS, seed=2**31)
 

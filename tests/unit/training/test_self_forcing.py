@@ -254,7 +254,7 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(runs, tmp_path, monkey
     [
         ({"objective": "vae"}, "objective must be 'dmd', 'sid' or 'gan', got 'vae'"),
         ({"objective": "gan", "prompts": "a.txt"}, "prompts must be None for 'gan', which needs clips"),
-        ({"objective": "gan", "smoothness": -1.0}, "smoothness must be at least 0, got -1.0"),
+        ({"objective": "gan", "smoothness": -1.0}, "smoothness must be at least 0 and finite, got -1.0"),
         ({"smoothness": 0.2}, "smoothness must be left at 0.1 for objective 'dmd', got 0.2"),
         ({"objective": "sid", "clips": 8}, "clips must be left at 3072 for objective 'sid', got 8"),
         ({"objective": "dmd", "sid_alpha": 0.5}, "sid_alpha must be left at 1.0 for objective 'dmd'"),
@@ -263,8 +263,12 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(runs, tmp_path, monkey
             "teacher_guidance must be left at 3.0 for objective 'gan', got 2.0",
         ),
         ({"critic_steps": 0}, "critic_steps must be at least 1, got 0"),
-        ({"critic_rate": 0.0}, "critic_rate must be above 0, got 0.0"),
-        ({"teacher_guidance": 0.5}, r"teacher_guidance must be at least 1 \(off\), got 0.5"),
+        (
+            {"critic_rate": 1e5},
+            r"critic_rate must give the critic a learning rate of at most 1, got 10 for 100000\.0",
+        ),
+        ({"critic_rate": 0.0}, "critic_rate must be a positive number, got 0.0"),
+        ({"teacher_guidance": 0.5}, r"teacher_guidance must be at least 1 \(off\) and finite, got 0.5"),
         ({"least_noise": 0.99}, r"in \(0, 1\], the least first, got 0.99 and 0.98"),
         ({"precision": "fp8"}, "precision must be"),
     ],

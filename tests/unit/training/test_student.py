@@ -385,7 +385,7 @@ def test_the_result_is_a_pipeline(trained):
         ({"forcing": "self"}, "forcing must be 'teacher' or 'diffusion', got 'self'"),
         ({"window_chunks": 0, "random_masks": True}, "window_chunks must be at least 1, got 0"),
         ({"window_chunks": -1}, "window_chunks must be at least 0, got -1"),
-        ({"hard_weight": 0.0}, "hard_weight must be above 0 and finite, got 0.0"),
+        ({"hard_weight": 0.0}, "hard_weight must be a positive number, got 0.0"),
         ({"width": 50}, "width must be a multiple of 48, got 50"),
         ({"guidance_scale": 0.9}, r"guidance_scale must be at least 1 \(off\) and finite, got 0\.9"),
         ({"clip_chunks": 5}, "clip_chunks must be at least 6, got 5"),

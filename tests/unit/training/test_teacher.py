@@ -153,8 +153,8 @@ def test_what_a_run_is_made_from():
     [
         ({"horizon_chunks": 6}, r"horizon_chunks must be in \[1, 5\], the chunks of a clip, got 6"),
         ({"horizon_chunks": 0}, r"horizon_chunks must be in \[1, 5\]"),
-        ({"time_std": 0.0}, "time_std must be above 0 and finite, got 0.0"),
-        ({"time_std": float("inf")}, "time_std must be above 0 and finite, got inf"),
+        ({"time_std": 0.0}, "time_std must be a positive number, got 0.0"),
+        ({"time_std": float("inf")}, "time_std must be a positive number, got inf"),
         ({"time_mean": float("nan")}, "time_mean must be finite, got nan"),
         ({"shift": -1.0}, "shift must be a positive number, got -1.0"),
         ({"shift": float("nan")}, "shift must be a positive number, got nan"),

@@ -175,7 +175,9 @@ def test_bad_settings_are_refused():
             )
         ),
         r"latents_noise must be in \[0, 1\), got 1": lambda: DistillationSettings(latents_noise=1),
-        r"feature_weight must be at least 0, got -1": lambda: DistillationSettings(feature_weight=-1),
+        r"feature_weight must be at least 0 and finite, got -1": lambda: DistillationSettings(
+            feature_weight=-1
+        ),
         r"nothing else reaches the decoder": lambda: DistillationSettings(pixel_weight=0, latent_weight=1),
         r"head_channels must be at least 1, got 0": lambda: DistillationSettings(head_channels=0),
     }.items():

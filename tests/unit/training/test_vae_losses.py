@@ -229,5 +229,5 @@ def test_a_loss_that_lacks_its_part_is_refused():
         VAEObjective(small_vae(), VAELossWeights(alignment=0.1))
     with pytest.raises(ValueError, match=r"kl must be 0 for a VAE with latents='deterministic', got 1.0"):
         VAEObjective(small_vae(latents="deterministic"), VAELossWeights(kl=1.0))
-    with pytest.raises(ValueError, match="wavelet must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="wavelet must be at least 0 and finite, got -1"):
         VAELossWeights(wavelet=-1)
