@@ -70,7 +70,8 @@ class AdaptationSettings:
         guidance_scale: of the teacher; its own when None.
         shift: timestep shift of both; the teacher's when None.
         chunk_frames: latent frames of a chunk; they divide those that the teacher sees, or are its own.
-        window_chunks: chunks kept besides the first, which is the sink, and the current one.
+        window_chunks: chunks kept besides the first, which is the sink, and the current one; a path is as
+            long as all of them or longer.
         stream_chunks: chunks of a path of a causal teacher; those of others are as long as what they see.
         forcing: what a noisy chunk's context is, "diffusion" noisy chunks, "teacher" the clean stream.
         context_noise: largest noise on the clean context, in standard deviations of the latents.
@@ -249,6 +250,7 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
         raise ValueError(f"chunk_frames must divide {together}, the teacher's frames, got {chunk}")
     if not is_causal:
         check_unused(settings, ["stream_chunks"], "for a teacher of whole clips")
+    _check_length(settings, model)
     guided = model.settings
     if settings.guidance_scale is not None:
         guided = replace(guided, guidance_scale=settings.guidance_scale)
@@ -282,6 +284,20 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
         run(settings.loop, AdaptationTrainee(settings, denoiser, paths, sampling.sigmas, sizes), output)
         once(lambda: export(denoiser, settings, sampling.shift, output))
     once(lambda: logger.info("causal student in %s", output / RESULT_FOLDER))
+
+
+def _check_length(settings: AdaptationSettings, teacher: ModelConfig) -> None:
+    """Paths must show the longest context that the student will stream in."""
+    chunk, window = settings.chunk_frames, settings.window_chunks
+    if teacher.settings.sees_past:
+        name, chunks = "stream_chunks", settings.stream_chunks
+    else:
+        name, chunks = f"the teacher's chunks of {chunk} frames", teacher.chunk_frames // chunk
+    if chunks < (least := Context(chunk, window).longest_chunks):
+        raise ValueError(
+            f"{name} must be at least {least}, the sink, window_chunks = {window} and the current one, "
+            f"got {chunks}"
+        )
 
 
 def export(student: Denoiser, settings: AdaptationSettings, shift: float, output: Path) -> None:

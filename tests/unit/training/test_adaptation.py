@@ -358,6 +358,48 @@ def test_teachers_that_stream_as_no_student_is_trained_to_are_refused_before_the
     assert not (tmp_path / "run").exists()
 
 
+SHOWN = "the sink, window_chunks = {} and the current one, got"
+
+
+@pytest.mark.parametrize(
+    ("folder", "changes", "error"),
+    [
+        (
+            "causal",
+            ({"stream_chunks": 3}, {"stream_chunks": 2}),
+            f"stream_chunks must be at least 3, {SHOWN} 2",
+        ),
+        (
+            "causal",
+            ({"window_chunks": 4}, {"window_chunks": 5}),
+            f"stream_chunks must be at least 7, {SHOWN} 6",
+        ),
+        (
+            "causal",
+            [{"window_chunks": 0, "stream_chunks": chunks} for chunks in (2, 1)],
+            f"stream_chunks must be at least 2, {SHOWN} 1",
+        ),
+        ("whole", ({}, {"window_chunks": 2}), f"chunks of 2 frames must be at least 4, {SHOWN} 3"),
+        ("whole", ({}, {"chunk_frames": 3}), f"chunks of 3 frames must be at least 3, {SHOWN} 2"),
+    ],
+)
+def test_paths_show_all_that_the_student_will_stream_in(
+    causal_teacher, tmp_path, monkeypatch, folder, changes, error
+):
+    """What is too short is refused before anything is loaded."""
+    if folder == "whole":
+        causal_teacher.register_to_config(chunk_frames=6, sink_frames=0, window_frames=0)
+    causal_teacher.save_pretrained(tmp_path / "teacher")
+    own = {**TINY, "teacher": str(tmp_path / "teacher"), "chunk_frames": 2}
+    monkeypatch.setattr(adaptation, "load_model", None)
+    enough, settings = (AdaptationSettings(**{**own, **change}) for change in changes)
+    with pytest.raises(ValueError, match=error.format(settings.window_chunks)):
+        adapt_teacher(settings, tmp_path / "run")
+    with pytest.raises(TypeError, match="not callable"):
+        adapt_teacher(enough, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_paths_of_another_teacher_are_not_mixed_with_those_before(teacher, tmp_path, monkeypatch):
     def killed(*given):
         raise Killed
@@ -392,12 +434,12 @@ def test_paths_of_changed_prompts_are_not_mixed_with_those_before(teacher, tmp_p
 def test_chunks_of_a_causal_teacher_keep_their_size(causal_teacher, tmp_path, monkeypatch, folder, sizes):
     """Those of a clip that was made at once can be smaller."""
     causal_teacher.save_pretrained(tmp_path / "causal")
-    causal_teacher.register_to_config(sink_frames=0, window_frames=0)
+    causal_teacher.register_to_config(chunk_frames=6, sink_frames=0, window_frames=0)
     causal_teacher.save_pretrained(tmp_path / "teacher")
     trainees = []
     monkeypatch.setattr(adaptation, "run", lambda loop, trainee, output: trainees.append(trainee))
     monkeypatch.setattr(adaptation, "export", lambda *given: None)
-    changes = {"chunk_frames": 2, "random_masks": True, "stream_chunks": 2 if folder == "causal" else 6}
+    changes = {"chunk_frames": 2, "random_masks": True, "stream_chunks": 3 if folder == "causal" else 6}
     settings = AdaptationSettings(**{**TINY, **changes, "teacher": str(tmp_path / folder)})
     adapt_teacher(settings, tmp_path / "run")
     assert list(trainees[0].sizes) == sizes

@@ -310,7 +310,7 @@ def test_models_that_cannot_read_are_refused(runs, tmp_path):
     folder = changed(runs, tmp_path, teacher_index={"text_encoder": [None, None]})
     for settings, distil in (
         (settings_for(runs, teacher=str(folder / "teacher")), distill_student),
-        (AdaptationSettings(teacher=str(folder / "teacher")), adapt_teacher),
+        (AdaptationSettings(teacher=str(folder / "teacher"), chunk_frames=1, window_chunks=1), adapt_teacher),
     ):
         with pytest.raises(ValueError, match="teacher must have a tokenizer and a text encoder"):
             distil(settings, tmp_path / "run")
