@@ -116,6 +116,7 @@ class Matching:
         self.guidance = guidance
         self.alpha = alpha
         self.context = context
+        self._untold: dict[tuple[int, bool], Tensor] = {}
 
     @property
     def through_critic(self) -> bool:
@@ -136,7 +137,8 @@ class Matching:
         assert isinstance(critic, Denoiser)
         clean = piece.latents
         sigma, noise = self.levels.draw(clean, rng), torch.randn_like(clean)
-        velocity = self._velocity(critic, add_noise(clean, noise, sigma), sigma, asked.captions, piece)
+        told = asked.embedded(critic)
+        velocity = self._velocity(critic, add_noise(clean, noise, sigma), sigma, told, piece)
         return flow_loss(velocity, clean, noise)
 
     def distance(self, critic: nn.Module, piece: Piece, asked: Asked, rng: np.random.Generator) -> float:
@@ -149,21 +151,28 @@ class Matching:
     ) -> tuple[Tensor, Tensor]:
         """Clean samples that teacher and critic see in a piece under noise."""
         assert isinstance(critic, Denoiser)
-        clean, captions = piece.latents, asked.captions
+        clean = piece.latents
         sigma = self.levels.draw(clean, rng)
         noisy = add_noise(clean, torch.randn_like(clean), sigma)
-        fake = self._velocity(critic, noisy, sigma, captions, piece)
-        real = self._velocity(self.teacher, noisy, sigma, captions, piece)
+        fake = self._velocity(critic, noisy, sigma, asked.embedded(critic), piece)
+        real = self._velocity(self.teacher, noisy, sigma, asked.embedded(self.teacher), piece)
         if self.guidance > 1:
-            away = self._velocity(self.teacher, noisy, sigma, [""] * len(captions), piece)
+            away = self._velocity(self.teacher, noisy, sigma, self._nothing(noisy), piece)
             real = guided(real, away, self.guidance)
         return clean_from(noisy, real, sigma), clean_from(noisy, fake, sigma)
 
+    def _nothing(self, like: Tensor) -> Tensor:
+        """What the teacher is told without a prompt: the same in all steps, and in all evaluations."""
+        # Those compute in another precision than steps do.
+        key = (len(like), torch.is_autocast_enabled(like.device.type))
+        if key not in self._untold:
+            self._untold[key] = self.teacher.embed([""] * len(like))
+        return self._untold[key]
+
     def _velocity(
-        self, denoiser: Denoiser, noisy: Tensor, sigma: Tensor, captions: list[str], piece: Piece
+        self, denoiser: Denoiser, noisy: Tensor, sigma: Tensor, embeds: Tensor, piece: Piece
     ) -> Tensor:
         """Of a piece under noise, as the denoiser sees it."""
-        embeds = denoiser.embed(captions)
         if self.context is None:
             return denoiser.velocity(noisy, sigma, embeds)
         stream = torch.cat([piece.past, piece.latents.detach()], dim=2)
@@ -191,13 +200,13 @@ class Discriminator(nn.Module):
         width = denoiser.transformer.proj_out.in_features
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
 
-    def forward(self, noisy: Tensor, sigma: Tensor, captions: list[str]) -> Tensor:
+    def forward(self, noisy: Tensor, sigma: Tensor, embeds: Tensor) -> Tensor:
         """Logits `[B]`, high for real ones."""
         seen: list[Tensor] = []
         transformer = self.denoiser.transformer
         hook = transformer.norm_out.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
         try:
-            velocity = self.denoiser.velocity(noisy, sigma, self.denoiser.embed(captions))
+            velocity = self.denoiser.velocity(noisy, sigma, embeds)
         finally:
             hook.remove()
         features = seen[0].float().mean(dim=(1, 2))  # [B, T, L, C]
@@ -252,11 +261,11 @@ class Adversarial:
         real = asked.pieces.to(made)
         sigma = self.levels.draw(made, rng)
         both = torch.cat([add_noise(each, torch.randn_like(each), sigma) for each in (real, made)])
-        captions, levels = asked.captions * 2, torch.cat([sigma, sigma])
-        logits = critic(both, levels, captions)
+        told, levels = critic.denoiser.embed(asked.captions * 2), torch.cat([sigma, sigma])
+        logits = critic(both, levels, told)
         slope = logits.new_zeros(())
         if self.smoothness > 0 and not made.requires_grad:
-            disturbed = critic(both + self.step * torch.randn_like(both), levels, captions)
+            disturbed = critic(both + self.step * torch.randn_like(both), levels, told)
             slope = roughness(logits, disturbed, self.step)
         of_real, of_made = logits.chunk(2)
         return of_real, of_made, slope

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +31,14 @@ class Asked:
 
     captions: list[str]
     pieces: Tensor | None = None
+    _told: dict[tuple[int, int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def embedded(self, reader: Denoiser) -> Tensor:
+        """What a frozen text encoder makes of the captions; it is asked once, whoever shares it."""
+        key = (id(reader.text_encoder), id(reader.tokenizer), reader.text_tokens)
+        if key not in self._told:
+            self._told[key] = reader.embed(self.captions)
+        return self._told[key]
 
 
 class PromptSource(Protocol):

@@ -275,7 +275,7 @@ class SelfForcingTrainee:
         with torch.no_grad():
             request = StreamRequest(
                 prompt=tuple(asked.captions),
-                prompt_embeds=student.embed(asked.captions),
+                prompt_embeds=asked.embedded(student),
                 height=pipe.config.default_height,
                 width=pipe.config.default_width,
                 num_frames=frames_of(last, pipe.streaming_vae.spec.temporal_ratio),

@@ -78,6 +78,7 @@ class Knowing(Denoiser):
 
     def __init__(self, told: float, untold: float = 0.0) -> None:
         torch.nn.Module.__init__(self)
+        self.text_encoder, self.tokenizer, self.text_tokens = torch.nn.Identity(), None, 0
         self.told, self.untold = told, untold
 
     def embed(self, captions):

@@ -114,6 +114,38 @@ def test_the_critic_learns_always_and_the_student_in_its_turns(objective):
         assert learning(trainee) == set(names)
 
 
+@pytest.mark.parametrize("objective", ["dmd", "sid", "gan"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_text_encoders_read_captions_once_a_step_and_nothing_once_a_run(monkeypatch, objective, shared):
+    trainee, embed, asked = trainee_for(objective=objective), Denoiser.embed, []
+    judge = trainee.module.critic.denoiser if objective == "gan" else trainee.module.critic
+    others = [trainee.corrector.teacher] if objective != "gan" else []
+    for other in [*others, trainee.module.student] if shared else others:
+        other.text_encoder, other.tokenizer = judge.text_encoder, judge.tokenizer
+
+    def noted(denoiser, captions):
+        asked.append((denoiser.text_encoder, tuple(captions)))
+        return embed(denoiser, captions)
+
+    monkeypatch.setattr(Denoiser, "embed", noted)
+    for step in range(6):
+        trainee.loss(step)
+    read = [texts for _, texts in asked if any(texts)]
+    pairs = 2 if objective == "gan" else 1  # its captions are those of real and made pieces
+    encoders = [trainee.module.student.text_encoder, judge.text_encoder]
+    if shared and objective != "gan":
+        encoders.pop()
+    assert len(read) == 6 * len(encoders)
+    assert {len(texts) for texts in read} == {2, 2 * pairs}
+    assert len(asked) - len(read) == (objective != "gan")
+    asked.clear()
+    trainee.evaluate()
+    batches = len(asked) / len(encoders)
+    trainee.evaluate()
+    assert batches == 16  # two lengths of 16 streams, two at once
+    assert len(asked) == 2 * 16 * len(encoders)
+
+
 def test_the_whole_transformer_of_the_student_learns():
     trainee = trainee_for()
     trainee.loss(0)[0].backward()
