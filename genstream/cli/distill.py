@@ -79,7 +79,8 @@ def dry_run(arguments: argparse.Namespace) -> int:
         "besides, while the critic learns": memory.critic_bytes,
         "most at once": memory.peak_bytes,
     }
-    print(f"on each of {arguments.processes} GPUs, in float32, {settings.batch_size} streams each:")
+    kept = "in float32" if settings.precision == "fp32" else "passes in bfloat16, what is kept in float32"
+    print(f"on each of {arguments.processes} GPUs, {kept}, {settings.batch_size} streams each:")
     print("\n".join(f"{gpu_memory(taken):>12}  {text}" for text, taken in rows.items()))
     print(f"{gpu_memory(memory.host_bytes):>12}  on the host of each process, while loading")
     return 0

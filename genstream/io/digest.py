@@ -13,7 +13,7 @@ _VIDEO_BLOCKS = 4
 _BLOCK_BYTES = 2**16
 
 
-def folder_digest(folder: Path, without: str) -> str:
+def folder_digest(folder: Path, without: str | None = None) -> str:
     """A hash of the names and contents of all files of a model, but for hidden ones and notes (*.md).
 
     Of a file above 64 MiB it takes the size and 1024 blocks, spread evenly from its start to its end. Weights
@@ -22,7 +22,7 @@ def folder_digest(folder: Path, without: str) -> str:
 
     Args:
         folder: the folder.
-        without: a folder in it that does not count.
+        without: a folder in it that does not count, if any.
     """
     paths = [Path(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names]
     counted = []

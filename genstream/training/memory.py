@@ -21,23 +21,29 @@ from genstream.transformer.causal_dit import CausalDiT
 from genstream.vae.wrapping import module_of
 
 _FLOAT = 4
+_HALF = 2
 _TRAINED_COPIES = 5
 """Weights, gradients, the two moments of AdamW, and the average."""
 _GATHERED_BLOCKS = 2
 """The one that is computed, and the next."""
+_LOWERED = (nn.Linear, nn.Conv3d)
+"""Layers of a transformer that autocast computes in bfloat16, with a copy of their weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationMemory:
     """Bytes on each GPU, and on the host.
 
+    What is kept is in float32 whatever the precision is; with "bf16" autocast computes passes in bfloat16.
+
     Attributes:
         trained_bytes: of student and critic with all that belongs to them.
-        frozen_bytes: of the teacher and the text encoders.
+        frozen_bytes: of the teacher and the text encoders; one that both models have counts once.
         gathered_bytes: of blocks that are whole while they are computed.
         cache_bytes: of the stream's keys and values.
-        student_bytes: besides, while the student learns: its chunks with gradient, teacher and critic.
-        critic_bytes: besides, while the critic learns.
+        student_bytes: besides, while the student learns: its chunks with gradient, teacher and critic; with
+            "bf16" also the copies that autocast keeps of the weights of student and critic.
+        critic_bytes: besides, while the critic learns; likewise with copies of its own.
         host_bytes: of each process on its host, where all models are whole before they are cut into shards.
     """
 
@@ -57,7 +63,7 @@ class DistillationMemory:
 
 
 def distillation_memory(settings: SelfForcingSettings, processes: int) -> DistillationMemory:
-    """Memory of `distill_student` with "dmd", in float32, on each of so many GPUs with FSDP.
+    """Memory of `distill_student` with "dmd" on each of so many GPUs with FSDP.
 
     Workspaces of libraries and what an allocator loses to gaps are not in it.
 
@@ -75,7 +81,8 @@ def distillation_memory(settings: SelfForcingSettings, processes: int) -> Distil
     judged = check_models(settings)
     teacher, student = judged.teacher, judged.student
     built, taught = student.transformer_of(), teacher.transformer_of()
-    encoders = [encoder for model in (student, teacher) if (encoder := model.text_encoder()) is not None]
+    readers = (student,) if judged.same_text else (student, teacher)
+    encoders = [encoder for model in readers if (encoder := model.text_encoder()) is not None]
     trained = _TRAINED_COPIES * (_count(built) + _count(taught))  # the critic is as large as its teacher
     frozen = _count(taught) + sum(map(_count, encoders))
     largest = max(_count(block) for block in (*built.blocks, *taught.blocks))
@@ -83,20 +90,24 @@ def distillation_memory(settings: SelfForcingSettings, processes: int) -> Distil
     passes = _Passes(settings, judged)
     chunk, critic = passes.chunk(), passes.critic()
     graphs = passes.horizon_chunks * chunk.held_bytes + passes.copied_bytes
+    lowered = passes.lowered_bytes(built) + passes.lowered_bytes(taught)
     return DistillationMemory(
         trained_bytes=_FLOAT * trained // processes,
         frozen_bytes=_FLOAT * frozen // processes,
         gathered_bytes=0 if processes == 1 else _FLOAT * _GATHERED_BLOCKS * largest,
         cache_bytes=passes.cache_bytes,
         # Both learn in one step: the graphs of the student's chunks wait while the critic is computed.
-        student_bytes=graphs + max(critic.peak_bytes, chunk.peak_bytes - chunk.held_bytes),
-        critic_bytes=critic.peak_bytes,
+        student_bytes=graphs + max(critic.peak_bytes, chunk.peak_bytes - chunk.held_bytes) + lowered,
+        critic_bytes=critic.peak_bytes + passes.lowered_bytes(taught),
         host_bytes=_FLOAT * (_count(built) + _count(taught) + frozen + sum(map(_count, vaes))),
     )
 
 
 class _FusedAttention(AttentionProcessor):
     """Attention as the kernels of GPUs compute it: without a matrix of scores."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
 
     def __call__(
         self,
@@ -108,8 +119,25 @@ class _FusedAttention(AttentionProcessor):
     ) -> Tensor:
         """Attend on `[B, L, N, D]`."""
         del attention, mask
-        result: Tensor = AttentionResult.apply(query, keys, values)  # type: ignore[no-untyped-call]
+        given = (x.to(self.dtype) for x in (query, keys, values))
+        result: Tensor = AttentionResult.apply(*given)  # type: ignore[no-untyped-call]
         return result.flatten(2)
+
+
+def _lower(transformer: nn.Module) -> None:
+    """Let it compute as with autocast on a GPU, which takes no tensors without data.
+
+    Its weights in bfloat16 stand for the copies that autocast makes of them, which all passes share.
+    """
+    for part in transformer.modules():
+        if isinstance(part, _LOWERED):
+            part.to(torch.bfloat16).register_forward_pre_hook(partial(_given_in, torch.bfloat16))
+        elif isinstance(part, nn.RMSNorm):
+            part.register_forward_pre_hook(partial(_given_in, torch.float32))
+
+
+def _given_in(dtype: torch.dtype, _: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+    return (given[0].to(dtype),)
 
 
 class _Passes:
@@ -127,6 +155,15 @@ class _Passes:
         self.size = (height // ratio, width // ratio)
         self.shares_copies = student.settings.context is ContextPolicy.CLEAN
         self.layout = student.settings.layout(settings.stream_chunks * self.chunk_frames)
+        self.lowers = settings.precision == "bf16"
+
+    def lowered_bytes(self, transformer: CausalDiT) -> int:
+        """Of the copies that autocast makes of weights that learn: whole, also where those are in shards.
+
+        Without checkpointing the graphs keep them; with it they are gone before the gradient, but count.
+        """
+        layers = [part for part in transformer.modules() if isinstance(part, _LOWERED)]
+        return _HALF * sum(map(_count, layers)) if self.lowers else 0
 
     @property
     def cache_bytes(self) -> int:
@@ -161,7 +198,7 @@ class _Passes:
         return Allocated(one.peak_bytes + waiting, one.held_bytes + waiting)
 
     def _chunk(self, transformer: CausalDiT) -> Allocated:
-        cache = self._cache(transformer)
+        cache = self._cache(self.student.transformer_of(len(transformer.blocks)))  # in float32
         x, frames = self._latents(transformer, self.chunk_frames), self.chunk_frames
         start = 2 * self.chunk_frames * cache.layout.capacity_frames
 
@@ -187,8 +224,7 @@ class _Passes:
         self, transformer: CausalDiT, x: Tensor, positions: range, context: GradientCache | None
     ) -> Tensor:
         times = x.new_zeros(len(x), x.shape[2])
-        tokens = int(self.student.index.get("text_tokens", 512))
-        text = x.new_zeros(len(x), tokens, transformer.config.text_dim)
+        text = x.new_zeros(len(x), self.student.text_tokens, transformer.config.text_dim)
         velocity: Tensor = transformer(
             x, times, text, frame_positions=positions, kv_cache=context, return_dict=False
         )[0]
@@ -215,7 +251,9 @@ class _Passes:
 
     def _build(self, model: ModelConfig, layers: int) -> CausalDiT:
         transformer: CausalDiT = model.transformer_of(layers).train()
-        set_attention(transformer, _FusedAttention())
+        set_attention(transformer, _FusedAttention(torch.bfloat16 if self.lowers else torch.float32))
+        if self.lowers:
+            _lower(transformer)
         if self.settings.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         return transformer

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig
 
+from genstream.io.digest import folder_digest
 from genstream.io.model_folder import INDEX_NAME, read_object
 from genstream.pipelines.memory import bare_vae
 from genstream.streaming.presets import EngineKind
@@ -73,6 +74,19 @@ class ModelConfig:
             ValueError: it streams in another way than students are trained in.
         """
         return Context.of(self.settings) if self.settings.sees_past else None
+
+    @property
+    def text_tokens(self) -> int:
+        """Of the longest prompt."""
+        return int(self.index.get("text_tokens", 512))
+
+    def reads_like(self, other: ModelConfig) -> bool:
+        """Whether prompts become the same to both, so that one text encoder does for both."""
+        return self.text_tokens == other.text_tokens and all(
+            self.index.get(part) == other.index.get(part)
+            and folder_digest(self.folder / part) == folder_digest(other.folder / part)
+            for part in ("text_encoder", "tokenizer")
+        )
 
     @property
     def size_px(self) -> tuple[int, int]:

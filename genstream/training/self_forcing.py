@@ -301,12 +301,14 @@ class Judged:
         student: likewise.
         context: what the teacher sees of a stream; None for one of whole clips.
         horizon_chunks: chunks of a piece: as many as the teacher sees together.
+        same_text: both have the same text encoder; it is not trained, and loaded once.
     """
 
     teacher: ModelConfig
     student: ModelConfig
     context: Context | None
     horizon_chunks: int
+    same_text: bool
 
 
 def check_models(settings: SelfForcingSettings) -> Judged:
@@ -339,7 +341,7 @@ def check_models(settings: SelfForcingSettings) -> Judged:
         raise ValueError(
             f"stream_chunks must be at least {least}, what the teacher sees, got {settings.stream_chunks}"
         )
-    return Judged(teacher, student, context, least)
+    return Judged(teacher, student, context, least, student.reads_like(teacher))
 
 
 def distill_student(settings: SelfForcingSettings, output: Path) -> None:
@@ -348,7 +350,8 @@ def distill_student(settings: SelfForcingSettings, output: Path) -> None:
     if is_finished(output / RESULT_FOLDER, output.name, settings, settings.total_steps, origins):
         return
     judged = check_models(settings)
-    taught, pipe = load_model("teacher", settings.teacher), _load_initial(settings)
+    taught = load_model("teacher", settings.teacher)
+    pipe = _load_initial(settings, taught if judged.same_text else None)
     teacher, student = Denoiser.of(taught), Denoiser.of(pipe)
     # The text encoder is not trained, and may be larger than all else: both have the same one.
     critic = Denoiser(
@@ -372,9 +375,11 @@ def distill_student(settings: SelfForcingSettings, output: Path) -> None:
     once(lambda: logger.info("distilled student in %s", output / RESULT_FOLDER))
 
 
-def _load_initial(settings: SelfForcingSettings) -> CausalVideoPipeline:
-    """The student as it is before, with the shift that it is to have."""
-    pipe = load_model("initial", settings.initial)
+def _load_initial(
+    settings: SelfForcingSettings, reader: CausalVideoPipeline | None = None
+) -> CausalVideoPipeline:
+    """The student as it is before, with the shift that it is to have; and the text encoder of `reader`."""
+    pipe = load_model("initial", settings.initial, reader)
     if settings.shift is not None:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=settings.shift)
     return pipe

@@ -83,14 +83,15 @@ def model_folder(name: str, given: str) -> Path:
     )
 
 
-def load_model(name: str, given: str) -> CausalVideoPipeline:
-    """The model that the setting `name` gives, in float32.
+def load_model(name: str, given: str, reader: CausalVideoPipeline | None = None) -> CausalVideoPipeline:
+    """The model that the setting `name` gives, in float32; with the text encoder of `reader` where given.
 
     Raises:
         ValueError: it is none, or cannot read prompts.
     """
+    shared = {} if reader is None else {"text_encoder": reader.text_encoder, "tokenizer": reader.tokenizer}
     pipe: CausalVideoPipeline = CausalVideoPipeline.from_pretrained(
-        model_folder(name, given), dtype=torch.float32
+        model_folder(name, given), dtype=torch.float32, **shared
     )
     if pipe.tokenizer is None or pipe.text_encoder is None:
         raise ValueError(f"{name} must have a tokenizer and a text encoder, got {given!r} without")

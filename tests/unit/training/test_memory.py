@@ -1,6 +1,7 @@
 """The dry run of a distillation against what is known of it."""
 
 import json
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -71,6 +72,31 @@ def test_all_models_are_whole_on_the_host(small):
         assert memory_of(small, processes).host_bytes == 4 * (3 * transformer + 2 * (encoder + vae))
 
 
+def test_a_text_encoder_that_both_models_have_counts_once(small, tmp_path):
+    shutil.copytree(small / "teacher", tmp_path / "teacher")
+    for part in ("text_encoder", "tokenizer"):
+        shutil.rmtree(tmp_path / "teacher" / part)
+        shutil.copytree(small / "student" / part, tmp_path / "teacher" / part)
+    encoder = sum(weight.nbytes for weight in Denoiser.new(MODEL, 4).text_encoder.parameters())
+    found, shared = memory_of(small), memory_of(small, teacher=str(tmp_path / "teacher"))
+    assert found.frozen_bytes - shared.frozen_bytes == encoder
+    assert found.host_bytes - shared.host_bytes == encoder
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bfloat16_changes_passes_and_nothing_that_is_kept(small, checkpointing):
+    """Half of what a graph keeps, but for norms; and copies of the weights in bfloat16 besides."""
+    more = {"batch_size": 16, "gradient_checkpointing": checkpointing}
+    full, half = memory_of(small, **more, precision="fp32"), memory_of(small, **more)
+    for name in ("trained_bytes", "frozen_bytes", "gathered_bytes", "cache_bytes", "host_bytes"):
+        assert getattr(half, name) == getattr(full, name)
+    transformer = Denoiser.new(MODEL, 4).transformer
+    layers = [part for part in transformer.modules() if isinstance(part, torch.nn.Linear | torch.nn.Conv3d)]
+    copied = 2 * sum(weight.numel() for layer in layers for weight in layer.parameters())
+    assert 0.5 * full.critic_bytes < half.critic_bytes - copied < 0.95 * full.critic_bytes
+    assert 0.5 * full.student_bytes < half.student_bytes - 2 * copied < 0.98 * full.student_bytes
+
+
 def test_more_processes_share_what_is_kept_and_nothing_else(small):
     alone, eight = memory_of(small), memory_of(small, processes=8)
     assert eight.trained_bytes == alone.trained_bytes // 8
@@ -91,7 +117,7 @@ def test_checkpointing_and_fewer_streams_take_less(small):
 
 
 def test_what_the_critic_keeps_is_what_autograd_saves(small):
-    found = memory_of(small, batch_size=8)
+    found = memory_of(small, batch_size=8, precision="fp32")
     denoiser, saved = Denoiser.new(MODEL, 4), {}
     weights = {weight.untyped_storage().data_ptr() for weight in denoiser.parameters()}
 
@@ -125,11 +151,13 @@ def test_published_sizes_without_weights(tmp_path, capsys, size, parameters):
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
     found = memory_of(tmp_path, processes=64, batch_size=1, stream_chunks=7, gradient_checkpointing=True)
     assert found.trained_bytes == pytest.approx(2 * 5 * 4 * parameters / 64, rel=0.02)
+    # The teacher and one text encoder for both, of 5.68 billion.
+    assert found.frozen_bytes == pytest.approx(4 * (parameters + 5.68e9) / 64, rel=0.02)
     places = ["--teacher", str(tmp_path / "teacher"), "--initial", str(tmp_path / "student")]
     options = ["--batch-size", "1", "--stream-chunks", "7", "--gradient-checkpointing", "true"]
     assert main(["distill", "student", *places, *options, "--dry-run", "--processes", "64"]) == 0
     printed = capsys.readouterr().out
-    assert "on each of 64 GPUs, in float32, 1 streams each:" in printed
+    assert "on each of 64 GPUs, passes in bfloat16, what is kept in float32, 1 streams each:" in printed
     assert f"{found.peak_bytes / GIB:.2f} GiB  most at once" in printed
     assert f"{found.host_bytes / GIB:.2f} GiB  on the host of each process, while loading" in printed
 

@@ -489,6 +489,27 @@ def test_a_student_is_made_from_the_models_that_its_record_tells(runs, tmp_path)
     distill_student(settings, run)
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_a_text_encoder_that_both_models_have_is_loaded_once(runs, tmp_path, monkeypatch, same):
+    folder = changed(runs, tmp_path)
+    if same:
+        shutil.rmtree(folder / "teacher" / "text_encoder")
+        shutil.copytree(folder / "student" / "text_encoder", folder / "teacher" / "text_encoder")
+    trainees = []
+    monkeypatch.setattr(self_forcing, "run", lambda loop, trainee, output: trainees.append(trainee))
+    monkeypatch.setattr(self_forcing, "export", lambda *given: None)
+    settings = settings_for(runs, teacher=str(folder / "teacher"), initial=str(folder / "student"))
+    distill_student(settings, tmp_path / "run")
+    module, teacher = trainees[0].module, trainees[0].corrector.teacher
+    assert (module.student.text_encoder is teacher.text_encoder) is same
+    assert (module.student.tokenizer is teacher.tokenizer) is same
+    assert module.critic.text_encoder is teacher.text_encoder
+    assert not any(weight.requires_grad for weight in module.student.text_encoder.parameters())
+    before = CausalVideoPipeline.from_pretrained(folder / "student", dtype=torch.float32).text_encoder
+    for own, old in zip(module.student.text_encoder.parameters(), before.parameters(), strict=True):
+        assert torch.equal(own, old)
+
+
 def test_prompts_from_a_file(runs, tmp_path, caplog):
     (tmp_path / "prompts.txt").write_text("a red circle\n\n a blue elephant \na Zebra, an elephant")
     settings = settings_for(runs, prompts=str(tmp_path / "prompts.txt"), total_steps=1, shift=2.0)
