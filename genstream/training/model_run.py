@@ -28,6 +28,7 @@ from genstream.training.clips import Clips, ClipSet, encode_clips
 from genstream.training.denoiser import Denoiser, copy_weights, for_training
 from genstream.training.loop import run, steps_taken
 from genstream.training.model_settings import ModelRunSettings
+from genstream.training.precision import Precision
 from genstream.training.processes import once, own_rng, process, shared_rng
 from genstream.training.record import (
     RECORD_FOLDER,
@@ -112,10 +113,7 @@ def train_model(
     pipe = starting_model(settings)
     clips = _clips(settings, pipe)
     with claimed_run(output, settings, origins):
-        module_of(pipe.vae).to(process().device)
-        latents = encode_clips(clips, pipe.streaming_vae, output.parent / LATENTS_FOLDER, settings.precision)
-        if isinstance(clips, VideoClips):
-            clips, latents = clips.readable(latents)
+        clips, latents = encode_readable(clips, pipe, output.parent / LATENTS_FOLDER, settings.precision)
         trainee = build(settings, Denoiser.of(pipe), clips, latents)
         del pipe  # with its VAE, which has done its work
         run(settings.loop, trainee, output)
@@ -125,19 +123,44 @@ def train_model(
 
 def _clips(settings: ModelRunSettings, pipe: CausalVideoPipeline) -> Clips:
     """What a model is trained and evaluated on."""
-    ratio = pipe.streaming_vae.spec.temporal_ratio
     if settings.videos is None:
-        return settings.clip_set(ratio)
+        return settings.clip_set(pipe.streaming_vae.spec.temporal_ratio)
+    length = (settings.clip_chunks, settings.chunk_frames)
+    return clips_for(pipe, settings.videos, length, settings.clips, settings.evaluation_clips)
+
+
+def clips_for(
+    pipe: CausalVideoPipeline, videos: str, length: tuple[int, int], most: int, evaluation: int
+) -> VideoClips:
+    """Clips of videos that a model can be shown: of its size, with captions that it can read.
+
+    Args:
+        pipe: the model.
+        videos: their folder.
+        length: chunks of a clip, and latent frames of a chunk.
+        most: of clips to train on.
+        evaluation: further clips.
+    """
+    chunks, chunk_frames = length
     geometry = ClipGeometry(
-        chunks=settings.clip_chunks,
-        frames=frames_of(settings.clip_chunks * settings.chunk_frames, ratio),
+        chunks=chunks,
+        frames=frames_of(chunks * chunk_frames, pipe.streaming_vae.spec.temporal_ratio),
         height=pipe.config.default_height,
         width=pipe.config.default_width,
     )
-    clips = find_clips(settings.videos, geometry, settings.clips, settings.evaluation_clips)
+    clips = find_clips(videos, geometry, most, evaluation)
     clips.check_captions(pipe.tokenizer, pipe.config.text_tokens)
     once(lambda: clips.tell(pipe.config.default_fps))
     return clips
+
+
+def encode_readable(
+    clips: Clips, pipe: CausalVideoPipeline, folder: Path, precision: Precision
+) -> tuple[Clips, Tensor]:
+    """Those of the clips that can be read, and their latents, as `encode_clips` makes them."""
+    module_of(pipe.vae).to(process().device)
+    latents = encode_clips(clips, pipe.streaming_vae, folder, precision)
+    return clips.readable(latents) if isinstance(clips, VideoClips) else (clips, latents)
 
 
 def load_first_chunks(settings: ModelRunSettings, clips: ClipSet, count: int, output: Path) -> Tensor:
@@ -245,6 +268,12 @@ def _forget_places(folder: Path) -> None:
         content = read_json(path)
         content.pop("_name_or_path", None)
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def knows_toyworld(folder: Path) -> bool:
+    """Whether a model shows the toy world, as far as its card tells; without one it may."""
+    card = card_of(folder)
+    return card is None or card.get("description") == _toyworld_card()["description"]
 
 
 def _toyworld_card() -> dict[str, object]:

@@ -25,7 +25,7 @@ from genstream.shapes import check_guidance, check_not_negative, check_positive,
 from genstream.streaming.noise import SeededNoise
 from genstream.streaming.presets import EngineKind
 from genstream.streaming.request import StreamRequest
-from genstream.training.clips import ClipSet, encode_clips
+from genstream.training.clips import SWITCHED_EVERY, Clips, ClipSet
 from genstream.training.correctors import (
     Adversarial,
     Corrector,
@@ -38,14 +38,23 @@ from genstream.training.denoiser import Denoiser, copy_weights, for_training
 from genstream.training.forcing import FORCED, Context
 from genstream.training.loop import MOST_LEARNING_RATE, LoopSettings, run, steps_taken
 from genstream.training.model_config import ModelConfig, check_same_latents, check_stream
-from genstream.training.model_run import LATENTS_FOLDER, card_of, save_model
+from genstream.training.model_run import (
+    LATENTS_FOLDER,
+    card_of,
+    clips_for,
+    encode_readable,
+    knows_toyworld,
+    save_model,
+)
 from genstream.training.precision import Precision
 from genstream.training.processes import evaluation_rng, once, own_rng, shared_rng
 from genstream.training.prompts import Asked, ClipPieces, PromptSource, prompts_from
 from genstream.training.record import Origins, Training, claimed_run, is_finished
 from genstream.training.rollout import CONTEXTS, RolloutEngine, rollout
-from genstream.training.starting import RESULT_FOLDER, load_model, model_folder
+from genstream.training.starting import RESULT_FOLDER, check_shown, load_model, model_folder
+from genstream.training.video_clips import VideoClips
 from genstream.vae.tiny import TinyVideoVAE
+from genstream.vae.wrapping import module_of
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +79,11 @@ class SelfForcingSettings:
             discriminator tells apart that starts as the teacher.
         prompts: text file with a prompt on each line; captions of random scenes when None. "gan" takes those
             of its clips.
-        clips: clips of the toy world that "gan" learns from; 64 more are for evaluation.
+        videos: folder of videos with their captions, as `genstream train student` takes it, of which "gan"
+            cuts its clips; None for the toy world, unless `initial` has learnt from videos.
+        clips: clips that "gan" learns from; of videos the most of them.
+        evaluation_clips: further clips, for evaluation alone; 64 when None. Those of videos are from videos
+            of their own.
         total_steps: optimiser steps; with "dmd" the critic learns in all of them.
         critic_steps: steps of the critic alone for each one of the student.
         learning_rate: peak of the student's.
@@ -96,7 +109,9 @@ class SelfForcingSettings:
     shift: float | None = None
     objective: Literal["dmd", "sid", "gan"] = "dmd"
     prompts: str | None = None
+    videos: str | None = None
     clips: int = 3072
+    evaluation_clips: int | None = None
     total_steps: int = 1800
     critic_steps: int = 5
     learning_rate: float = 1e-4
@@ -144,7 +159,12 @@ class SelfForcingSettings:
             raise ValueError(f"objective must be 'dmd', 'sid' or 'gan', got {self.objective!r}")
         if self.objective == "gan" and self.prompts is not None:
             raise ValueError(f"prompts must be None for 'gan', which needs clips, got {self.prompts!r}")
-        unused = ["teacher_guidance"] if self.objective == "gan" else ["clips", "smoothness"]
+        # One of the toy world that changes its scene, and others that do not.
+        least = SWITCHED_EVERY if self.videos is None else 1
+        if self.evaluation_clips is not None and self.evaluation_clips < least:
+            raise ValueError(f"evaluation_clips must be at least {least}, got {self.evaluation_clips}")
+        of_gan = ["videos", "clips", "evaluation_clips", "smoothness"]
+        unused = ["teacher_guidance"] if self.objective == "gan" else of_gan
         if self.objective != "sid":
             unused.append("sid_alpha")
         check_unused(self, unused, f"for objective {self.objective!r}")
@@ -325,6 +345,11 @@ def check_models(settings: SelfForcingSettings) -> Judged:
     if teacher.settings.sees_past:
         check_stream("teacher", teacher, FORCED)
     check_same_latents(teacher, student)
+    if settings.objective == "gan" and settings.videos is None and not knows_toyworld(student.folder):
+        raise ValueError(
+            "videos must be given for 'gan' where initial has learnt from videos, got None: clips of the toy "
+            "world are nothing that it should show"
+        )
     try:
         context = teacher.context
     except ValueError as error:
@@ -396,20 +421,37 @@ def _prompts(
     if settings.objective != "gan":
         prompts = prompts_from(settings.prompts, map(Denoiser.of, (pipe, teacher)))
         return prompts, prompts
-    if not isinstance(pipe.vae, TinyVideoVAE):
-        raise ValueError(f"initial must have a TinyVideoVAE for 'gan', got a {type(pipe.vae).__name__}")
-    clips = ClipSet(
-        count=settings.clips + _EVALUATION_CLIPS,
-        chunks=settings.stream_chunks,
-        chunk_frames=pipe.settings.chunk_frames,
-        temporal_ratio=pipe.vae.spec.temporal_ratio,
-        size_px=pipe.config.default_height,
-    )
-    latents = encode_clips(clips, pipe.vae, output.parent / LATENTS_FOLDER, settings.precision)
-    numbers, chunk = range(clips.count), pipe.settings.chunk_frames
+    chunk, folder = pipe.settings.chunk_frames, output.parent / LATENTS_FOLDER
+    found = _clips(settings, pipe)
+    if isinstance(found, VideoClips) and pipe.tokenizer is not teacher.tokenizer:
+        found.check_captions(teacher.tokenizer, teacher.config.text_tokens)
+    clips, latents = encode_readable(found, pipe, folder, settings.precision)
+    module_of(pipe.vae).to("cpu")  # has done its work
     # Where the student's own pieces begin: nothing but their content must tell them apart.
     pieces = partial(ClipPieces, clips, latents, horizon_chunks * chunk, grid=chunk)
-    return pieces(numbers[: settings.clips]), pieces(numbers[settings.clips :])
+    training = clips.count - clips.evaluation
+    return pieces(range(training)), pieces(range(training, clips.count))
+
+
+def _clips(settings: SelfForcingSettings, pipe: CausalVideoPipeline) -> Clips:
+    """Real ones, as long as the longest streams."""
+    evaluation = settings.evaluation_clips or _EVALUATION_CLIPS
+    chunks, chunk_frames = settings.stream_chunks, pipe.settings.chunk_frames
+    if settings.videos is not None:
+        check_shown(pipe)
+        return clips_for(pipe, settings.videos, (chunks, chunk_frames), settings.clips, evaluation)
+    if not isinstance(pipe.vae, TinyVideoVAE):
+        raise ValueError(
+            f"initial must have a TinyVideoVAE for 'gan' without videos, got a {type(pipe.vae).__name__}"
+        )
+    return ClipSet(
+        count=settings.clips + evaluation,
+        chunks=chunks,
+        chunk_frames=chunk_frames,
+        temporal_ratio=pipe.vae.spec.temporal_ratio,
+        size_px=pipe.config.default_height,
+        evaluation=evaluation,
+    )
 
 
 def export(student: Denoiser, settings: SelfForcingSettings, output: Path) -> None:

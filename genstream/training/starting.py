@@ -27,7 +27,7 @@ def starting_model(settings: ModelRunSettings) -> CausalVideoPipeline:
     """
     if settings.videos is not None:
         pipe = new_model(settings)
-        _check_initial(pipe)
+        check_shown(pipe)
         Denoiser.of(pipe).text_encoder.requires_grad_(requires_grad=False)
         return pipe
     initial = None if settings.initial is None else load_model("initial", settings.initial)
@@ -98,7 +98,8 @@ def load_model(name: str, given: str, reader: CausalVideoPipeline | None = None)
     return pipe
 
 
-def _check_initial(pipe: CausalVideoPipeline) -> None:
+def check_shown(pipe: CausalVideoPipeline) -> None:
+    """Raise ValueError unless `initial` can be shown videos as it is: it takes text alone, and encodes."""
     config = pipe.transformer.config
     if config.image_dim is not None or config.in_channels != pipe.transformer.out_channels:
         raise ValueError("initial must be a model of text alone, got one that also takes images")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from retraining import retrain
+from small_videos import write_video
 
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
@@ -288,6 +289,16 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(runs, tmp_path, monkey
         ({"objective": "gan", "prompts": "a.txt"}, "prompts must be None for 'gan', which needs clips"),
         ({"objective": "gan", "smoothness": -1.0}, "smoothness must be at least 0 and finite, got -1.0"),
         ({"smoothness": 0.2}, "smoothness must be left at 0.1 for objective 'dmd', got 0.2"),
+        ({"videos": "clips"}, "videos must be left at None for objective 'dmd', got 'clips'"),
+        (
+            {"objective": "sid", "evaluation_clips": 8},
+            "evaluation_clips must be left at None for objective 'sid', got 8",
+        ),
+        ({"objective": "gan", "evaluation_clips": 3}, "evaluation_clips must be at least 4, got 3"),
+        (
+            {"objective": "gan", "videos": "clips", "evaluation_clips": 0},
+            "evaluation_clips must be at least 1, got 0",
+        ),
         ({"objective": "sid", "clips": 8}, "clips must be left at 3072 for objective 'sid', got 8"),
         ({"objective": "dmd", "sid_alpha": 0.5}, "sid_alpha must be left at 1.0 for objective 'dmd'"),
         (
@@ -508,6 +519,67 @@ def test_a_text_encoder_that_both_models_have_is_loaded_once(runs, tmp_path, mon
     before = CausalVideoPipeline.from_pretrained(folder / "student", dtype=torch.float32).text_encoder
     for own, old in zip(module.student.text_encoder.parameters(), before.parameters(), strict=True):
         assert torch.equal(own, old)
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """A folder of three videos of two clips each."""
+    for index in range(3):
+        write_video(tmp_path / "videos" / f"{index}.mp4", 60 * index, 36, captions=f"a red circle {index}")
+    return tmp_path / "videos"
+
+
+def learnt_from_videos(runs, folder):
+    """Copies of the models, of which the student's card tells of other clips than those of the toy world."""
+    path = changed(runs, folder) / "student" / "model_card.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"description": "Learnt from videos."}))
+    return {"teacher": str(folder / "teacher"), "initial": str(folder / "student")}
+
+
+def test_the_real_clips_of_a_discriminator_may_be_those_of_videos(runs, videos, tmp_path, monkeypatch):
+    places = learnt_from_videos(runs, tmp_path)
+    settings = settings_for(
+        runs, objective="gan", videos=str(videos), evaluation_clips=2, clips=3, total_steps=3, **places
+    )
+    distill_student(settings, tmp_path / "run")
+    assert (tmp_path / "run" / "model" / "model_index.json").is_file()
+    trainees = []
+    monkeypatch.setattr(self_forcing, "run", lambda loop, trainee, output: trainees.append(trainee))
+    monkeypatch.setattr(self_forcing, "export", lambda *given: None)
+    distill_student(settings, tmp_path / "other")
+    told = []
+    for source in (trainees[0].prompts, trainees[0].held_out):
+        asked = source.draw(40, np.random.default_rng(0))
+        assert asked.pieces.shape == (40, 4, HORIZON, 16, 16) and asked.pieces.isfinite().all()
+        told.append(set(asked.captions))
+    assert told[0] and told[1] and not told[0] & told[1]
+    assert set.union(*told) == {f"a red circle {index}" for index in range(3)}
+
+
+def test_what_learnt_from_videos_is_not_shown_the_toy_world(runs, tmp_path, monkeypatch):
+    settings = settings_for(runs, objective="gan", **learnt_from_videos(runs, tmp_path))
+    monkeypatch.setattr(self_forcing, "load_model", None)
+    with pytest.raises(
+        ValueError, match="videos must be given for 'gan' where initial has learnt from videos"
+    ):
+        distill_student(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "student" / "model_card.json").unlink()  # nothing tells
+    assert check_models(settings)
+
+
+def test_videos_that_are_no_use_are_refused_before_the_run_starts(runs, videos, tmp_path):
+    own = {"objective": "gan", "videos": str(videos), "evaluation_clips": 2}
+    for wrong, error in (
+        ({"evaluation_clips": 8}, r"evaluation_clips = 8 clips of 17 frames, .* got 6 clips in 3 videos"),
+        ({"videos": str(tmp_path / "nowhere")}, "nowhere"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            distill_student(settings_for(runs, **{**own, **wrong}), tmp_path / "run")
+    (videos / "1.txt").write_text("a red circle " * 20)
+    with pytest.raises(ValueError, match=r"caption file '.*1\.txt': prompt must have at most 32 tokens"):
+        distill_student(settings_for(runs, **own), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_prompts_from_a_file(runs, tmp_path, caplog):
