@@ -52,7 +52,7 @@ from genstream.training.prompts import Asked, ClipPieces, PromptSource, prompts_
 from genstream.training.record import Origins, Training, claimed_run, is_finished
 from genstream.training.rollout import CONTEXTS, RolloutEngine, rollout
 from genstream.training.starting import RESULT_FOLDER, check_shown, load_model, model_folder
-from genstream.training.video_clips import VideoClips
+from genstream.training.video_clips import CAPTION_SUFFIX, VideoClips
 from genstream.vae.tiny import TinyVideoVAE
 from genstream.vae.wrapping import module_of
 
@@ -479,4 +479,6 @@ def _origins(settings: SelfForcingSettings) -> Origins:
         "teacher": partial(model_folder, "teacher", settings.teacher),
         "initial": partial(model_folder, "initial", settings.initial),
     }
-    return Origins(models=finders, prompts=settings.prompts)
+    return Origins(
+        models=finders, prompts=settings.prompts, videos=settings.videos, beside_videos=(CAPTION_SUFFIX,)
+    )

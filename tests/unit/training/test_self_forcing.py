@@ -543,6 +543,9 @@ def test_the_real_clips_of_a_discriminator_may_be_those_of_videos(runs, videos, 
     )
     distill_student(settings, tmp_path / "run")
     assert (tmp_path / "run" / "model" / "model_index.json").is_file()
+    (videos / "0.txt").write_text("a red circle 0\n ")
+    with pytest.raises(ValueError, match=r"videos must hold what the run in '.*run' is made from"):
+        distill_student(settings, tmp_path / "run")
     trainees = []
     monkeypatch.setattr(self_forcing, "run", lambda loop, trainee, output: trainees.append(trainee))
     monkeypatch.setattr(self_forcing, "export", lambda *given: None)
