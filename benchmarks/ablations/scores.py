@@ -15,11 +15,11 @@ from genstream.cli.window_judge import judge_together
 from genstream.data.prompts import EvaluationPrompt, evaluation_prompts
 from genstream.evaluation.judge import ClipScore
 from genstream.io.digest import folder_digest
+from genstream.io.model_folder import RESULT_FOLDER
 from genstream.io.partial import write_whole
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.training.record import RECORD_FOLDER
-from genstream.training.starting import RESULT_FOLDER
 
 JUDGED = ("colour", "shape", "direction")
 SEEN = "seen"

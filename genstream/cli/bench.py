@@ -27,7 +27,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "bench", help="measure one long stream", description=__doc__, allow_abbrev=False
     )
-    parser.add_argument("--model", default="toyworld", help="installed model or model folder (toyworld)")
+    parser.add_argument("--model", default="toyworld", help="installed model, model folder or run (toyworld)")
     parser.add_argument("--minutes", type=float, default=10.0, help="minutes of video, at least 2 (10)")
     parser.add_argument("--prompt", default="a red circle moving right", help="(a red circle moving right)")
     parser.add_argument("--seed", type=int, default=0, help="(0)")

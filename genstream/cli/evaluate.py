@@ -15,7 +15,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     toyworld = benchmarks.add_parser(
         "toyworld", help="prompt adherence, drift, VAE quality and speed", allow_abbrev=False
     )
-    toyworld.add_argument("--model", default="toyworld", help="installed model or model folder (toyworld)")
+    toyworld.add_argument(
+        "--model", default="toyworld", help="installed model, model folder or run (toyworld)"
+    )
     toyworld.add_argument("--prompts", type=int, default=200, help="number of evaluation prompts (200)")
     toyworld.add_argument("--vae-clips", type=int, default=100, help="clips that the VAE reconstructs (100)")
     toyworld.add_argument("--seconds", type=float, default=4.0, help="length that is judged (4)")

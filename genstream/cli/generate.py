@@ -48,7 +48,7 @@ def add_run_options(parser: argparse.ArgumentParser, *, image: str) -> None:
     )
     parser.add_argument("--image", type=Path, help=image)
     parser.add_argument("--seed", type=int, default=0, help="same seed, same video (0)")
-    parser.add_argument("--model", default="toyworld", help="installed model or model folder (toyworld)")
+    parser.add_argument("--model", default="toyworld", help="installed model, model folder or run (toyworld)")
     parser.add_argument(
         "--preset",
         choices=PRESETS,

@@ -31,7 +31,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "plan", help="tell the memory that a stream takes", description=__doc__, allow_abbrev=False
     )
-    parser.add_argument("--model", default="toyworld", help="installed model or model folder (toyworld)")
+    parser.add_argument("--model", default="toyworld", help="installed model, model folder or run (toyworld)")
     parser.add_argument("--size", type=parse_size, metavar="WxH", help="size in pixels (the model's own)")
     parser.add_argument("--vram", type=float, metavar="GIB", help="memory of the card")
     parser.add_argument("--seconds", type=float, help="length, where all frames are kept (endless)")

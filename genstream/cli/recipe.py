@@ -14,12 +14,11 @@ from typing import Any
 
 from genstream.cli.settings import parse_settings
 from genstream.cli.trainers import RECIPE_INDEX, RECIPES, TRAINERS, known_recipes
-from genstream.io.model_folder import INDEX_NAME, installed_models, read_object
+from genstream.io.model_folder import INDEX_NAME, RESULT_FOLDER, installed_models, read_object
 from genstream.io.partial import partial_path
 from genstream.training.model_run import LATENTS_FOLDER
 from genstream.training.processes import once
 from genstream.training.prompts import TextPrompts
-from genstream.training.starting import RESULT_FOLDER
 
 logger = logging.getLogger(__name__)
 

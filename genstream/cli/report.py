@@ -14,12 +14,11 @@ from genstream.cli.recipe import Stage
 from genstream.cli.window_judge import judge_together
 from genstream.data.prompts import evaluation_prompts
 from genstream.evaluation.judge import Adherence
-from genstream.io.model_folder import INDEX_NAME, read_object
+from genstream.io.model_folder import INDEX_NAME, RESULT_FOLDER, read_object
 from genstream.io.partial import write_whole
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.shapes import frames_of
 from genstream.training.record import RECORD_FOLDER
-from genstream.training.starting import RESULT_FOLDER
 
 REPORT_NAME = "report.md"
 _CURVES_NAME = "curves.png"

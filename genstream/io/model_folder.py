@@ -14,6 +14,8 @@ METADATA = "__metadata__"
 SHARD_INDICES = "*.safetensors.index.json"
 CARD_NAME = "model_card.json"
 INDEX_NAME = "model_index.json"
+RESULT_FOLDER = "model"
+"""Of a training run: there lies the model that it made."""
 _MODEL_FILES = ("config.json",)
 _PIPELINE = "CausalVideoPipeline"
 _NEEDED = ("transformer", "scheduler")
@@ -66,9 +68,16 @@ def installed_folder(name: str) -> Path | None:
     return _ASSETS / name if name in installed_models() else None
 
 
+def model_place(given: str) -> Path | None:
+    """Folder of an installed model, of a model, or of the model that a run made; None where there is none."""
+    folder = installed_folder(given) or Path(given)
+    places = (folder, folder / RESULT_FOLDER)
+    return next((place for place in places if (place / INDEX_NAME).is_file()), None)
+
+
 def find_model(name_or_folder: str) -> Path:
-    """Folder of an installed model or the folder itself, with all its files whole."""
-    folder = installed_folder(name_or_folder) or Path(name_or_folder)
+    """Folder of a model as `model_place` finds it, with all its files whole."""
+    folder = model_place(name_or_folder) or Path(name_or_folder)
     if not name_or_folder or not folder.is_dir():
         raise ValueError(
             f"model must be one of {', '.join(installed_models()) or '(none installed)'}"

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genstream.io.model_folder import RESULT_FOLDER
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.shapes import check_guidance, check_not_negative, check_positive, check_unused
@@ -41,7 +42,7 @@ from genstream.training.precision import Precision, computing_in
 from genstream.training.processes import evaluation_rng, once, own_rng, process
 from genstream.training.prompts import prompts_from
 from genstream.training.record import Origins, Training, claimed_run, is_finished
-from genstream.training.starting import RESULT_FOLDER, load_model, model_folder
+from genstream.training.starting import load_model, model_folder
 from genstream.training.trajectories import Sampling, Trajectories, collect, solve, stream
 
 logger = logging.getLogger(__name__)

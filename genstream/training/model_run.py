@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from genstream.data import vocabulary
 from genstream.io.errors import writing
-from genstream.io.model_folder import CARD_NAME, INDEX_NAME, read_json, read_object
+from genstream.io.model_folder import CARD_NAME, INDEX_NAME, RESULT_FOLDER, read_json, read_object
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.shapes import frames_of
@@ -39,7 +39,6 @@ from genstream.training.record import (
     write_record,
 )
 from genstream.training.starting import (
-    RESULT_FOLDER,
     load_latents_vae,
     model_folder,
     new_model,

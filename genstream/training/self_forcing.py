@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from genstream.io.model_folder import RESULT_FOLDER
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.shapes import check_guidance, check_not_negative, check_positive, check_unused, frames_of
 from genstream.streaming.noise import SeededNoise
@@ -51,7 +52,7 @@ from genstream.training.processes import evaluation_rng, once, own_rng, shared_r
 from genstream.training.prompts import Asked, ClipPieces, PromptSource, prompts_from
 from genstream.training.record import Origins, Training, claimed_run, is_finished
 from genstream.training.rollout import CONTEXTS, RolloutEngine, rollout
-from genstream.training.starting import RESULT_FOLDER, check_shown, load_model, model_folder
+from genstream.training.starting import check_shown, load_model, model_folder
 from genstream.training.video_clips import CAPTION_SUFFIX, VideoClips
 from genstream.vae.tiny import TinyVideoVAE
 from genstream.vae.wrapping import module_of

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from genstream.data.toyworld import ToyWorld
-from genstream.io.model_folder import INDEX_NAME, installed_folder
+from genstream.io.model_folder import model_place
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.shapes import check_divides
@@ -15,8 +15,6 @@ from genstream.training.denoiser import Denoiser, copy_weights
 from genstream.training.model_settings import ModelRunSettings
 from genstream.training.text_encoder import load_text_encoder
 from genstream.vae.loading import LoadedVAE, load_vae
-
-RESULT_FOLDER = "model"
 
 
 def starting_model(settings: ModelRunSettings) -> CausalVideoPipeline:
@@ -74,10 +72,8 @@ def load_latents_vae(settings: ModelRunSettings) -> LoadedVAE:
 
 def model_folder(name: str, given: str) -> Path:
     """Folder of a model that the setting `name` gives, itself or by the run that made it."""
-    folder = installed_folder(given) or Path(given)
-    for place in (folder, folder / RESULT_FOLDER):
-        if (place / INDEX_NAME).is_file():
-            return place
+    if (place := model_place(given)) is not None:
+        return place
     raise ValueError(
         f"{name} must be an installed model or the folder of a model or of a finished run, got {given!r}"
     )

@@ -248,6 +248,16 @@ def test_failure_in_the_middle(
     assert sum(1 for _ in read_video(tmp_path / "out.partial.mp4")) == 9
 
 
+def test_a_run_gives_the_model_that_it_made(model: str, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(Path(model).resolve())
+    videos = [tmp_path / "model.png", tmp_path / "run.png"]
+    for place, video in zip((model, str(tmp_path / "run")), videos, strict=True):
+        assert generate(place, "-o", str(video), "--frames", "1") == 0
+    (own,), (made,) = map(read_video, videos)
+    assert np.array_equal(own, made)
+
+
 def test_long_prompt(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["generate", "red " * 30, "--model", model, "-o", str(tmp_path / "out.mp4")]) == 2
     assert "prompt must have at most 12 tokens, got 31" in error_of(capsys)

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from genstream.data import vocabulary
 from genstream.data.captions import TRAINING_STYLE, Phrase, describe, phrases
 from genstream.data.scene import sample_scene
-from genstream.training.starting import RESULT_FOLDER
+from genstream.io.model_folder import RESULT_FOLDER
 from genstream.training.student import StudentTrainingSettings, train_student
 from genstream.training.text import word_tokenizer
 from genstream.training.text_encoder import (
