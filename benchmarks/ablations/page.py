@@ -125,17 +125,17 @@ def _fewest_prompts(rows: Mapping[str, Row]) -> int:
     """Fewest prompts that an interval of the error in the tables is of; those of one prompt have none."""
     base, *others = rows.values()
     compared = [*rows.values(), *(row.less(base) for row in others)]
-    known = [row.at(place, ERROR, ()).prompts for row in compared for place in _ends(row)]
+    known = [row.at(place, ERROR, ()).prompts for row in compared for place in _told(row)]
     return min((prompts for prompts in known if prompts > 1), default=FEW_PROMPTS)
 
 
 def table(rows: Mapping[str, Row], window_s: float) -> str:
-    """Means at the first and the last place."""
+    """Means at the first and the last place, and over all."""
     return _table(rows, window_s, SHARE, "-")
 
 
 def differences(rows: Mapping[str, Row], window_s: float) -> str:
-    """Differences of all rows from the first, at the first and the last place."""
+    """Differences of all rows from the first, at the first and the last place, and over all."""
     (first, base), *others = rows.items()
     less = {label: row.less(base) for label, row in others}
     what = f"Differences from {first}, object by object; those of errors are of objects that both show:"
@@ -146,17 +146,18 @@ def _table(rows: Mapping[str, Row], window_s: float, added: Sequence[float], sig
     titles = [*(f"{name}, %" for name in SHARES), f"{ERROR}, of 255"]
     lines = [f"| | evaluations per chunk | | {' | '.join(titles)} |", "|---" * (3 + len(titles)) + "|"]
     for label, row in rows.items():
-        for place in _ends(row):
+        for place in _told(row):
             time = f"{place.start * window_s:g} to {place.stop * window_s:g} s"
             cells = [_cell(name, row.at(place, name, added), sign) for name in METRICS]
             lines.append(f"| {label} | {row.evaluations:{sign}g} | {time} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _ends(row: Row) -> tuple[slice, slice]:
-    """The first and the last place."""
-    at = places(row.values[ERROR].shape[-1])
-    return at[0], at[-1]
+def _told(row: Row) -> list[slice]:
+    """The first and the last place, and all windows; one alone where they are the same."""
+    windows = row.values[ERROR].shape[-1]
+    at = places(windows)
+    return [at[0], at[-1], slice(0, windows)] if len(at) > 1 else at
 
 
 def _cell(name: str, mean: Estimate, sign: str) -> str:

@@ -206,21 +206,23 @@ def cells(text, label):
     return [[cell.partition(" (")[0].strip("| ") for cell in row[2:]] for row in rows]
 
 
-def test_tables_hold_the_first_and_the_last_window():
+def test_tables_hold_the_first_window_the_last_and_all():
     text = page.table({"one": Row.of([FIRST]), "two": Row.of([SECOND])}, window_s=4.0)
     assert cells(text, "one") == [
         ["0 to 4 s", "100.0", "100.0", "0.0", "100.0", "3.0"],
         ["8 to 12 s", "0.0", "0.0", "100.0", "50.0", "6.0"],
+        ["0 to 12 s", "50.0", "50.0", "50.0", "83.3", "4.4"],
     ]
     assert cells(text, "two") == [
         ["0 to 4 s", "50.0", "50.0", "50.0", "50.0", "5.0"],
         ["8 to 12 s", "100.0", "100.0", "0.0", "100.0", "7.0"],
+        ["0 to 12 s", "66.7", "66.7", "33.3", "83.3", "5.8"],
     ]
 
 
 def test_tables_tell_what_a_chunk_costs():
     rows = {"one": Row.of([FIRST, FIRST]), "two": Row.of([replace(SECOND, evaluations=5)] * 2)}
-    head, _, first, _, second, _ = page.table(rows, window_s=4.0).splitlines()
+    head, _, first, _, _, second, *_ = page.table(rows, window_s=4.0).splitlines()
     assert head.startswith("| | evaluations per chunk | | colour, % |")
     assert first.startswith("| one | 9 | 0 to 4 s |")
     assert second.startswith("| two | 5 | 0 to 4 s |")
@@ -232,6 +234,7 @@ def test_seeds_are_averaged():
     assert cells(text, "both") == [
         ["0 to 4 s", "25.0", "25.0", "75.0", "75.0", "4.3"],
         ["8 to 12 s", "75.0", "75.0", "25.0", "100.0", "4.5"],
+        ["0 to 12 s", "50.0", "50.0", "50.0", "91.7", "5.0"],
     ]
 
 
@@ -243,13 +246,15 @@ def test_differences_are_of_the_same_objects():
     assert cells(text, "two") == [
         ["0 to 4 s", "-50.0", "-50.0", "+50.0", "-50.0", "+3.0"],
         ["8 to 12 s", "+100.0", "+100.0", "-100.0", "+50.0", "+3.0"],
+        ["0 to 12 s", "+16.7", "+16.7", "-16.7", "+0.0", "+1.5"],
     ]
     assert cells(text, "three")[1] == ["8 to 12 s", "+50.0", "+50.0", "-50.0", "+50.0", "-5.0"]
 
 
 def test_an_error_of_nothing_seen_is_none():
     lost = Row.of([made([[0], [0]], [[NAN], [NAN]])])
-    assert cells(page.table({"lost": lost}, window_s=4.0), "lost")[0][-2:] == ["0.0", "none"]
+    ((*_, seen, error),) = cells(page.table({"lost": lost}, window_s=4.0), "lost")  # of one window one row
+    assert (seen, error) == ("0.0", "none")
     text = page.differences({"one": Row.of([FIRST]), "lost": lost}, window_s=4.0)
     assert cells(text, "lost")[0][-1] == "none"
 
@@ -303,6 +308,7 @@ def test_long_streams_are_summed_up():
     assert [(time, error) for time, *_, error in cells(text, "long")] == [
         ("0 to 12 s", "1.0"),
         ("120 to 128 s", "30.5"),
+        ("0 to 128 s", "15.5"),
     ]
 
 
@@ -359,8 +365,8 @@ def test_each_row_has_the_scores_of_its_trials(tmp_path, drawn):
     assert text.startswith("## Of two\n\n2 prompts with 2 objects, 8 s each; 2 runs of each kind, ")
     assert "The VAE, the base and the teacher are one each: seeds cover the short runs alone." in text
     assert "intervals of the error are too narrow" in text
-    assert [row[1] for row in cells(text, "a")] == ["100.0", "0.0"]
-    assert [row[1] for row in cells(text, "b")] == ["25.0", "75.0", "-75.0", "+75.0"]
+    assert [row[1] for row in cells(text, "a")] == ["100.0", "0.0", "50.0"]
+    assert [row[1] for row in cells(text, "b")] == ["25.0", "75.0", "50.0", "-75.0", "+75.0", "+0.0"]
     assert text.endswith("![Of two](pictures/training_of_two.png)\n")
     assert drawn[0][1] == "training_of_two.png"
 
