@@ -48,11 +48,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv`; returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    given = sys.argv[1:] if argv is None else list(argv)
+    typed = sys.argv[1:] if argv is None else list(argv)
+    given = [text for text in typed if text != "--debug"]
     for name in _LOUD:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        arguments = _parse([text for text in given if text != "--debug"])
+        arguments = _parse(given)
         code: int = arguments.run(arguments)
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from the last checkpoint" if _trains(given) else ""
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return generate.EXIT_INTERRUPTED
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
         bug = isinstance(error, RuntimeError) and not is_out_of_memory(error)
-        if bug or "--debug" in given:
+        if bug or given != typed:
             raise
         print(f"genstream: error: {_one_line(error, given)}", file=sys.stderr)
         return EXIT_ERROR
@@ -86,7 +87,7 @@ def _one_line(error: Exception, given: Sequence[str]) -> str:
 
 
 def _trains(given: Sequence[str]) -> bool:
-    return given[:1] in (["train"], ["distill"])
+    return given[:1] in (["train"], ["distill"]) and "--dry-run" not in given
 
 
 def _with_option(text: str, given: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ stages, or installed models; `prompts` and `videos` are paths from the recipe's 
 """
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from genstream.training.prompts import TextPrompts
 logger = logging.getLogger(__name__)
 
 _PLACES = ("vae", "initial", "text_encoder", "teacher")
+_DATA = ("prompts", "videos")
 _TAKEN = (RESULT_FOLDER, LATENTS_FOLDER)
 """Folders beside those of the stages."""
 
@@ -112,16 +114,27 @@ def _stage(name: str, command: str, config: Path, output: Path, earlier: list[st
                     f"{setting} of stage {name!r} must be in the folder of an earlier stage "
                     f"({', '.join(earlier) or 'there is none'}) or an installed model, got {value!r}"
                 )
+    if not (output / name).exists():  # what is finished may have lost what it was made from
+        _check_data(name, config, settings)
+    for setting in _DATA:
+        if (value := getattr(settings, setting, None)) is not None:
+            places[setting] = str(_beside(config, value))
+    return Stage(name=name, command=command, settings=replace(settings, **places), train=train)
+
+
+def _check_data(name: str, config: Path, settings: object) -> None:
+    """Whether there are the prompts and videos that a stage is to learn from."""
     if (prompts := getattr(settings, "prompts", None)) is not None:
-        file = config.parent / prompts
-        TextPrompts(file, readers=())
-        places["prompts"] = str(file)
-    if videos is not None:
-        folder = config.parent / videos
+        TextPrompts(_beside(config, prompts))
+    if (videos := getattr(settings, "videos", None)) is not None:
+        folder = _beside(config, videos)
         if not folder.is_dir():
             raise ValueError(f"videos of stage {name!r} must be a folder, got {str(folder)!r}")
-        places["videos"] = str(folder)
-    return Stage(name=name, command=command, settings=replace(settings, **places), train=train)
+
+
+def _beside(config: Path, given: str) -> Path:
+    """A path of a config, however the recipe's folder was given."""
+    return Path(given) if Path(given).is_absolute() else Path(os.path.relpath(config.parent / given))
 
 
 def _place(value: str, output: Path, earlier: list[str]) -> str | None:

@@ -1,7 +1,7 @@
 """Whether folders still hold what they held, told without reading all of their gigabytes."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from hashlib import sha256
 from pathlib import Path
 
@@ -31,26 +31,33 @@ def folder_digest(folder: Path, without: str | None = None) -> str:
         is_hidden = any(part.startswith(".") for part in inside.parts)
         if path.is_file() and not is_hidden and inside.parts[0] != without and path.suffix != ".md":
             counted.append(path)
-    return _digest(folder, counted, _MODEL_BLOCKS)
+    return _digest(folder, counted, lambda path: _file_digest(path, _MODEL_BLOCKS))
 
 
 def videos_digest(folder: Path, files: Iterable[Path]) -> str:
     """A hash of the names and contents of videos, and of what lies beside them; of large ones in part.
 
-    Times do not count: a copy is the same.
+    Times do not count: a copy is the same. Nor do contents that cannot be read, which nothing learns from.
 
     Args:
         folder: with all of them.
         files: in it.
     """
-    return _digest(folder, files, _VIDEO_BLOCKS)
+    return _digest(folder, files, _video_digest)
 
 
-def _digest(folder: Path, files: Iterable[Path], blocks: int) -> str:
+def _video_digest(path: Path) -> str:
+    try:
+        return _file_digest(path, _VIDEO_BLOCKS)
+    except OSError:
+        return "unreadable"
+
+
+def _digest(folder: Path, files: Iterable[Path], content: Callable[[Path], str]) -> str:
     digest = sha256()
     for path in sorted(files):
         name = os.fsencode(path.relative_to(folder).as_posix())
-        digest.update(name + f" {_file_digest(path, blocks)}\n".encode())
+        digest.update(name + f" {content(path)}\n".encode())
     return digest.hexdigest()
 
 

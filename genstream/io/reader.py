@@ -64,7 +64,8 @@ def find_videos(folder: str | PathLike[str], companions: Sequence[str] = ()) -> 
     kinds = f"{', '.join(READABLE_SUFFIXES)} or folders of {FRAME_PATTERN}"
     if not files and not frames:
         raise ValueError(f"videos must hold {kinds}, got {str(root)!r}")
-    if others := sum(not _is_of_videos(path, companions) for path in every):
+    known = (*READABLE_SUFFIXES, *companions)
+    if others := sum(path.suffix.lower() not in known and not path.match(FRAME_PATTERN) for path in every):
         logger.warning("%s: %d files passed over that are not %s", root, others, kinds)
     return sorted([*files, *{frame.parent for frame in frames}])
 
@@ -74,14 +75,14 @@ def video_files(folder: str | PathLike[str], companions: Sequence[str] = ()) -> 
 
     Args:
         folder: to search.
-        companions: as for `find_videos`.
+        companions: suffixes of files that belong to a video of their name beside them, such as ".txt".
     """
-    paths = Path(folder).rglob("*")
-    return [path for path in paths if path.is_file() and _is_of_videos(path, companions)]
-
-
-def _is_of_videos(path: Path, companions: Sequence[str]) -> bool:
-    return path.suffix.lower() in (*READABLE_SUFFIXES, *companions) or path.match(FRAME_PATTERN)
+    every = [path for path in Path(folder).rglob("*") if path.is_file()]
+    files = [path for path in every if path.suffix.lower() in READABLE_SUFFIXES]
+    frames = [path for path in every if path.match(FRAME_PATTERN)]
+    named = {file.with_suffix("") for file in files} | {frame.parent for frame in frames}
+    beside = [path for path in every if path.suffix.lower() in companions and path.with_suffix("") in named]
+    return [*files, *frames, *beside]
 
 
 def inspect_video(path: str | PathLike[str]) -> VideoFile:

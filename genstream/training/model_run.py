@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -129,7 +129,12 @@ def _clips(settings: ModelRunSettings, pipe: CausalVideoPipeline) -> Clips:
 
 
 def clips_for(
-    pipe: CausalVideoPipeline, videos: str, length: tuple[int, int], most: int, evaluation: int
+    pipe: CausalVideoPipeline,
+    videos: str,
+    length: tuple[int, int],
+    most: int,
+    evaluation: int,
+    others: Sequence[CausalVideoPipeline] = (),
 ) -> VideoClips:
     """Clips of videos that a model can be shown: of its size, with captions that it can read.
 
@@ -139,6 +144,7 @@ def clips_for(
         length: chunks of a clip, and latent frames of a chunk.
         most: of clips to train on.
         evaluation: further clips.
+        others: models that read the captions too.
     """
     chunks, chunk_frames = length
     geometry = ClipGeometry(
@@ -148,7 +154,7 @@ def clips_for(
         width=pipe.config.default_width,
     )
     clips = find_clips(videos, geometry, most, evaluation)
-    clips.check_captions(pipe.tokenizer, pipe.config.text_tokens)
+    clips.check_captions([(each.tokenizer, each.config.text_tokens) for each in (pipe, *others)])
     once(lambda: clips.tell(pipe.config.default_fps))
     return clips
 

@@ -53,7 +53,7 @@ from genstream.training.prompts import Asked, ClipPieces, PromptSource, prompts_
 from genstream.training.record import Origins, Training, claimed_run, is_finished
 from genstream.training.rollout import CONTEXTS, RolloutEngine, rollout
 from genstream.training.starting import check_shown, load_model, model_folder
-from genstream.training.video_clips import CAPTION_SUFFIX, VideoClips
+from genstream.training.video_clips import CAPTION_SUFFIX
 from genstream.vae.tiny import TinyVideoVAE
 from genstream.vae.wrapping import module_of
 
@@ -423,10 +423,7 @@ def _prompts(
         prompts = prompts_from(settings.prompts, map(Denoiser.of, (pipe, teacher)))
         return prompts, prompts
     chunk, folder = pipe.settings.chunk_frames, output.parent / LATENTS_FOLDER
-    found = _clips(settings, pipe)
-    if isinstance(found, VideoClips) and pipe.tokenizer is not teacher.tokenizer:
-        found.check_captions(teacher.tokenizer, teacher.config.text_tokens)
-    clips, latents = encode_readable(found, pipe, folder, settings.precision)
+    clips, latents = encode_readable(_clips(settings, pipe, teacher), pipe, folder, settings.precision)
     module_of(pipe.vae).to("cpu")  # has done its work
     # Where the student's own pieces begin: nothing but their content must tell them apart.
     pieces = partial(ClipPieces, clips, latents, horizon_chunks * chunk, grid=chunk)
@@ -434,13 +431,14 @@ def _prompts(
     return pieces(range(training)), pieces(range(training, clips.count))
 
 
-def _clips(settings: SelfForcingSettings, pipe: CausalVideoPipeline) -> Clips:
+def _clips(settings: SelfForcingSettings, pipe: CausalVideoPipeline, teacher: CausalVideoPipeline) -> Clips:
     """Real ones, as long as the longest streams."""
     evaluation = settings.evaluation_clips or _EVALUATION_CLIPS
     chunks, chunk_frames = settings.stream_chunks, pipe.settings.chunk_frames
     if settings.videos is not None:
         check_shown(pipe)
-        return clips_for(pipe, settings.videos, (chunks, chunk_frames), settings.clips, evaluation)
+        length = (chunks, chunk_frames)
+        return clips_for(pipe, settings.videos, length, settings.clips, evaluation, others=[teacher])
     if not isinstance(pipe.vae, TinyVideoVAE):
         raise ValueError(
             f"initial must have a TinyVideoVAE for 'gan' without videos, got a {type(pipe.vae).__name__}"

@@ -141,21 +141,21 @@ class VideoClips:
         clips = [(clip.video.name, *clip.video.stamp, clip.start) for clip in self.clips]
         return {"shape": self.shape, "videos": clips}
 
-    def check_captions(self, tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
-        """Raise ValueError for a caption that is longer than the text encoder takes; tell of unknown words.
+    def check_captions(self, readers: Sequence[tuple[PreTrainedTokenizerBase, int]]) -> None:
+        """Raise ValueError for a caption that is longer than a text encoder takes; tell of unknown words.
 
         Args:
-            tokenizer: of the text encoder.
-            tokens: longest prompt.
+            readers: the tokenizer of each text encoder, and its longest prompt in tokens.
         """
         videos = self.videos
         for video in videos:
             try:
-                check_prompts(video.captions, tokenizer, tokens)
+                for tokenizer, tokens in readers:
+                    check_prompts(video.captions, tokenizer, tokens)
             except ValueError as error:
                 raise ValueError(f"caption file {str(_caption_file(video.file.path))!r}: {error}") from error
         captions = [caption for video in videos for caption in video.captions]
-        tell_unknown_words("captions", captions, [tokenizer])
+        tell_unknown_words("captions", captions, [tokenizer for tokenizer, _ in readers])
 
     def tell(self, fps: float) -> None:
         """Say how many there are, and warn where their frame rates are not the `fps` of the model."""

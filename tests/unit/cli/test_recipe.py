@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 from retraining import retrain
 
-from genstream.cli import report
+from genstream.cli import distill, report
 from genstream.cli.__main__ import main
 from genstream.cli.recipe import Stage, read_recipe
 from genstream.cli.trainers import Trainer, known_recipes
@@ -388,10 +388,15 @@ def test_prompts_and_videos_lie_in_the_folder_of_the_recipe(folder, tmp_path, mo
     settings = {stage.name: stage.settings for stage in read_recipe("tiny", tmp_path / "runs")}
     assert settings["distilled"].prompts == "tiny/asked.txt"
     assert settings["student"].videos == "tiny/videos"
+    assert read_recipe(str(folder), tmp_path / "runs")[-1].settings == settings["distilled"]
     (folder / "videos").rmdir()
     assert main(command) == 2
     assert "videos of stage 'student' must be a folder, got 'tiny/videos'" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+    (folder / "asked.txt").unlink()
+    for name in CONFIGS:  # what has begun may be finished, which is kept without them
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert {stage.name: stage.settings for stage in read_recipe("tiny", tmp_path / "runs")} == settings
 
 
 def test_a_chain_that_ends_in_another_part_names_no_model(chain, monkeypatch, tmp_path, capsys):
@@ -412,8 +417,21 @@ def test_what_to_do_after_a_broken_training(chain, monkeypatch, tmp_path, capsys
         raise failure
 
     monkeypatch.setattr(Trainer, "load", lambda trainer: (VAETrainingSettings, train))
-    assert main(["distill", "--recipe", str(chain), "--output", str(tmp_path / "runs")]) != 0
+    command = ["distill", "--recipe", str(chain), "--output", str(tmp_path / "runs")]
+    assert main(command) != 0
     assert capsys.readouterr().err.endswith(error)
+    if failure is KeyboardInterrupt:  # which --debug leaves as it is
+        assert main(["--debug", *command]) != 0
+        assert capsys.readouterr().err.endswith(error)
+
+
+def test_nothing_goes_on_after_a_dry_run(monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "dry_run", interrupted)
+    assert main(["distill", "student", "--teacher", "a", "--initial", "b", "--dry-run"]) != 0
+    assert capsys.readouterr().err == "genstream: interrupted\n"
 
 
 def test_a_wrong_setting_is_refused_before_anything_runs(folder, tmp_path, capsys):

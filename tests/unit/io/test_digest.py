@@ -79,3 +79,14 @@ def test_of_videos_names_sizes_and_contents_count_and_times_do_not(tmp_path):
         shutil.copytree(tmp_path / "clips", tmp_path / "copy")
         (tmp_path / "copy" / name).write_bytes(content)
         assert digest_of(tmp_path / "copy") != before
+
+
+def test_a_video_that_cannot_be_read_is_told_by_its_name(tmp_path):
+    good, locked = tmp_path / "good.mp4", tmp_path / "locked.mp4"
+    good.write_bytes(b"a")
+    locked.mkdir()  # reading it fails, as that of a file on a broken disk
+    digest = videos_digest(tmp_path, [good, locked])
+    assert videos_digest(tmp_path, [good, locked]) == digest
+    assert videos_digest(tmp_path, [good]) != digest
+    locked.rename(tmp_path / "other.mp4")
+    assert videos_digest(tmp_path, [good, tmp_path / "other.mp4"]) != digest

@@ -194,7 +194,8 @@ def test_videos_may_change_until_something_is_saved(tmp_path):
         (clips / name).write_text(name)
         claim(run, settings, origins)
     (run / "log.csv").write_text("step\n1\n")
-    (clips / "notes.json").touch()  # of no video
+    for name in ("notes.json", "notes.txt", "inner.txt"):  # of no video
+        (clips / name).touch()
     claim(run, settings, origins)
     for name in ("a.mp4", "inner/b.txt", "c.mp4", "d/frame_0.png"):
         path = clips / name

@@ -117,14 +117,17 @@ def test_too_few_clips_are_refused(folder):
 
 def test_captions_that_are_too_long_are_refused_with_their_file(folder, caplog):
     tokenizer, clips = word_tokenizer(WORDS), found(folder)
-    clips.check_captions(tokenizer, 5)
+    clips.check_captions([(tokenizer, 5)])
     assert (
         "4 words of the captions are unknown to the text encoder, which takes them all alike: " in caplog.text
     )
+    caplog.clear()
+    clips.check_captions([(tokenizer, 5), (word_tokenizer(WORDS), 5)])
+    assert caplog.text.count("words of the captions") == 1
     with pytest.raises(
         ValueError, match=r"caption file '.*(a|b|c|d\.1)\.txt': prompt must have at most 4 tokens"
     ):
-        clips.check_captions(tokenizer, 4)
+        clips.check_captions([(tokenizer, 5), (tokenizer, 4)])
 
 
 def test_latents_belong_to_videos_as_they_are(folder, tmp_path):
