@@ -8,7 +8,7 @@ stages, or installed models; `prompts` and `videos` are paths from the recipe's 
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,21 @@ from genstream.cli.settings import parse_settings
 from genstream.cli.trainers import RECIPE_INDEX, RECIPES, TRAINERS, known_recipes
 from genstream.io.model_folder import INDEX_NAME, RESULT_FOLDER, installed_models, read_object
 from genstream.io.partial import partial_path
+from genstream.streaming.settings import StreamSettings
+from genstream.training.adaptation import AdaptationSettings
+from genstream.training.model_config import ModelConfig
 from genstream.training.model_run import LATENTS_FOLDER
 from genstream.training.processes import once
 from genstream.training.prompts import TextPrompts
+from genstream.training.self_forcing import SelfForcingSettings
+from genstream.training.student import StudentTrainingSettings
+from genstream.training.teacher import TeacherTrainingSettings
 
 logger = logging.getLogger(__name__)
 
 _PLACES = ("vae", "initial", "text_encoder", "teacher")
 _DATA = ("prompts", "videos")
+_TRAINED = (StudentTrainingSettings, TeacherTrainingSettings)
 _TAKEN = (RESULT_FOLDER, LATENTS_FOLDER)
 """Folders beside those of the stages."""
 
@@ -64,6 +71,7 @@ def read_recipe(name_or_folder: str, output: Path) -> list[Stage]:
     made: list[Stage] = []
     for name, command in stages.items():
         made.append(_stage(name, command, folder / f"{name}.json", output, [stage.name for stage in made]))
+    _check_streams(made, output)
     return made
 
 
@@ -120,6 +128,34 @@ def _stage(name: str, command: str, config: Path, output: Path, earlier: list[st
         if (value := getattr(settings, setting, None)) is not None:
             places[setting] = str(_beside(config, value))
     return Stage(name=name, command=command, settings=replace(settings, **places), train=train)
+
+
+def _check_streams(stages: Sequence[Stage], output: Path) -> None:
+    """Whether models that are not made yet will stream as the stages that start from them need it."""
+    planned: dict[str, StreamSettings] = {}
+
+    def stream(name: str, given: str) -> StreamSettings | None:
+        if Path(given).is_relative_to(output):
+            return planned.get(Path(given).relative_to(output).parts[0])
+        return ModelConfig.of(name, given).settings
+
+    for stage in stages:
+        settings = stage.settings
+        try:
+            if isinstance(settings, SelfForcingSettings):
+                teacher, made = stream("teacher", settings.teacher), stream("initial", settings.initial)
+                if teacher is not None and made is not None:
+                    settings.check_streams(teacher, made)
+            elif isinstance(settings, AdaptationSettings):
+                made = settings.stream
+                if (teacher := stream("teacher", settings.teacher)) is not None:
+                    settings.check_streams(teacher)
+            else:
+                made = settings.stream if isinstance(settings, _TRAINED) else None
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name!r}: {error}") from error
+        if made is not None:
+            planned[stage.name] = made
 
 
 def _check_data(name: str, config: Path, settings: object) -> None:

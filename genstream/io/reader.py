@@ -58,15 +58,12 @@ def find_videos(folder: str | PathLike[str], companions: Sequence[str] = ()) -> 
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"videos must be a folder, got {str(root)!r}")
-    every = [path for path in root.rglob("*") if path.is_file()]
-    files = [path for path in every if path.suffix.lower() in READABLE_SUFFIXES]
-    frames = [path for path in every if path.match(FRAME_PATTERN)]
+    files, frames, others = _listed(root)
     kinds = f"{', '.join(READABLE_SUFFIXES)} or folders of {FRAME_PATTERN}"
     if not files and not frames:
         raise ValueError(f"videos must hold {kinds}, got {str(root)!r}")
-    known = (*READABLE_SUFFIXES, *companions)
-    if others := sum(path.suffix.lower() not in known and not path.match(FRAME_PATTERN) for path in every):
-        logger.warning("%s: %d files passed over that are not %s", root, others, kinds)
+    if passed := sum(path.suffix.lower() not in companions for path in others):
+        logger.warning("%s: %d files passed over that are not %s", root, passed, kinds)
     return sorted([*files, *{frame.parent for frame in frames}])
 
 
@@ -77,12 +74,23 @@ def video_files(folder: str | PathLike[str], companions: Sequence[str] = ()) -> 
         folder: to search.
         companions: suffixes of files that belong to a video of their name beside them, such as ".txt".
     """
-    every = [path for path in Path(folder).rglob("*") if path.is_file()]
-    files = [path for path in every if path.suffix.lower() in READABLE_SUFFIXES]
-    frames = [path for path in every if path.match(FRAME_PATTERN)]
+    files, frames, others = _listed(Path(folder))
     named = {file.with_suffix("") for file in files} | {frame.parent for frame in frames}
-    beside = [path for path in every if path.suffix.lower() in companions and path.with_suffix("") in named]
+    beside = [path for path in others if path.suffix.lower() in companions and path.with_suffix("") in named]
     return [*files, *frames, *beside]
+
+
+def _listed(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """Video files, frames of videos and all other files, in a folder and the folders in it."""
+    files: list[Path] = []
+    frames: list[Path] = []
+    others: list[Path] = []
+    for path in folder.rglob("*"):
+        if path.is_file():
+            is_frame = path.match(FRAME_PATTERN)
+            kind = files if path.suffix.lower() in READABLE_SUFFIXES else frames if is_frame else others
+            kind.append(path)
+    return files, frames, others
 
 
 def inspect_video(path: str | PathLike[str]) -> VideoFile:

@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from genstream.cache.layout import PositionPolicy
 from genstream.io.model_folder import RESULT_FOLDER
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
 from genstream.shapes import check_guidance, check_not_negative, check_positive, check_unused
+from genstream.streaming.settings import StreamSettings
 from genstream.training.denoiser import Denoiser, copy_weights, for_training, velocity_in
 from genstream.training.forcing import (
     FORCED,
@@ -138,6 +140,33 @@ class AdaptationSettings:
         if self.shift is not None:
             check_positive("shift", self.shift)
 
+    def check_streams(self, teacher: StreamSettings) -> None:
+        """Raise ValueError unless a teacher that streams so makes paths with all contexts of the student."""
+        chunk, together = self.chunk_frames, teacher.chunk_frames
+        if teacher.sees_past and chunk != together:
+            raise ValueError(f"chunk_frames must be {together} like the causal teacher's, got {chunk}")
+        if together % chunk:
+            raise ValueError(f"chunk_frames must divide {together}, the teacher's frames, got {chunk}")
+        name, chunks = "stream_chunks", self.stream_chunks
+        if not teacher.sees_past:
+            check_unused(self, ["stream_chunks"], "for a teacher of whole clips")
+            name, chunks = f"the teacher's chunks of {chunk} frames", together // chunk
+        if chunks < (least := Context.of(self.stream).longest_chunks):
+            raise ValueError(
+                f"{name} must be at least {least}, the sink, window_chunks = {self.window_chunks} and the "
+                f"current one, got {chunks}"
+            )
+
+    @property
+    def stream(self) -> StreamSettings:
+        """How the student streams, but for what it takes over from the teacher."""
+        return StreamSettings(
+            chunk_frames=self.chunk_frames,
+            sink_frames=self.chunk_frames,
+            window_frames=self.window_chunks * self.chunk_frames,
+            positions=PositionPolicy.WINDOW,
+        )
+
     @property
     def loop(self) -> LoopSettings:
         """How long and how to optimise."""
@@ -243,15 +272,8 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
         return
     model = ModelConfig.of("teacher", settings.teacher)
     check_stream("teacher", model, FORCED)  # the student streams so too
-    chunk, together = settings.chunk_frames, model.chunk_frames
-    is_causal = model.settings.sees_past
-    if is_causal and chunk != together:
-        raise ValueError(f"chunk_frames must be {together} like the causal teacher's, got {chunk}")
-    if together % chunk:
-        raise ValueError(f"chunk_frames must divide {together}, the teacher's frames, got {chunk}")
-    if not is_causal:
-        check_unused(settings, ["stream_chunks"], "for a teacher of whole clips")
-    _check_length(settings, model)
+    settings.check_streams(model.settings)
+    chunk, is_causal = settings.chunk_frames, model.settings.sees_past
     guided = model.settings
     if settings.guidance_scale is not None:
         guided = replace(guided, guidance_scale=settings.guidance_scale)
@@ -287,20 +309,6 @@ def adapt_teacher(settings: AdaptationSettings, output: Path) -> None:
     once(lambda: logger.info("causal student in %s", output / RESULT_FOLDER))
 
 
-def _check_length(settings: AdaptationSettings, teacher: ModelConfig) -> None:
-    """Paths must show the longest context that the student will stream in."""
-    chunk, window = settings.chunk_frames, settings.window_chunks
-    if teacher.settings.sees_past:
-        name, chunks = "stream_chunks", settings.stream_chunks
-    else:
-        name, chunks = f"the teacher's chunks of {chunk} frames", teacher.chunk_frames // chunk
-    if chunks < (least := Context(chunk, window).longest_chunks):
-        raise ValueError(
-            f"{name} must be at least {least}, the sink, window_chunks = {window} and the current one, "
-            f"got {chunks}"
-        )
-
-
 def export(student: Denoiser, settings: AdaptationSettings, shift: float, output: Path) -> None:
     """Write a student as a pipeline folder."""
     pipe = load_model("teacher", settings.teacher)
@@ -310,13 +318,13 @@ def export(student: Denoiser, settings: AdaptationSettings, shift: float, output
         pipe.scheduler = FewStepScheduler(steps=steps, shift=shift)
     else:
         pipe.scheduler = FlowEulerScheduler(num_steps=settings.num_steps, shift=shift)
-    chunk = settings.chunk_frames
+    made = settings.stream
     pipe.register_to_config(
-        chunk_frames=chunk,
-        sink_frames=chunk,
-        window_frames=settings.window_chunks * chunk,
-        positions="window",
-        guidance_scale=1.0,
+        chunk_frames=made.chunk_frames,
+        sink_frames=made.sink_frames,
+        window_frames=made.window_frames,
+        positions=str(made.positions),
+        guidance_scale=made.guidance_scale,
     )
     training = Training(
         name=output.name,

@@ -17,7 +17,6 @@ from genstream.io.model_folder import INDEX_NAME, read_object
 from genstream.pipelines.memory import bare_vae
 from genstream.streaming.presets import EngineKind
 from genstream.streaming.settings import StreamSettings
-from genstream.training.forcing import Context
 from genstream.training.starting import model_folder
 from genstream.transformer.causal_dit import CausalDiT
 from genstream.transformer.conversion import whole_config
@@ -65,15 +64,6 @@ class ModelConfig:
     def chunk_frames(self) -> int:
         """Latent frames generated together."""
         return self.settings.chunk_frames
-
-    @property
-    def context(self) -> Context | None:
-        """What its chunks see of a stream; None for a model of whole clips.
-
-        Raises:
-            ValueError: it streams in another way than students are trained in.
-        """
-        return Context.of(self.settings) if self.settings.sees_past else None
 
     @property
     def text_tokens(self) -> int:

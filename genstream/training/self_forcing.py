@@ -26,6 +26,7 @@ from genstream.shapes import check_guidance, check_not_negative, check_positive,
 from genstream.streaming.noise import SeededNoise
 from genstream.streaming.presets import EngineKind
 from genstream.streaming.request import StreamRequest
+from genstream.streaming.settings import StreamSettings
 from genstream.training.clips import SWITCHED_EVERY, Clips, ClipSet
 from genstream.training.correctors import (
     Adversarial,
@@ -176,6 +177,35 @@ class SelfForcingSettings:
         if self.objective == "gan":
             return Adversarial(levels, self.smoothness)
         return Matching(teacher, levels, self.objective, self.teacher_guidance, self.sid_alpha, context)
+
+    def check_streams(self, teacher: StreamSettings, initial: StreamSettings) -> tuple[Context | None, int]:
+        """What a teacher that streams so sees of a student's streams, and how many chunks of them together.
+
+        Returns:
+            Its context, None for a teacher of whole clips; and the chunks.
+
+        Raises:
+            ValueError: it cannot judge them, or they are shorter.
+        """
+        try:
+            context = Context.of(teacher) if teacher.sees_past else None
+        except ValueError as error:
+            raise ValueError(f"teacher must stream as it was trained: {error}") from error
+        together, chunk = teacher.chunk_frames, initial.chunk_frames
+        if context is not None and chunk != together:
+            raise ValueError(
+                f"initial must have chunks of {together} like the streaming teacher, got {chunk}"
+            )
+        if together % chunk:
+            raise ValueError(
+                f"initial must have chunks that divide {together}, the teacher's frames, got {chunk}"
+            )
+        least = together // chunk if context is None else context.longest_chunks
+        if self.stream_chunks < least:
+            raise ValueError(
+                f"stream_chunks must be at least {least}, what the teacher sees, got {self.stream_chunks}"
+            )
+        return context, least
 
     @property
     def loop(self) -> LoopSettings:
@@ -351,23 +381,8 @@ def check_models(settings: SelfForcingSettings) -> Judged:
             "videos must be given for 'gan' where initial has learnt from videos, got None: clips of the toy "
             "world are nothing that it should show"
         )
-    try:
-        context = teacher.context
-    except ValueError as error:
-        raise ValueError(f"teacher must stream as it was trained: {error}") from error
-    together, chunk = teacher.chunk_frames, student.chunk_frames
-    if context is not None and chunk != together:
-        raise ValueError(f"initial must have chunks of {together} like the streaming teacher, got {chunk}")
-    if together % chunk:
-        raise ValueError(
-            f"initial must have chunks that divide {together}, the teacher's frames, got {chunk}"
-        )
-    least = together // chunk if context is None else context.longest_chunks
-    if settings.stream_chunks < least:
-        raise ValueError(
-            f"stream_chunks must be at least {least}, what the teacher sees, got {settings.stream_chunks}"
-        )
-    return Judged(teacher, student, context, least, student.reads_like(teacher))
+    context, horizon_chunks = settings.check_streams(teacher.settings, student.settings)
+    return Judged(teacher, student, context, horizon_chunks, student.reads_like(teacher))
 
 
 def distill_student(settings: SelfForcingSettings, output: Path) -> None:

@@ -371,6 +371,34 @@ def test_wrong_usage(arguments, error, capsys):
     assert error in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "error"),
+    [
+        ("distilled", {"stream_chunks": 2}, "stage 'distilled': stream_chunks must be at least 3, what the"),
+        ("causal", {"chunk_frames": 2}, "stage 'causal': chunk_frames must divide 3, the teacher's frames"),
+        (
+            "causal",
+            {"window_chunks": 2},
+            "stage 'causal': the teacher's chunks of 1 frames must be",
+        ),
+        (
+            "teacher",
+            {"horizon_chunks": 2},
+            "stage 'causal': the teacher's chunks of 1 frames must be",
+        ),
+        ("distilled", {"teacher": "toyworld"}, "stage 'distilled': initial must have chunks of 3 like the"),
+        ("distilled", {"teacher": "student", "stream_chunks": 2}, "stage 'distilled': stream_chunks must be"),
+    ],
+)
+def test_stages_that_do_not_fit_each_other_are_refused_before_anything_runs(
+    folder, tmp_path, name, change, error
+):
+    assert len(read_recipe(str(folder), tmp_path / "runs")) == len(COMMANDS)
+    (folder / f"{name}.json").write_text(json.dumps({**CONFIGS[name], **change}))
+    with pytest.raises(ValueError, match=f"^{error}"):
+        read_recipe(str(folder), tmp_path / "runs")
+
+
 def test_prompts_and_videos_lie_in_the_folder_of_the_recipe(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (folder / "videos").mkdir()
