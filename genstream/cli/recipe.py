@@ -8,7 +8,7 @@ stages, or installed models; `prompts` and `videos` are paths from the recipe's 
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,21 +112,22 @@ def _stage(name: str, command: str, config: Path, output: Path, earlier: list[st
     kind, train = TRAINERS[command].load()
     settings, _ = parse_settings(f"genstream {command}", kind, ["--config", str(config)])
     videos = getattr(settings, "videos", None)
-    places = {}
+    places: dict[str, str] = {}
     for setting in _PLACES:
         unused = setting == "vae" and videos is not None  # then `initial` brings its own
         if not unused and (value := getattr(settings, setting, None)) is not None:
-            places[setting] = _place(value, output, earlier)
-            if places[setting] is None:
+            place = _place(value, output, earlier)
+            if place is None:
                 raise ValueError(
                     f"{setting} of stage {name!r} must be in the folder of an earlier stage "
                     f"({', '.join(earlier) or 'there is none'}) or an installed model, got {value!r}"
                 )
-    if not (output / name).exists():  # what is finished may have lost what it was made from
-        _check_data(name, config, settings)
+            places[setting] = place
     for setting in _DATA:
         if (value := getattr(settings, setting, None)) is not None:
-            places[setting] = str(_beside(config, value))
+            places[setting] = _beside(config, value)
+    if not (output / name).exists():  # what is finished may have lost what it was made from
+        _check_data(name, places)
     return Stage(name=name, command=command, settings=replace(settings, **places), train=train)
 
 
@@ -158,19 +159,17 @@ def _check_streams(stages: Sequence[Stage], output: Path) -> None:
             planned[stage.name] = made
 
 
-def _check_data(name: str, config: Path, settings: object) -> None:
+def _check_data(name: str, places: Mapping[str, str]) -> None:
     """Whether there are the prompts and videos that a stage is to learn from."""
-    if (prompts := getattr(settings, "prompts", None)) is not None:
-        TextPrompts(_beside(config, prompts))
-    if (videos := getattr(settings, "videos", None)) is not None:
-        folder = _beside(config, videos)
-        if not folder.is_dir():
-            raise ValueError(f"videos of stage {name!r} must be a folder, got {str(folder)!r}")
+    if "prompts" in places:
+        TextPrompts(Path(places["prompts"]))
+    if "videos" in places and not Path(places["videos"]).is_dir():
+        raise ValueError(f"videos of stage {name!r} must be a folder, got {places['videos']!r}")
 
 
-def _beside(config: Path, given: str) -> Path:
+def _beside(config: Path, given: str) -> str:
     """A path of a config, however the recipe's folder was given."""
-    return Path(given) if Path(given).is_absolute() else Path(os.path.relpath(config.parent / given))
+    return given if Path(given).is_absolute() else os.path.relpath(config.parent / given)
 
 
 def _place(value: str, output: Path, earlier: list[str]) -> str | None:

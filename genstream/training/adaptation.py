@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genstream.cache.layout import PositionPolicy
 from genstream.io.model_folder import RESULT_FOLDER
 from genstream.pipelines.causal_video import CausalVideoPipeline
 from genstream.schedulers.few_step import FewStepScheduler, FlowEulerScheduler
@@ -160,12 +159,7 @@ class AdaptationSettings:
     @property
     def stream(self) -> StreamSettings:
         """How the student streams, but for what it takes over from the teacher."""
-        return StreamSettings(
-            chunk_frames=self.chunk_frames,
-            sink_frames=self.chunk_frames,
-            window_frames=self.window_chunks * self.chunk_frames,
-            positions=PositionPolicy.WINDOW,
-        )
+        return Context(self.chunk_frames, self.window_chunks).stream()
 
     @property
     def loop(self) -> LoopSettings:

@@ -81,6 +81,17 @@ class Context:
             raise ValueError(f"positions must be 'window' with sinks, got {str(settings.positions)!r}")
         return cls(size, window // size, sinks > 0)
 
+    def stream(self, guidance_scale: float = 1.0) -> StreamSettings:
+        """How a model streams that sees so much."""
+        size = self.chunk_frames
+        return StreamSettings(
+            chunk_frames=size,
+            sink_frames=size if self.sink else 0,
+            window_frames=self.window_chunks * size,
+            positions=PositionPolicy.WINDOW,
+            guidance_scale=guidance_scale,
+        )
+
     @property
     def longest_chunks(self) -> int:
         """Chunks that are seen together at most, the current one among them."""

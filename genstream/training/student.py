@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genstream.cache.layout import PositionPolicy
 from genstream.schedulers.few_step import FewStepScheduler
 from genstream.schedulers.schedule import shifted
 from genstream.shapes import check_counts, check_not_negative, check_positive, check_unused
@@ -135,13 +134,7 @@ class StudentTrainingSettings(ModelRunSettings):
     @property
     def stream(self) -> StreamSettings:
         """How the finished model streams."""
-        return StreamSettings(
-            chunk_frames=self.chunk_frames,
-            sink_frames=self.chunk_frames,
-            window_frames=self.window_chunks * self.chunk_frames,
-            positions=PositionPolicy.WINDOW,
-            guidance_scale=self.guidance_scale,
-        )
+        return Context(self.chunk_frames, self.window_chunks).stream(self.guidance_scale)
 
 
 class StudentTrainee(ModelTrainee[StudentTrainingSettings]):
